@@ -1,0 +1,1 @@
+"""The HTTP service: datasets, checkpoints, jobs and their artifacts. Imports no torch."""

@@ -1,0 +1,106 @@
+"""Engine, sessions, and the rule of one commit at the boundary with messages sent only after it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, Engine, Executable, create_engine, event
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeDecorator
+
+_READ_ONLY = "defeat_read_only"
+_AFTER_COMMIT = "defeat_after_commit"
+
+
+def utcnow() -> datetime:
+    """Return the present, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware UTC time on every database: SQLite drops the zone, so it is put back on the way out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102, ARG002
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"naive time {value!r}: pass an aware one")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102, ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def make_engine(url: str) -> Engine:
+    """Return an engine for PostgreSQL (psycopg 3) or SQLite, set up so that two writers lose no update."""
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        # The driver's own transaction control begins lazily and upgrades read locks to write locks, which fails
+        # under two writers; we begin ourselves, below.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        read_only = connection.get_execution_options().get(_READ_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+class Database:
+    """The engine and its two kinds of session."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = make_engine(url)
+        self._reading = self.engine.execution_options(**{_READ_ONLY: True})
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Give a session for reading: on SQLite it takes no write lock. Never committed."""
+        with Session(self._reading, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Give a session that commits once, at the end, and then runs what `after_commit` collected.
+
+        An exception rolls back and drops what was collected.
+        """
+        with Session(self.engine, expire_on_commit=False) as session:
+            with session.begin():
+                yield session
+            # A per-session listener would fire for nested transactions and survive a rollback, sending messages
+            # about rows that do not exist; a plain list at the boundary cannot.
+            for action in session.info.pop(_AFTER_COMMIT, []):
+                action()
+
+    def ping(self) -> None:
+        """Raise the driver's error if the database does not answer."""
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql("SELECT 1")
+
+    def dispose(self) -> None:
+        """Close every pooled connection."""
+        self.engine.dispose()
+
+
+def after_commit(session: Session, action: Callable[[], None]) -> None:
+    """Run `action` once the session's transaction has been committed; never if it is rolled back."""
+    session.info.setdefault(_AFTER_COMMIT, []).append(action)
+
+
+def update_count(session: Session, statement: Executable) -> int:
+    """Execute an UPDATE or DELETE and return how many rows it touched."""
+    result: Any = session.execute(statement, execution_options={"synchronize_session": False})
+    return int(result.rowcount)

@@ -1,0 +1,110 @@
+"""Who works on a row: claim, renew, give up, sweep. The row is the truth; a queue message only wakes somebody up.
+
+A claim is one conditional UPDATE. It raises `attempt`, and that number is the fencing token: everything a worker
+writes goes through `fenced`, which matches the attempt, so that a worker whose lease was taken over changes nothing.
+"""
+
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from app.db import update_count, utcnow
+from app.models import Checkpoint, Dataset, Job, Leased
+from app.states import FAILED
+
+LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
+Row = TypeVar("Row", Dataset, Checkpoint, Job)
+
+
+class LeaseLost(Exception):
+    """Another claim holds the row, or it has ended: this worker must stop and write nothing."""
+
+
+def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_s: float) -> Row | None:
+    """Claim the row if it is queued, or if its lease has expired; return it, or None if it is not to be had."""
+    now = utcnow()
+    free = or_(
+        model.status == model.CLAIMABLE,
+        and_(model.status.in_(model.HELD), model.lease_expires_at < now),
+    )
+    values: dict[str, Any] = {
+        "attempt": model.attempt + 1,
+        "lease_owner": owner,
+        "lease_expires_at": now + timedelta(seconds=lease_s),
+        "started_at": func.coalesce(model.started_at, now),
+    }
+    # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
+    statement = update(model).where(model.id == row_id, free, model.status != "cancelling")
+    claimed = update_count(session, statement.values(status=model.CLAIMED, **values))
+    if not claimed:
+        claimed = update_count(session, update(model).where(model.id == row_id, free).values(**values))
+    if not claimed:
+        return None
+    return session.get(model, row_id, populate_existing=True)
+
+
+def fenced(session: Session, row: Leased, **values: Any) -> None:
+    """Update the row if this attempt still holds it, else raise `LeaseLost`.
+
+    A finished row has no lease owner, so it matches no more.
+    """
+    model = type(row)
+    mine = and_(model.id == row.id, model.attempt == row.attempt, model.lease_owner == row.lease_owner)
+    if not update_count(session, update(model).where(mine).values(**values)):
+        raise LeaseLost(f"{row.id}: attempt {row.attempt} no longer holds the lease")
+
+
+def renew(session: Session, row: Row, *, lease_s: float) -> Row:
+    """Extend the lease and return the row as it is now (its status may say `cancelling`).
+
+    Raises `LeaseLost` if another attempt holds the row.
+    """
+    fenced(session, row, lease_expires_at=utcnow() + timedelta(seconds=lease_s))
+    fresh = session.get(type(row), row.id, populate_existing=True)
+    if fresh is None:
+        raise LeaseLost(f"{row.id} is gone")
+    return fresh
+
+
+def finish(session: Session, row: Leased, *, status: str, **values: Any) -> None:
+    """Record the end and drop the lease in one fenced write."""
+    fenced(session, row, status=status, finished_at=utcnow(), lease_expires_at=None, lease_owner=None, **values)
+
+
+def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> list[tuple[type[Leased], str]]:
+    """Return the rows whose message must be sent (again), and fail those that have used up their attempts.
+
+    Lost are: queued rows whose last message is older than `redeliver_s`, and held rows whose lease has expired. Safe
+    to run anywhere at any time: a row that is found twice is claimed once.
+    """
+    now = utcnow()
+    lost: list[tuple[type[Leased], str]] = []
+    for model in LEASED:
+        expired = and_(model.status.in_(model.HELD), model.lease_expires_at < now)
+        exhausted = update(model).where(expired, model.attempt >= max_attempts, model.status != "cancelling")
+        update_count(
+            session,
+            exhausted.values(
+                status=FAILED,
+                finished_at=now,
+                lease_owner=None,
+                lease_expires_at=None,
+                failure={
+                    "class": "infra",
+                    "code": "attempts_exhausted",
+                    "detail": f"its worker was lost {max_attempts} times; the last one gave no reason",
+                },
+            ),
+        )
+        stale = or_(model.enqueued_at.is_(None), model.enqueued_at < now - timedelta(seconds=redeliver_s))
+        # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.
+        unanswered = or_(stale, model.enqueued_at < model.lease_expires_at)
+        unsent = and_(model.status == model.CLAIMABLE, stale)
+        found = select(model.id).where(or_(unsent, and_(expired, unanswered))).limit(1000)
+        ids = session.scalars(found).all()
+        if ids:
+            update_count(session, update(model).where(model.id.in_(ids)).values(enqueued_at=now))
+        lost.extend((model, row_id) for row_id in ids)
+    return lost

@@ -1,0 +1,206 @@
+"""The tables. Every row of a tenant carries `tenant_id`; what a worker claims carries a lease."""
+
+from datetime import datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from app.db import UTCDateTime, utcnow
+from app.states import CHECKING, PREPARING, QUEUED, RUNNING
+
+# `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
+Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
+# SQLite numbers rows by itself only in a column declared INTEGER.
+AutoId = BigInteger().with_variant(Integer, "sqlite")
+Id = String(40)
+
+
+class Base(DeclarativeBase):
+    """Declarative base: constraint names are fixed so that migrations can name them on every database."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UTCDateTime(), dict[str, Any]: Json, list[str]: Json}
+
+
+class Tenant(Base):
+    """A team. It sees its own rows only."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class ApiKey(Base):
+    """An API key: only its keyed hash is stored. The random part has 256 bits, so a fast hash is enough."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    key_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)
+    revoked_at: Mapped[datetime | None]
+
+
+class Leased:
+    """A row that a worker claims, renews and finishes: see `app.leases`.
+
+    `attempt` counts claims and is the fencing token: every write of a worker is conditional on the attempt it
+    claimed, so one that lost its lease can change nothing.
+    """
+
+    CLAIMABLE: ClassVar[str] = QUEUED
+    CLAIMED: ClassVar[str]
+    HELD: ClassVar[frozenset[str]]
+    TASK: ClassVar[str]
+    QUEUE: ClassVar[str]
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    status: Mapped[str] = mapped_column(String(20))
+    failure: Mapped[dict[str, Any] | None]
+    attempt: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None]
+    enqueued_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Dataset(Leased, Base):
+    """Pictures with boxes: imported, checked and kept in one canonical form."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (
+        Index("ix_datasets_page", "tenant_id", "created_at", "id"),
+        Index("ix_datasets_lease", "status", "lease_expires_at"),
+    )
+    CLAIMED = CHECKING
+    HELD = frozenset({CHECKING})
+    TASK = "worker.tasks.import_dataset"
+    QUEUE = "checks"
+
+    source: Mapped[dict[str, Any]]  # {"kind": "upload"} or {"kind": "reference", "uri": "file://…"}
+    max_dropped_fraction: Mapped[float]
+    upload_key: Mapped[str | None] = mapped_column(String(200))
+    storage_key: Mapped[str | None] = mapped_column(String(200))
+    content_hash: Mapped[str | None] = mapped_column(String(80))
+    format: Mapped[str | None] = mapped_column(String(20))
+    classes: Mapped[list[str] | None]
+    splits: Mapped[dict[str, Any] | None]  # {"train": {"images": n, "boxes": n}, …}
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    report: Mapped[dict[str, Any] | None]
+
+
+class Checkpoint(Leased, Base):
+    """A detector's weights: uploaded, or trained as a job's teacher."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        Index("ix_checkpoints_page", "tenant_id", "created_at", "id"),
+        Index("ix_checkpoints_lease", "status", "lease_expires_at"),
+    )
+    CLAIMED = CHECKING
+    HELD = frozenset({CHECKING})
+    TASK = "worker.tasks.check_checkpoint"
+    QUEUE = "checks"
+
+    detector: Mapped[dict[str, Any] | None]  # a detector spec; null until known where the file carries its own
+    classes: Mapped[list[str] | None]
+    upload_key: Mapped[str | None] = mapped_column(String(200))
+    storage_key: Mapped[str | None] = mapped_column(String(200))
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    coverage: Mapped[dict[str, Any] | None]  # {"loaded": n, "total": n, "missing": [...], "unexpected": [...]}
+    source_job_id: Mapped[str | None] = mapped_column(Id)
+
+
+class Job(Leased, Base):
+    """One distillation: what was asked, where it is, what came out."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_page", "tenant_id", "created_at", "id"),
+        Index("ix_jobs_lease", "status", "lease_expires_at"),
+    )
+    CLAIMED = PREPARING
+    HELD = frozenset({PREPARING, RUNNING, "cancelling"})
+    TASK = "worker.tasks.run_job"
+    QUEUE = "jobs"
+
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
+    spec: Mapped[dict[str, Any]]  # resolved: every default filled in
+    labels: Mapped[dict[str, Any]]
+    progress: Mapped[dict[str, Any] | None]
+    results: Mapped[dict[str, Any] | None]
+    # The run's newest training checkpoint in the object store, from which another attempt goes on.
+    resume_key: Mapped[str | None] = mapped_column(String(200))
+
+
+class JobEvent(Base):
+    """A message about a job for people: what happened, with a level."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_page", "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(AutoId, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    level: Mapped[str] = mapped_column(String(10))  # info, warn, error
+    code: Mapped[str] = mapped_column(String(60))
+    message: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class JobMetric(Base):
+    """What was logged at one optimiser step: one row with all its values, so a run of any attempt writes it once."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(10), primary_key=True)  # teacher or student: who is being trained
+    step: Mapped[int] = mapped_column(primary_key=True)
+    epoch: Mapped[float]
+    values: Mapped[dict[str, Any]]  # {"loss/total": 1.2, "learning_rate": 0.01, "images_per_s": 20.1, …}
+
+
+class JobEvaluation(Base):
+    """COCO metrics of one detector of a job after one epoch (0: before training)."""
+
+    __tablename__ = "job_evaluations"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(10), primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    metrics: Mapped[dict[str, Any]]
+
+
+class Artifact(Base):
+    """A file that a job left: students, metrics, log, gallery pictures."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (UniqueConstraint("job_id", "name"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(200))  # student-best.safetensors, gallery/0.jpg, …
+    kind: Mapped[str] = mapped_column(String(20))  # student, teacher, metrics, log, gallery
+    content_type: Mapped[str] = mapped_column(String(100))
+    storage_key: Mapped[str] = mapped_column(String(300))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    details: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utcnow)

@@ -1,0 +1,102 @@
+"""Every setting of the service and its workers, from the environment, in one typed place."""
+
+import secrets
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class Settings(BaseSettings):
+    """Settings by environment variable.
+
+    `DATABASE_URL`, `REDIS_URL` and `STORAGE_URL` go by their common names; everything else is prefixed `DEFEAT_`
+    (`home` is `DEFEAT_HOME`). What is not set lies under `DEFEAT_HOME`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DEFEAT_", extra="ignore", populate_by_name=True)
+
+    home: Path = Field(
+        default=Path(".defeat"),
+        description="Directory of the embedded stack: database, broker, objects, caches, the server's secret.",
+    )
+    database_url: str = Field(
+        default="",
+        validation_alias="DATABASE_URL",
+        description="SQLAlchemy URL: postgresql+psycopg://… or sqlite:///…; default: SQLite under home.",
+    )
+    redis_url: str = Field(
+        default="",
+        validation_alias="REDIS_URL",
+        description="Broker: redis://… or redis+socket:///path; default: the Valkey socket under home.",
+    )
+    storage_url: str = Field(
+        default="",
+        validation_alias="STORAGE_URL",
+        description="Object store: file:///directory or s3://bucket/prefix; default: a directory under home.",
+    )
+    secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Secret that keys API-key hashes and dashboard sessions. Default: made once under home.",
+    )
+    dataset_roots: list[Path] = Field(
+        default=[],
+        description="Directories that `file://` datasets may lie in, as a JSON list. None: no `file://` datasets.",
+    )
+    max_upload_bytes: int = Field(default=20 * GIB, gt=0, description="Largest dataset archive or checkpoint, bytes.")
+    max_unpacked_bytes: int = Field(
+        default=100 * GIB, gt=0, description="Most bytes that one archive may unpack to; more is refused."
+    )
+    max_unpacked_files: int = Field(default=2_000_000, gt=0, description="Most files in one archive; more is refused.")
+    lease_s: float = Field(default=30.0, gt=0, description="How long a worker's claim holds without renewal, seconds.")
+    sweep_s: float = Field(default=10.0, gt=0, description="Time between two sweeps for lost work, seconds.")
+    redeliver_s: float = Field(
+        default=120.0, gt=0, description="A queued row whose last message is older than this is sent again, seconds."
+    )
+    max_attempts: int = Field(default=5, ge=1, description="Claims of one row before it is given up as failed.")
+    cancel_grace_s: float = Field(
+        default=20.0, gt=0, description="How long a cancelled run may take to save and end before it is killed, seconds."
+    )
+    device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
+    log_level: str = Field(default="INFO", description="Least level that is logged.")
+
+    @model_validator(mode="after")
+    def _fill_from_home(self) -> "Settings":
+        self.home = self.home.expanduser().resolve()
+        self.database_url = self.database_url or f"sqlite:///{self.home / 'defeat.sqlite3'}"
+        self.redis_url = self.redis_url or f"redis+socket://{self.broker_socket}"
+        self.storage_url = self.storage_url or (self.home / "objects").as_uri()
+        return self
+
+    @property
+    def broker_socket(self) -> Path:
+        """Unix socket of the embedded broker. The kernel allows about 107 characters of path."""
+        return self.home / "broker.sock"
+
+    @property
+    def scratch(self) -> Path:
+        """Directory for run directories, upload parts and the dataset cache: may be lost at any time."""
+        return self.home / "scratch"
+
+    def secret_bytes(self) -> bytes:
+        """Return the server's secret; without `DEFEAT_SECRET`, one is made under home (mode 0600) and kept."""
+        if value := self.secret.get_secret_value():
+            return value.encode()
+        path = self.home / "secret"
+        self.home.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+        except FileExistsError:
+            return path.read_bytes()
+        path.write_text(secrets.token_hex(32))
+        return path.read_bytes()
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """Return the process's settings, read from the environment once."""
+    return Settings()
