@@ -89,9 +89,7 @@ class Invalid(ServiceError):
 
     status, code, title = 422, "validation_failed", "Invalid request"
 
-    def __init__(
-        self, detail: str, *, code: str | None = None, errors: list[dict[str, str]] | None = None
-    ) -> None:
+    def __init__(self, detail: str, *, code: str | None = None, errors: list[dict[str, str]] | None = None) -> None:
         super().__init__(detail, errors=errors)
         self.code = code or type(self).code
 

@@ -59,7 +59,9 @@ class Settings(BaseSettings):
     )
     max_attempts: int = Field(default=5, ge=1, description="Claims of one row before it is given up as failed.")
     cancel_grace_s: float = Field(
-        default=20.0, gt=0, description="How long a cancelled run may take to save and end before it is killed, seconds."
+        default=20.0,
+        gt=0,
+        description="How long a cancelled run may take to save and end before it is killed, seconds.",
     )
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
     log_level: str = Field(default="INFO", description="Least level that is logged.")
