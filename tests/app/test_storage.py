@@ -1,0 +1,191 @@
+import errno
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.storage import CHUNK_BYTES, ObjectMissing, Storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage((tmp_path / "with space").as_uri())
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 10_000)
+    return path
+
+
+def test_a_file_comes_back_as_it_was_put(storage: Storage, file: Path, tmp_path: Path) -> None:
+    stored = storage.put_file("jobs/job_1/a.bin", file)
+    storage.get_file("jobs/job_1/a.bin", tmp_path / "back")
+
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    assert stored.key == "jobs/job_1/a.bin"
+    assert stored.size_bytes == storage.size(stored.key) == 2_560_000
+    assert stored.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert {path.name for path in tmp_path.iterdir()} == {"with space", "file", "back"}
+
+
+def test_an_empty_file_is_an_object_too(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert storage.put_file("empty", tmp_path / "empty").size_bytes == 0
+    assert b"".join(storage.stream("empty")) == b""
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, None), (0, 0), (1, 2), (255, CHUNK_BYTES + 300), (2_559_999, None), (2_560_000, None)]
+)
+def test_a_range_of_bytes(storage: Storage, file: Path, start: int, end: int | None) -> None:
+    storage.put_file("a", file)
+    assert b"".join(storage.stream("a", start=start, end=end)) == file.read_bytes()[start:end]
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, None), (2, 1), (0, 2_560_001), (2_560_001, None)])
+def test_a_range_outside_the_object_is_refused(storage: Storage, file: Path, start: int, end: int | None) -> None:
+    storage.put_file("a", file)
+    with pytest.raises(ValueError, match="2560000"):
+        storage.stream("a", start=start, end=end)
+
+
+def test_a_large_object_is_read_in_spans_of_one_version(
+    storage: Storage, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.storage._SPAN_BYTES", 1_000_000)
+    storage.put_file("a", file)
+    assert b"".join(storage.stream("a", start=7)) == file.read_bytes()[7:]
+
+    chunks = storage.stream("a")
+    next(chunks)
+    (tmp_path / "other").write_bytes(b"x" * 2_560_000)
+    storage.put_file("a", tmp_path / "other")
+    with pytest.raises(OSError, match="object store, a"):
+        list(chunks)
+
+
+def test_a_second_put_replaces(storage: Storage, file: Path, tmp_path: Path) -> None:
+    storage.put_file("a", file)
+    (tmp_path / "new").write_bytes(b"new")
+    storage.put_file("a", tmp_path / "new")
+    assert b"".join(storage.stream("a")) == b"new"
+
+
+def test_what_is_missing(storage: Storage, tmp_path: Path) -> None:
+    assert not storage.exists("a/b")
+    storage.delete("a/b")
+    storage.delete_prefix("a")
+    assert storage.list("a") == []
+    with pytest.raises(ObjectMissing, match="'a/b'"):
+        storage.size("a/b")
+    with pytest.raises(ObjectMissing):
+        storage.stream("a/b")
+    with pytest.raises(ObjectMissing):
+        storage.get_file("a/b", tmp_path / "back")
+    with pytest.raises(FileNotFoundError):
+        storage.put_file("a/b", tmp_path / "nothing")
+    assert not (tmp_path / "back").exists()
+
+
+def test_folders(storage: Storage, file: Path, tmp_path: Path) -> None:
+    for key in ("jobs/a/2", "jobs/a/sub/1", "jobs/ab/1"):
+        storage.put_file(key, file)
+    assert storage.list("jobs/a") == ["jobs/a/2", "jobs/a/sub/1"]
+
+    storage.delete_prefix("jobs/a")
+
+    assert storage.list("jobs") == ["jobs/ab/1"]
+    assert not (tmp_path / "with space" / "jobs" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "/a", "a/", "a//b", "..", "a/../b", ".hidden", "a/.b", "a b", "a#1", "a\n", "a\0", "ä", "a\\b", "x" * 301],
+)
+def test_a_malformed_key_is_refused_everywhere(storage: Storage, file: Path, tmp_path: Path, key: str) -> None:
+    calls = (
+        lambda: storage.put_file(key, file),
+        lambda: storage.get_file(key, tmp_path / "back"),
+        lambda: storage.stream(key),
+        lambda: storage.size(key),
+        lambda: storage.exists(key),
+        lambda: storage.delete(key),
+        lambda: storage.delete_prefix(key),
+        lambda: storage.list(key),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="not a storage key"):
+            call()
+
+
+@pytest.mark.parametrize("url", ["", "objects", "file://host/dir", "http://bucket/x", "s3://"])
+def test_an_unknown_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="STORAGE_URL"):
+        Storage(url)
+
+
+def test_ping_leaves_nothing(storage: Storage) -> None:
+    storage.ping()
+    assert storage.list("ping") == []
+
+
+def test_ping_says_when_the_store_is_gone(tmp_path: Path) -> None:
+    storage = Storage((tmp_path / "objects").as_uri())
+    (tmp_path / "objects").rmdir()
+    (tmp_path / "objects").write_text("a file")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        storage.ping()
+
+
+# A limit on the size of files stands in for a full disk: both fail in the middle of a write.
+FULL = """
+import errno, resource, signal, sys
+from pathlib import Path
+from app.storage import Storage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+storage, file = Storage(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+for action in (lambda: storage.put_file("a/b", file), lambda: storage.get_file("big", Path(sys.argv[3]))):
+    try:
+        action()
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+
+
+def test_a_write_that_fails_leaves_the_old_object(storage: Storage, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    storage.put_file("a/b", tmp_path / "old")
+    storage.put_file("big", file)
+
+    command = [sys.executable, "-c", FULL, (tmp_path / "with space").as_uri(), str(file), str(tmp_path / "back")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["EFBIG", "EFBIG"]
+    assert b"".join(storage.stream("a/b")) == b"old"
+    assert [path.name for path in (tmp_path / "with space" / "a").iterdir()] == ["b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"with space", "file", "old"}
+
+
+def test_a_full_disk_is_enospc_and_leaves_the_old_object(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        storage = Storage(disk.as_uri())
+        (tmp_path / "old").write_bytes(b"old")
+        (tmp_path / "big").write_bytes(b"x" * 2_000_000)
+        storage.put_file("a/b", tmp_path / "old")
+        with pytest.raises(OSError, match="No space left") as caught:
+            storage.put_file("a/b", tmp_path / "big")
+        assert caught.value.errno == errno.ENOSPC
+        assert b"".join(storage.stream("a/b")) == b"old"
+        assert storage.list("a") == ["a/b"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
