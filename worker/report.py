@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+PROGRESS_EVERY_S = 0.5
+
 FailureClass = Literal["user", "data", "oom", "infra"]
 Level = Literal["info", "warn", "error"]
 Subject = Literal["teacher", "student"]
@@ -60,6 +62,8 @@ class Reporter:
         self.directory = directory
         self.cancelled = False
         self._artifacts: dict[str, dict[str, Any]] = {}
+        self._stage: tuple[str, int | None] | None = None
+        self._progress_at = 0.0
         self._events = (directory / "events.jsonl").open("a", buffering=1, encoding="utf-8")
         (directory / "artifacts").mkdir(exist_ok=True)
         (directory / "checkpoints").mkdir(exist_ok=True)
@@ -94,7 +98,14 @@ class Reporter:
         eta_s: float | None = None,
         images_per_s: float | None = None,
     ) -> None:
-        """Say where the run is; `fraction` is of the whole run, 0 to 1."""
+        """Say where the run is; `fraction` is of the whole run, 0 to 1.
+
+        At most two a second are written, unless phase or epoch changed: a fast step must not wait for its news.
+        """
+        now, stage = time.monotonic(), (phase, epoch)
+        if stage == self._stage and now - self._progress_at < PROGRESS_EVERY_S and fraction < 1:
+            return
+        self._stage, self._progress_at = stage, now
         self._event(
             "progress",
             phase=phase,

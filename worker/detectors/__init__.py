@@ -1,0 +1,139 @@
+"""The registry of detector families, and how a detector is built, saved and loaded.
+
+Adding a family is one file and one line in `DETECTORS`.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+
+from worker.config import Config
+from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.faster_rcnn import FasterRCNNConfig, FasterRCNNDetector
+from worker.report import RunError, write_atomically
+
+__all__ = [
+    "DETECTORS",
+    "Detections",
+    "Detector",
+    "Target",
+    "TrainPass",
+    "build",
+    "load",
+    "read_header",
+    "save",
+]
+
+FORMAT_VERSION = 1
+METADATA_KEY = "defeat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One detector family: its config and how a detector is made from it."""
+
+    summary: str
+    head: HeadKind
+    config: type[Config]
+    build: Callable[..., Detector]
+
+
+DETECTORS: dict[str, Family] = {
+    "faster_rcnn": Family(
+        summary="Two-stage detector with a feature pyramid (Ren et al. 2015, Lin et al. 2017), torchvision's.",
+        head="two_stage",
+        config=FasterRCNNConfig,
+        build=FasterRCNNDetector,
+    ),
+}
+
+
+def build(
+    spec: Mapping[str, Any], classes: Sequence[str], *, pretrained_backbone: bool = False, where: str = "detector"
+) -> Detector:
+    """Build a detector from its spec.
+
+    Args:
+        spec: `{"architecture": …, …}`; missing keys take their defaults.
+        classes: names of the labels 1, 2, ….
+        pretrained_backbone: start the backbone from ImageNet weights instead of random ones.
+        where: where the spec stands, for the error.
+
+    Raises:
+        RunError: unknown architecture, unknown keys, values out of range, weights that cannot be had.
+    """
+    architecture = spec.get("architecture")
+    if architecture not in DETECTORS:
+        raise RunError(
+            "user", "unknown_architecture", f"{where}.architecture is {architecture!r}; known: {', '.join(DETECTORS)}"
+        )
+    family = DETECTORS[architecture]
+    return family.build(family.config.parse(spec, where=where), classes, pretrained_backbone=pretrained_backbone)
+
+
+def dumps(detector: Detector) -> bytes:
+    """Return the detector as the bytes of a safetensors file with its spec and classes inside."""
+    header = {
+        "format_version": FORMAT_VERSION,
+        "detector": detector.config.model_dump(mode="json"),
+        "classes": detector.classes,
+    }
+    # Clones: shared storage, or a view of a larger one, is not for a file format.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in detector.state_dict().items()}
+    return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header)})
+
+
+def save(detector: Detector, path: Path) -> None:
+    """Write the detector to `path`, atomically. Raises `RunError("infra", "disk_full", …)` as `write_atomically`."""
+    write_atomically(path, dumps(detector))
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Return `{"detector", "classes"}` from a safetensors file of ours, or None if it carries no such header.
+
+    Raises:
+        RunError: `not_safetensors` if the file is no safetensors file or is cut off.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise RunError("data", "not_safetensors", f"{path.name} is not a complete safetensors file: {error}") from error
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+        if header["format_version"] != FORMAT_VERSION:
+            raise RunError(
+                "data",
+                "unknown_format_version",
+                f"{path.name} has format version {header['format_version']!r}; this version reads {FORMAT_VERSION}",
+            )
+        return {"detector": dict(header["detector"]), "classes": [str(name) for name in header["classes"]]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError("data", "bad_header", f"the header of {path.name} cannot be read: {error!r}") from error
+
+
+def load(path: str | Path, *, device: str = "cpu") -> Detector:
+    """Rebuild a detector from a file that `save` wrote: in eval mode, ready for `detect`.
+
+    Raises:
+        RunError: the file is not ours, is cut off, or its tensors do not fit its spec.
+    """
+    path = Path(path)
+    header = read_header(path)
+    if header is None:
+        raise RunError(
+            "data", "no_header", f"{path.name} does not say which detector it is (no {METADATA_KEY!r} metadata)"
+        )
+    detector = build(header["detector"], header["classes"])
+    try:
+        detector.load_state_dict(safetensors.torch.load_file(path))
+    except RuntimeError as error:
+        raise RunError("data", "tensors_do_not_fit", f"{path.name}: {error}"[:2000]) from error
+    return detector.to(device).eval()

@@ -1,0 +1,93 @@
+"""What the engine and the methods need of a detector, whatever its family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from torch import Tensor, nn
+
+from worker.config import Config
+
+HeadKind = Literal["two_stage"]
+
+
+class Target(TypedDict):
+    """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Detections(TypedDict):
+    """Detections in one picture: boxes (N, 4) in its pixels, labels (N,) from 1, scores (N,) 0 to 1, descending."""
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPass:
+    """One training forward pass of a detector, with everything a distillation method may match.
+
+    Attributes:
+        images: (B, 3, H, W), normalised, resized and padded: what the trunk saw, and what a teacher's trunk is fed.
+        image_sizes: height and width of each picture in `images`, without the padding.
+        targets: ground truth in the pixels of `images`.
+        features: the pyramid's maps by level name, finest first.
+        losses: the detector's own losses, exactly torchvision's.
+        proposals: the sampled proposals of each picture, (P_i, 4); None for one-stage detectors.
+        labels: the class of each sampled proposal, (P_i,), 0 for background; None likewise.
+        class_logits: (sum of P_i, classes + 1), column 0 is background; None likewise.
+    """
+
+    images: Tensor
+    image_sizes: list[tuple[int, int]]
+    targets: list[Target]
+    features: Mapping[str, Tensor]
+    losses: dict[str, Tensor]
+    proposals: list[Tensor] | None = None
+    labels: list[Tensor] | None = None
+    class_logits: Tensor | None = None
+
+
+class Detector(nn.Module):
+    """A detector: called as torchvision's are (`model(images, targets)`), and able to be taken apart.
+
+    A family derives from its torchvision class and from this one. The methods here say what each must do.
+
+    Attributes:
+        config: the spec that rebuilds it.
+        classes: the names of the labels 1, 2, ….
+        head: its kind of head.
+        strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
+        channels: channels of each pyramid level.
+    """
+
+    config: Config
+    classes: list[str]
+    head: HeadKind
+    strides: tuple[int, ...]
+    channels: int
+
+    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
+        """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
+        raise NotImplementedError
+
+    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """Run forward in training mode on pictures (3, H, W), float, 0 to 1; the losses are those of a plain call."""
+        raise NotImplementedError
+
+    def score(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Class logits (sum of P_i, classes + 1) of proposals, by this detector's head on its own features."""
+        raise NotImplementedError
+
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """Detect in pictures (3, H, W), float, 0 to 1; in eval mode, without gradients."""
+        raise NotImplementedError
+
+    def select_classes(self, classes: Sequence[str]) -> None:
+        """Keep only these of the detector's classes, in this order; all must be known to it."""
+        raise NotImplementedError

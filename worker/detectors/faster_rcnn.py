@@ -1,0 +1,189 @@
+"""Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import MultiScaleRoIAlign
+
+from worker.config import Config
+from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
+from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+
+ROI_SIZE = 7
+
+
+class FasterRCNNConfig(Config):
+    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["faster_rcnn"] = "faster_rcnn"
+    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
+    strides: Annotated[
+        tuple[Literal[4, 8, 16, 32], ...],
+        Field(description="Strides of the pyramid's levels in pixels, consecutive.", min_length=1, max_length=4),
+    ] = (4, 8, 16, 32)
+    pool_level: Annotated[
+        bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
+    ] = True
+    pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
+    anchor_scale: Annotated[
+        float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
+    ] = 8.0
+    anchor_ratios: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=20)], ...],
+        Field(description="Height over width of the anchors.", min_length=1, max_length=9),
+    ] = (0.5, 1.0, 2.0)
+    min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
+    max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
+    head_channels: Annotated[int, Field(description="Width of the box head's two layers.", ge=16, le=4096)] = 1024
+    train_proposals: Annotated[
+        int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
+    ] = 2000
+    test_proposals: Annotated[
+        int, Field(description="Proposals kept per picture in detection, after suppression.", ge=16, le=4000)
+    ] = 1000
+    box_samples: Annotated[
+        int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
+    ] = 512
+    score_threshold: Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)] = 0.05
+    nms_threshold: Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)] = 0.5
+    max_detections: Annotated[int, Field(description="Most detections per picture.", ge=1, le=1000)] = 100
+    frozen_batch_norm: Annotated[
+        bool, Field(description="Fix the backbone's batch norm; for pretrained weights and small batches.")
+    ] = False
+    batch_norm_epsilon: Annotated[
+        float | None,
+        Field(description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights need 0.", ge=0, le=0.1),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first = STRIDES.index(self.strides[0])
+        if self.strides != STRIDES[first : first + len(self.strides)]:
+            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {self.strides}")
+        if self.max_size < self.min_size:
+            raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
+        return self
+
+
+class FasterRCNNDetector(FasterRCNN, Detector):
+    """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
+
+    head: HeadKind = "two_stage"
+    # What torchvision sets without saying the types.
+    transform: Any
+    backbone: Any
+    rpn: Any
+    roi_heads: Any
+
+    def __init__(self, config: FasterRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone."""
+        strides = config.strides + ((2 * config.strides[-1],) if config.pool_level else ())
+        pyramid = build_pyramid(
+            config.backbone,
+            strides=config.strides,
+            channels=config.pyramid_channels,
+            pool_level=config.pool_level,
+            pretrained=pretrained_backbone,
+            frozen_batch_norm=config.frozen_batch_norm,
+        )
+        anchors = AnchorGenerator(
+            sizes=tuple((round(config.anchor_scale * stride),) for stride in strides),
+            aspect_ratios=(config.anchor_ratios,) * len(strides),
+        )
+        super().__init__(
+            pyramid,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            rpn_anchor_generator=anchors,
+            rpn_post_nms_top_n_train=config.train_proposals,
+            rpn_post_nms_top_n_test=config.test_proposals,
+            rpn_pre_nms_top_n_train=config.train_proposals,
+            rpn_pre_nms_top_n_test=config.test_proposals,
+            box_roi_pool=MultiScaleRoIAlign(
+                [str(level) for level in range(len(config.strides))], output_size=ROI_SIZE, sampling_ratio=2
+            ),
+            box_head=TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels),
+            box_predictor=FastRCNNPredictor(config.head_channels, len(classes) + 1),
+            box_score_thresh=config.score_threshold,
+            box_nms_thresh=config.nms_threshold,
+            box_detections_per_img=config.max_detections,
+            box_batch_size_per_image=config.box_samples,
+        )
+        if config.batch_norm_epsilon is not None:
+            overwrite_eps(self, config.batch_norm_epsilon)
+        self.config = config
+        self.classes = list(classes)
+        self.strides = strides
+        self.channels = config.pyramid_channels
+
+    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
+        """See `Detector.trunk`."""
+        return cast(Mapping[str, Tensor], self.backbone(images))
+
+    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.train_pass`.
+
+        torchvision's forward, step by step, so that features, sampled proposals and their logits can be seen. Random
+        numbers are drawn in its order: the losses are its losses (held by a test).
+        """
+        batch, scaled = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        proposals, rpn_losses = self.rpn(batch, features, scaled)
+        proposals, _, labels, regression_targets = self.roi_heads.select_training_samples(proposals, scaled)
+        class_logits, box_regression = self._head(features, proposals, batch.image_sizes)
+        class_loss, box_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
+        return TrainPass(
+            images=batch.tensors,
+            image_sizes=batch.image_sizes,
+            targets=scaled,
+            features=features,
+            losses={"loss_classifier": class_loss, "loss_box_reg": box_loss, **rpn_losses},
+            proposals=proposals,
+            labels=labels,
+            class_logits=class_logits,
+        )
+
+    def score(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """See `Detector.score`."""
+        return self._head(features, proposals, image_sizes)[0]
+
+    def _head(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        heads = self.roi_heads
+        pooled = heads.box_roi_pool(features, proposals, image_sizes)
+        return cast(tuple[Tensor, Tensor], heads.box_predictor(heads.box_head(pooled)))
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """See `Detector.detect`."""
+        return cast(list[Detections], self(images))
+
+    def select_classes(self, classes: Sequence[str]) -> None:
+        """See `Detector.select_classes`. Rows of the predictor are kept; softmax then runs over what is left."""
+        rows = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
+        predictor = self.roi_heads.box_predictor
+        box_rows = (rows[:, None] * 4 + torch.arange(4)).flatten()
+        predictor.cls_score = _select_rows(predictor.cls_score, rows)
+        predictor.bbox_pred = _select_rows(predictor.bbox_pred, box_rows)
+        self.classes = list(classes)
+
+
+def _select_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """Return a linear layer with only these of the outputs, in this order."""
+    rows = rows.to(layer.weight.device)
+    selected = nn.Linear(layer.in_features, len(rows), device=layer.weight.device, dtype=layer.weight.dtype)
+    with torch.no_grad():
+        selected.weight.copy_(layer.weight[rows])
+        selected.bias.copy_(layer.bias[rows])
+    return selected

@@ -1,0 +1,64 @@
+"""Detectors whose trained weights torchvision publishes, as teachers."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.error import URLError
+
+from torchvision.models import WeightsEnum
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from worker.config import Config
+from worker.detectors import build
+from worker.detectors.base import Detector
+from worker.detectors.faster_rcnn import FasterRCNNConfig
+from worker.report import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """One published detector: the config that its weights fit, and the weights by name."""
+
+    config: Config
+    weights: dict[str, WeightsEnum]
+
+
+PRETRAINED: dict[str, Pretrained] = {
+    "fasterrcnn_resnet50_fpn": Pretrained(
+        config=FasterRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
+        weights={"COCO_V1": FasterRCNN_ResNet50_FPN_Weights.COCO_V1},
+    ),
+}
+
+
+def classes_of(weights: WeightsEnum) -> list[str]:
+    """Return the class names of labels 1, 2, …; torchvision's `N/A` stand for COCO's unused ids."""
+    return list(weights.meta["categories"][1:])
+
+
+def load_pretrained(name: str, weights_name: str) -> Detector:
+    """Build a published detector and load its weights, from torch's cache or the network.
+
+    Raises:
+        RunError: `unknown_detector`, `unknown_weights` (the detail lists the choices); `weights_unavailable`.
+    """
+    if name not in PRETRAINED:
+        raise RunError("user", "unknown_detector", f"no pretrained {name!r}; there are: {', '.join(PRETRAINED)}")
+    entry = PRETRAINED[name]
+    if weights_name not in entry.weights:
+        raise RunError(
+            "user", "unknown_weights", f"{name} has no weights {weights_name!r}; it has: {', '.join(entry.weights)}"
+        )
+    weights = entry.weights[weights_name]
+    detector = build(entry.config.model_dump(mode="json"), classes_of(weights))
+    try:
+        # The hash is part of the file's name and checked as it is downloaded.
+        state: dict[str, Any] = cast(dict[str, Any], weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError) as error:
+        raise RunError(
+            "infra",
+            "weights_unavailable",
+            f"{name} {weights_name} could not be downloaded ({error}); give the worker network access, or put "
+            f"{weights.url.rsplit('/', 1)[-1]} into hub/checkpoints under TORCH_HOME",
+        ) from error
+    detector.load_state_dict(state)
+    return detector

@@ -1,0 +1,1 @@
+"""The training engine: names no method and no detector."""

@@ -1,0 +1,76 @@
+"""The training checkpoint: everything that another attempt needs to go on as if nothing had happened."""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.report import RunError, Subject, write_atomically
+
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The best detector so far, by AP on the evaluation split."""
+
+    epoch: int
+    metrics: dict[str, Any]
+    model: dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """Where a run stands after a whole epoch.
+
+    Attributes:
+        subject: who is being trained.
+        epoch: completed epochs.
+        model: the detector's tensors.
+        method: the method's tensors (adapters).
+        optimizer: the optimiser's state.
+        best: the best detector so far, if any was evaluated.
+        teacher: tensors of a teacher that this job trained, once the student is being trained.
+        teacher_metrics: the teacher's evaluation, likewise.
+        history: everything logged so far, for `metrics.json`.
+    """
+
+    subject: Subject
+    epoch: int
+    model: dict[str, Tensor]
+    method: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    best: Best | None
+    teacher: dict[str, Tensor] | None
+    teacher_metrics: dict[str, Any] | None
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the state, atomically: whatever happens, `path` holds a whole checkpoint or what it held before."""
+        # Not asdict for the tensors: it would copy them one by one.
+        document = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        document["best"] = self.best and {name: getattr(self.best, name) for name in Best.__dataclass_fields__}
+        buffer = io.BytesIO()
+        torch.save({"format_version": FORMAT_VERSION, **document}, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path, *, device: torch.device) -> "TrainingState":
+        """Read a state that `save` wrote.
+
+        Raises:
+            RunError: `checkpoint_unreadable` if the file is cut off or of another version.
+        """
+        try:
+            document = torch.load(path, map_location=device, weights_only=True)
+            if document.pop("format_version") != FORMAT_VERSION:
+                raise RunError("infra", "checkpoint_unreadable", f"{path.name} was written by another version")
+            best = document.pop("best")
+            return cls(best=Best(**best) if best else None, **document)
+        except RunError:
+            raise
+        except Exception as error:  # torch.load's errors on a damaged file are many
+            raise RunError("infra", "checkpoint_unreadable", f"{path.name} cannot be read: {error}"[:500]) from error

@@ -1,0 +1,262 @@
+"""The `distill` run: get the teacher, train the student with a method, measure both, leave the artifacts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worker import detectors, methods
+from worker.data import canonical
+from worker.data.canonical import CanonicalDataset, Split
+from worker.data.loader import PictureReader
+from worker.detectors.base import Detector
+from worker.detectors.pretrained import load_pretrained
+from worker.engine.checkpoint import Best, TrainingState
+from worker.engine.config import JobConfig, StudentConfig, TeacherConfig
+from worker.engine.evaluate import summary
+from worker.engine.gallery import write_gallery
+from worker.engine.seeds import reseed
+from worker.engine.train import EVALUATION_COST, TEACHER_COST, Context, History, Plan, evaluate, train
+from worker.report import Reporter, RunError, Subject
+
+# Parts of a job's spec that only the service reads.
+SERVICE_KEYS = frozenset({"name", "labels", "dataset"})
+
+
+def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """Carry out one distillation; see docs/architecture.md for spec, inputs and results.
+
+    Raises:
+        RunError: the spec or the data asks for what cannot be.
+        Cancelled: the run was asked to end.
+    """
+    config = JobConfig.parse({key: value for key, value in spec.items() if key not in SERVICE_KEYS}, where="spec")
+    device = resolve_device(inputs["device"])
+    reporter.progress("preparing", fraction=0.0)
+    dataset = canonical.read(Path(inputs["dataset"]))
+    resume = TrainingState.load(Path(inputs["resume"]), device=device) if inputs["resume"] else None
+    context = _context(config, dataset, Path(inputs["dataset"]), device, reporter)
+    if resume:
+        context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
+        reporter.message("info", "resumed", f"going on after epoch {resume.epoch} of the {resume.subject}'s training")
+    checkpoint = reporter.directory / "checkpoints" / "last.pt"
+
+    teacher, teacher_metrics = _teacher(config, inputs, context, resume, checkpoint)
+    student = _build(config.student, dataset.classes, inputs["student"], seed=config.seed, subject="student").to(device)
+    reseed(config.seed, "student", "method")
+    method = methods.build(config.distillation, student, teacher).to(device)
+
+    trained_here = teacher is not None and config.teacher is not None and config.teacher.source == "train"
+
+    def _save(state: TrainingState) -> None:
+        if trained_here and teacher is not None:
+            state.teacher = teacher.state_dict()
+        state.teacher_metrics = teacher_metrics
+        state.save(checkpoint)
+        reporter.checkpoint(checkpoint)
+
+    best = train(
+        context,
+        student,
+        subject="student",
+        teacher=teacher,
+        method=method,
+        schedule=config.schedule,
+        resume=resume if resume and resume.subject == "student" else None,
+        save=_save,
+    )
+    return _finish(config, context, teacher, teacher_metrics, student, best)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `name` asks for; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        RunError: `device_unavailable` if a GPU is asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError("infra", "device_unavailable", f"the device {name} was asked for, and torch sees no GPU here")
+    return torch.device(name)
+
+
+def _context(
+    config: JobConfig, dataset: CanonicalDataset, root: Path, device: torch.device, reporter: Reporter
+) -> Context:
+    def _split(name: Split) -> PictureReader:
+        images = dataset.in_split(name)
+        if not images:
+            splits = ", ".join(dataset.counts())
+            raise RunError("user", "split_missing", f"the dataset has no {name} split; it has: {splits}")
+        return PictureReader(root, images)
+
+    train_pictures, eval_pictures = _split("train"), _split(config.evaluation.split)
+    every, evaluated = config.evaluation.every_epochs, len(eval_pictures) * EVALUATION_COST
+    step_cost = 1.0 if config.teacher is None else 1.0 + TEACHER_COST
+    total = config.schedule.epochs * len(train_pictures) * step_cost + evaluated * -(-config.schedule.epochs // every)
+    if config.teacher is not None:
+        total += evaluated
+    if config.teacher is not None and config.teacher.source == "train":
+        epochs = config.teacher.schedule.epochs
+        total += epochs * len(train_pictures) + evaluated * -(-epochs // every)
+    return Context(
+        dataset=dataset,
+        train_pictures=train_pictures,
+        eval_pictures=eval_pictures,
+        evaluation=config.evaluation,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        device=device,
+        reporter=reporter,
+        history=History(reporter=reporter),
+        plan=Plan(total=total),
+    )
+
+
+def _build(
+    config: StudentConfig | TeacherConfig, classes: Sequence[str], weights: str | None, *, seed: int, subject: Subject
+) -> Detector:
+    """Build a detector to be trained, with its initial weights: random, ImageNet's, or a checkpoint's."""
+    assert isinstance(config.detector, dict)
+    reseed(seed, subject, "init")
+    detector = detectors.build(
+        config.detector, classes, pretrained_backbone=config.initial_weights == "imagenet", where=f"{subject}.detector"
+    )
+    if config.initial_weights not in ("random", "imagenet"):
+        if weights is None:
+            raise RunError(
+                "user",
+                "unknown_initial_weights",
+                f"{subject}.initial_weights is {config.initial_weights!r}; use random, imagenet or a checkpoint's id",
+            )
+        initial = detectors.load(weights)
+        _require_classes(initial, classes, subject)
+        initial.select_classes(classes)
+        try:
+            detector.load_state_dict(initial.state_dict())
+        except RuntimeError as error:
+            raise RunError(
+                "user", "tensors_do_not_fit", f"{subject}.initial_weights do not fit {subject}.detector: {error}"[:2000]
+            ) from error
+    return detector
+
+
+def _require_classes(detector: Detector, classes: Sequence[str], subject: Subject) -> None:
+    if unknown := [name for name in classes if name not in detector.classes]:
+        raise RunError(
+            "user",
+            f"{subject}_classes_differ",
+            f"the {subject} does not know {len(unknown)} of the dataset's {len(classes)} classes: "
+            f"{', '.join(unknown[:20])}; it knows: {', '.join(detector.classes[:100])}",
+        )
+
+
+def _teacher(
+    config: JobConfig, inputs: Mapping[str, Any], context: Context, resume: TrainingState | None, checkpoint: Path
+) -> tuple[Detector | None, dict[str, Any] | None]:
+    """Return the teacher, frozen and in eval mode, with exactly the dataset's classes, and its metrics."""
+    if config.teacher is None:
+        return None, None
+    classes, source = context.dataset.classes, config.teacher.source
+    metrics = resume.teacher_metrics if resume and resume.subject == "student" else None
+    if source == "train":
+        teacher = _build(config.teacher, classes, inputs["teacher_initial"], seed=config.seed, subject="teacher")
+        teacher.to(context.device)
+        if resume and resume.teacher is not None:
+            teacher.load_state_dict(resume.teacher)
+        else:
+            metrics = _train_teacher(config.teacher, teacher, context, resume, checkpoint).metrics
+    else:
+        if source == "checkpoint":
+            teacher = detectors.load(inputs["teacher"])
+        else:
+            teacher = load_pretrained(str(config.teacher.detector), str(config.teacher.weights))
+        _require_classes(teacher, classes, "teacher")
+        teacher.select_classes(classes)
+        teacher.to(context.device)
+    teacher.eval().requires_grad_(False)
+    if metrics is None:
+        metrics = evaluate(context, teacher, subject="teacher", epoch=0)
+    context.reporter.message("info", "teacher_ready", f"the teacher reaches {summary(metrics)}")
+    return teacher, metrics
+
+
+def _train_teacher(
+    config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None, checkpoint: Path
+) -> Best:
+    def _save(state: TrainingState) -> None:
+        state.save(checkpoint)
+        context.reporter.checkpoint(checkpoint)
+
+    best = train(
+        context,
+        teacher,
+        subject="teacher",
+        teacher=None,
+        method=methods.build({"method": "baseline"}, teacher, None),
+        schedule=config.schedule,
+        resume=resume,
+        save=_save,
+    )
+    teacher.load_state_dict(best.model)
+    return best
+
+
+def _finish(
+    config: JobConfig,
+    context: Context,
+    teacher: Detector | None,
+    teacher_metrics: dict[str, Any] | None,
+    student: Detector,
+    best: Best,
+) -> dict[str, Any]:
+    """Write the artifacts and return the results."""
+    reporter = context.reporter
+    reporter.progress("finishing", fraction=context.plan.fraction)
+    tensors = "application/octet-stream"
+    student.eval()
+    detectors.save(
+        student,
+        reporter.artifact(
+            "student-last.safetensors",
+            kind="student",
+            content_type=tensors,
+            details={"epoch": config.schedule.epochs, **_describe(student)},
+        ),
+    )
+    student.load_state_dict(best.model)
+    details = {"epoch": best.epoch, "ap": best.metrics["ap"], "ap50": best.metrics["ap50"], **_describe(student)}
+    detectors.save(
+        student,
+        reporter.artifact("student-best.safetensors", kind="student", content_type=tensors, details=details),
+    )
+    if teacher is not None and config.teacher is not None and config.teacher.source == "train":
+        detectors.save(
+            teacher,
+            reporter.artifact("teacher.safetensors", kind="teacher", content_type=tensors, details=_describe(teacher)),
+        )
+    write_gallery(
+        reporter,
+        context.eval_pictures,
+        {"teacher": teacher, "student": student},
+        classes=context.dataset.classes,
+        count=config.evaluation.gallery_images,
+        device=context.device,
+    )
+    history = reporter.artifact("metrics.json", kind="metrics", content_type="application/json")
+    history.write_text(json.dumps(context.history.state()))
+    reporter.message("info", "student_ready", f"the student reaches {summary(best.metrics)} after epoch {best.epoch}")
+    reporter.progress("finishing", fraction=1.0, eta_s=0.0)
+    return {"teacher": teacher_metrics, "student": {**best.metrics, "epoch": best.epoch}}
+
+
+def _describe(detector: Detector) -> dict[str, Any]:
+    return {
+        "detector": detector.config.model_dump(mode="json"),
+        "classes": detector.classes,
+        "tensors": len(detector.state_dict()),
+        "parameters": sum(parameter.numel() for parameter in detector.parameters()),
+    }

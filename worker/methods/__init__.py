@@ -1,0 +1,60 @@
+"""The registry of distillation methods. Adding one is one file and one line in `METHODS`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from worker.config import Config
+from worker.detectors.base import Detector
+from worker.methods.base import Clock, Method
+from worker.methods.baseline import Baseline, BaselineConfig
+from worker.methods.defeat import Defeat, DefeatConfig
+from worker.report import RunError
+
+__all__ = ["METHODS", "Clock", "Method", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One method: its config, how it is made, and what it needs of the two detectors.
+
+    Attributes:
+        needs: parts that student and teacher must have in common; "neck" means pyramid levels of equal stride.
+    """
+
+    summary: str
+    config: type[Config]
+    build: Callable[[Any, Detector, Detector | None], Method]
+    needs_teacher: bool
+    needs: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Entry] = {
+    "baseline": Entry(
+        summary="The student's own losses alone, without a teacher.",
+        config=BaselineConfig,
+        build=Baseline,
+        needs_teacher=False,
+    ),
+    "defeat": Entry(
+        summary="Decoupled features: object and background of the neck, positives and negatives of the head "
+        "(Guo et al., CVPR 2021).",
+        config=DefeatConfig,
+        build=Defeat,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+}
+
+
+def build(spec: Mapping[str, Any], student: Detector, teacher: Detector | None) -> Method:
+    """Build the method that `spec` describes (`{"method": …, …parameters}`) for this student and teacher.
+
+    Raises:
+        RunError: unknown method, unknown keys, values out of range, or detectors that it cannot pair.
+    """
+    name = spec.get("method")
+    if name not in METHODS:
+        raise RunError("user", "unknown_method", f"distillation.method is {name!r}; known: {', '.join(METHODS)}")
+    entry = METHODS[name]
+    return entry.build(entry.config.parse(spec, where="distillation"), student, teacher)

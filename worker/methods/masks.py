@@ -1,0 +1,89 @@
+"""Which cells of a pyramid level belong to objects: the masks of DeFeat (authors' code, and a covering variant)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MaskMode = Literal["paper", "cover"]
+
+
+def assign_levels(boxes: Tensor, *, levels: int, base_size: float) -> Tensor:
+    """Return the one pyramid level that each box belongs to.
+
+    `clamp(floor(log2(sqrt((w + 1) (h + 1)) / base_size + 1e-6)), 0, levels - 1)`, as the authors' code has it.
+
+    Args:
+        boxes: (N, 4), x1 y1 x2 y2 in pixels.
+        levels: number of levels, finest first.
+        base_size: box size in pixels whose double is the first to leave level 0; 56 in the paper.
+
+    Returns:
+        (N,) int64, 0 to levels - 1.
+    """
+    # float64: at a size that is base_size times a power of two, float32 may land on either side.
+    width, height = (boxes[:, 2:] - boxes[:, :2]).double().unbind(1)
+    size = ((width + 1) * (height + 1)).sqrt()
+    return (size / base_size + 1e-6).log2().floor().clamp(0, levels - 1).long()
+
+
+def cell_ranges(boxes: Tensor, *, stride: int, height: int, width: int, mode: MaskMode) -> Tensor:
+    """Return the cells that each box covers on one level: (N, 4) int64, x1 y1 x2 y2 with x2 and y2 exclusive.
+
+    `paper`: every coordinate is truncated; a range that is empty in x or in y becomes the one cell at its upper left
+    corner (so a 1000 x 3 px box at stride 4 may mark one cell), moved inside the map. `cover`: every touched cell.
+    """
+    limit = torch.tensor([width, height], device=boxes.device)
+    first = (boxes[:, :2] / stride).floor().long()
+    if mode == "cover":
+        first = first.clamp(min=0).minimum(limit - 1)
+        last = (boxes[:, 2:] / stride).ceil().long().minimum(limit).maximum(first + 1)
+        return torch.cat([first, last], dim=1)
+    last = (boxes[:, 2:] / stride).floor().long()
+    empty = (last <= first).any(dim=1, keepdim=True)
+    first = torch.where(empty, first.clamp(min=0).minimum(limit - 1), first)
+    last = torch.where(empty, first + 1, last)
+    return torch.cat([first, last], dim=1)
+
+
+def object_masks(
+    boxes: Sequence[Tensor],
+    *,
+    sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    mode: MaskMode = "paper",
+    base_size: float = 56.0,
+) -> list[Tensor]:
+    """Return the object mask of each level; a box marks its own level only and is background on the others.
+
+    Args:
+        boxes: for each picture (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        sizes: height and width of each level's map, finest first.
+        strides: stride of each level in pixels.
+        mode: how a box is turned into cells, see `cell_ranges`.
+        base_size: see `assign_levels`.
+
+    Returns:
+        For each level (B, 1, H, W) bool, true on objects.
+    """
+    device = boxes[0].device
+    flat = torch.cat(list(boxes))
+    # (N,): the picture that each box is in. One broadcast comparison over all boxes instead of a loop over them,
+    # which would wait for the device once a box.
+    picture = torch.repeat_interleave(
+        torch.arange(len(boxes), device=device), torch.tensor([len(one) for one in boxes], device=device)
+    )
+    level_of = assign_levels(flat, levels=len(sizes), base_size=base_size)
+    masks = []
+    for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
+        x1, y1, x2, y2 = cell_ranges(flat, stride=stride, height=height, width=width, mode=mode).unbind(1)
+        columns = torch.arange(width, device=device)
+        rows = torch.arange(height, device=device)
+        in_x = (columns >= x1[:, None]) & (columns < x2[:, None])  # (N, W)
+        in_y = (rows >= y1[:, None]) & (rows < y2[:, None])  # (N, H)
+        inside = in_y[:, :, None] & in_x[:, None, :] & (level_of == level)[:, None, None]  # (N, H, W)
+        mask = torch.zeros(len(boxes), height, width, dtype=torch.int32, device=device)
+        mask.index_add_(0, picture, inside.int())
+        masks.append((mask > 0)[:, None])
+    return masks
