@@ -1,0 +1,1 @@
+"""The `defeat` command's subcommands, one file for each kind of resource."""

@@ -1,0 +1,174 @@
+"""The resources as the service sends them. See docs/api.md; unknown members may be added at any time."""
+
+from typing import Any, Literal, TypedDict
+
+AssetStatus = Literal["awaiting_upload", "queued", "checking", "ready", "invalid", "failed"]
+JobStatus = Literal["queued", "preparing", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Subject = Literal["teacher", "student"]
+
+ASSET_TERMINAL = frozenset({"ready", "invalid", "failed"})
+JOB_TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+SUBJECTS: tuple[Subject, ...] = ("teacher", "student")
+
+Failure = TypedDict("Failure", {"class": str, "code": str, "detail": str, "log_tail": list[str]}, total=False)
+"""Why something ended badly: class `user`, `data`, `oom` or `infra`, a stable code, and what would do."""
+
+
+class Problem(TypedDict):
+    """One mistake in a request: `pointer` is the JSON Pointer of the wrong value."""
+
+    pointer: str
+    code: str
+    detail: str
+
+
+class Counts(TypedDict):
+    """How much there is of a split."""
+
+    images: int
+    boxes: int
+
+
+class Dataset(TypedDict):
+    """Pictures with boxes; usable by jobs once `status` is ready."""
+
+    id: str
+    object: Literal["dataset"]
+    name: str
+    status: AssetStatus
+    source: dict[str, Any]
+    max_dropped_fraction: float
+    format: str | None
+    classes: list[str] | None
+    splits: dict[str, Counts] | None
+    content_hash: str | None
+    size_bytes: int | None
+    failure: Failure | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str]
+
+
+class ReportProblem(TypedDict):
+    """One kind of trouble that the import found; `examples` are the first few `{"file", "detail"}`."""
+
+    code: str
+    severity: Literal["note", "dropped", "fatal"]
+    count: int
+    summary: str
+    examples: list[dict[str, str]]
+
+
+class Report(TypedDict):
+    """What the import of a dataset found."""
+
+    format: str | None
+    images: int
+    boxes: int
+    classes: list[dict[str, Any]]
+    splits: dict[str, Counts]
+    problems: list[ReportProblem]
+    dropped_fraction: float
+    max_dropped_fraction: float
+
+
+class Checkpoint(TypedDict):
+    """A detector's weights; usable by jobs once `status` is ready."""
+
+    id: str
+    object: Literal["checkpoint"]
+    name: str
+    status: AssetStatus
+    detector: dict[str, Any] | None
+    classes: list[str] | None
+    coverage: dict[str, Any] | None
+    sha256: str | None
+    size_bytes: int | None
+    failure: Failure | None
+    source_job_id: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str]
+
+
+class Progress(TypedDict):
+    """Where a job is; `fraction` is 0 to 1 of the whole job, and what does not apply is None."""
+
+    phase: str
+    epoch: int | None
+    epochs: int | None
+    step: int | None
+    steps: int | None
+    fraction: float
+    eta_s: float | None
+    images_per_s: float | None
+
+
+class Job(TypedDict):
+    """One distillation: what was asked, where it is, what came out."""
+
+    id: str
+    object: Literal["job"]
+    name: str
+    labels: dict[str, str]
+    status: JobStatus
+    attempt: int
+    dataset_id: str
+    spec: dict[str, Any]
+    progress: Progress | None
+    results: dict[str, Any] | None
+    failure: Failure | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str]
+
+
+class Event(TypedDict):
+    """A message about a job."""
+
+    id: str
+    level: Literal["info", "warn", "error"]
+    code: str
+    message: str
+    created_at: str
+
+
+class Metrics(TypedDict):
+    """The values logged at one optimiser step of one subject, such as `loss/total` and `images_per_s`."""
+
+    subject: Subject
+    step: int
+    epoch: float
+    values: dict[str, float | None]
+
+
+class Evaluation(TypedDict):
+    """The COCO metrics (0 to 1) of one detector after one epoch; epoch 0 is before training."""
+
+    subject: Subject
+    epoch: int
+    metrics: dict[str, Any]
+
+
+class Artifact(TypedDict):
+    """A file that a job left."""
+
+    name: str
+    kind: Literal["student", "teacher", "metrics", "log", "gallery"]
+    content_type: str
+    size_bytes: int
+    sha256: str
+    details: dict[str, Any]
+    created_at: str
+
+
+class Update(TypedDict):
+    """What is new about a job since the update before: the job as it stands, and what was added to it."""
+
+    job: Job
+    events: list[Event]
+    metrics: list[Metrics]
+    evaluations: list[Evaluation]
