@@ -1,0 +1,34 @@
+"""Starts a worker: `python -m worker --queues jobs,checks`.
+
+One worker does one thing at a time. Give jobs and checks a worker each, or a long job holds up every dataset's check.
+SIGTERM ends it within `DEFEAT_CANCEL_GRACE_S` and a little: its run is told to save, and the row goes back to the queue.
+"""
+
+import argparse
+import os
+from typing import Final
+
+from app.models import Checkpoint, Dataset, Job
+
+QUEUES: Final = sorted({model.QUEUE for model in (Job, Dataset, Checkpoint)})
+
+
+def main() -> None:
+    """Parse the command line and become the worker."""
+    parser = argparse.ArgumentParser(prog="python -m worker", description="Works on jobs, datasets and checkpoints.")
+    parser.add_argument("--queues", default=",".join(QUEUES), help="what to work on, default: %(default)s")
+    parser.add_argument("--name", default="worker", help="tells workers on one machine apart, default: %(default)s")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.queues.split(",")) - set(QUEUES):
+        parser.error(f"unknown queue {', '.join(sorted(unknown))}; there are: {', '.join(QUEUES)}")
+    # Celery waits for the whole task at SIGTERM, unless it is told to take it as SIGQUIT, which cancels the task: the
+    # pool's child gets a signal, by which the supervisor knows. It reads this when it is imported.
+    os.environ["REMAP_SIGTERM"] = "SIGQUIT"
+    from worker.main import celery
+
+    options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
+    celery.worker_main(["worker", "--queues", arguments.queues, "--hostname", f"{arguments.name}@%h", *options])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The process of one run: started apart, watched, told to end, and ended with everything it started."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from app.processes import dies_with_parent
+
+RUN_COMMAND: Final = (sys.executable, "-m", "worker.run")
+
+# A run opens files that strangers made, so it gets none of the service's secrets.
+_SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
+_SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_")
+
+
+def run_environment() -> dict[str, str]:
+    """Return this process's environment without the service's settings and credentials."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _SECRET_NAMES and not name.startswith(_SECRET_PREFIXES)
+    }
+    return kept | {"PYTHONUNBUFFERED": "1"}
+
+
+class RunProcess:
+    """A run, started as `command + [directory]` in its own session; it dies with this process.
+
+    What it prints goes to `log`. Start it from the main thread: see `app.processes.dies_with_parent`.
+    """
+
+    def __init__(self, command: Sequence[str], directory: Path, *, log: Path) -> None:
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*command, str(directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=run_environment(),
+                start_new_session=True,
+                preexec_fn=dies_with_parent(),
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process's id, which is its group's id too."""
+        return self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for the end; return the exit code (negative: the signal's number), or None if it still runs."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def terminate(self) -> None:
+        """Ask the run to save and end (SIGTERM). Its helpers are its own to end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the run and everything it started that is still there."""
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def describe_exit(code: int) -> str:
+    """Say in words how a process ended that left no result."""
+    if code >= 0:
+        return f"the run ended with exit code {code} and left no result"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = "; the machine was probably out of memory" if -code == signal.SIGKILL else ""
+    return f"the run was killed by {name} and left no result{hint}"

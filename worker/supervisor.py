@@ -1,0 +1,402 @@
+"""Works on one leased row: claims it, starts its run, tells the database what the run says, and records the end.
+
+All database work and the start of the run happen in the calling thread, which must be the main one; what may block on
+the object store happens in one other thread, so that the lease is renewed meanwhile.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import structlog
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from app import leases
+from app.leases import LeaseLost, Row
+from app.processes import Locked, locked
+from app.states import CANCELLING, QUEUED
+from app.storage import Stored
+from worker.keeper import CheckpointKeeper
+from worker.process import RUN_COMMAND, RunProcess, describe_exit
+from worker.report import RunError
+from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory
+from worker.tasks.base import Adapter, Context, Outcome, Request
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
+_TRIES = 4
+_MAX_BACKOFF_S = 5.0
+
+
+class Stopped(Exception):
+    """The worker must end and cannot wait any longer; the row is left to its lease."""
+
+
+class Supervisor:
+    """Works on rows, one at a time.
+
+    Args:
+        context: database, object store and settings.
+        owner: who holds the lease, for people to read.
+        stop: set when the worker is to end soon: the run is told to save and the row goes back to the queue.
+        command: starts a run when its directory is appended.
+        tick_s: time between two looks at the run and the row.
+        backoff_s: first pause before something that failed is tried again; doubled each time.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        owner: str,
+        stop: threading.Event,
+        command: Sequence[str] = RUN_COMMAND,
+        tick_s: float = 0.5,
+        backoff_s: float = 1.0,
+    ) -> None:
+        self.context = context
+        self.owner = owner
+        self.stop = stop
+        self.command = command
+        self.tick_s = tick_s
+        self.backoff_s = backoff_s
+
+    def work(self, adapter: Adapter[Row], row_id: str) -> None:
+        """Claim the row and see its run through; return at once if it is not to be had.
+
+        Raises the database's error if it is away when claiming, and whatever is a mistake in this program, after it
+        was recorded as the row's failure.
+        """
+        settings = self.context.settings
+        with self.context.database.write() as session:
+            row = leases.claim(session, adapter.model, row_id, owner=self.owner, lease_s=settings.lease_s)
+            if row is not None:
+                adapter.record(session, row, [_claimed(row.attempt)])
+        if row is None:
+            log.info("not_to_be_had", row=row_id)
+            return
+        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt):
+            log.info("claimed")
+            try:
+                _Attempt(self, adapter, row).carry_out()
+            except LeaseLost as error:
+                log.warning("lease_lost", error=str(error))
+            except Stopped as error:
+                log.warning("stopped", error=str(error))
+
+
+def _claimed(attempt: int) -> Message:
+    if attempt == 1:
+        return Message(level="info", code="claimed", message="a worker has begun")
+    return Message(level="info", code="resumed", message=f"a worker has begun attempt {attempt}")
+
+
+def remove_dead_runs(runs: Path) -> None:
+    """Remove the run directories whose supervisor is gone. Safe while others work."""
+    for lock in runs.glob("*.lock"):
+        try:
+            with locked(lock):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        except Locked:
+            continue
+
+
+class _Attempt(Generic[Row]):
+    """One claim of one row, from the claim to the recorded end."""
+
+    def __init__(self, supervisor: Supervisor, adapter: Adapter[Row], row: Row) -> None:
+        self._supervisor = supervisor
+        self._settings = supervisor.context.settings
+        self._database = supervisor.context.database
+        self._adapter: Adapter[Row] = adapter
+        self._row: Row = row
+        self._cancelled = row.status == CANCELLING
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage")
+        self._directory = RunDirectory(self._settings.scratch / "runs" / f"{row.id}-{row.attempt}")
+        self._keeper = CheckpointKeeper(
+            supervisor.context.storage,
+            self._directory,
+            self._executor,
+            lambda number: adapter.checkpoint_key(row, number),
+        )
+        self._renew_at = time.monotonic() + self._settings.lease_s / 3
+        self._database_errors = 0
+        self._database_at = 0.0
+
+    def carry_out(self) -> None:
+        with ExitStack() as resources:
+            try:
+                outcome = self._outcome(resources)
+                if outcome is not None:
+                    outcome = self._conclude(outcome)
+            except (LeaseLost, Stopped):
+                raise
+            except Exception as error:
+                log.exception("supervisor_failed")
+                self._record_end(_worker_error(error), {})
+                raise
+            if outcome is None:
+                self._hand_back()
+
+    def _make_directory(self, resources: ExitStack) -> None:
+        path = self._directory.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_runs(path.parent)
+        lock = path.with_name(path.name + ".lock")
+        resources.enter_context(locked(lock))
+        resources.callback(lock.unlink, missing_ok=True)
+        resources.callback(shutil.rmtree, path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        # Last in, first out: the other thread has ended before the directory goes.
+        resources.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+
+    # ---- the run ----
+
+    @property
+    def _must_end(self) -> bool:
+        return self._cancelled or self._supervisor.stop.is_set()
+
+    def _outcome(self, resources: ExitStack) -> Outcome | None:
+        """Return how the run ended; None: it was interrupted, and another attempt is to go on with it."""
+        self._make_directory(resources)
+        if self._cancelled:
+            return Outcome("cancelled")
+        try:
+            request = self._prepare(resources)
+        except RunError as error:
+            if self._interrupted and error.failure_class == "infra":
+                return None
+            return Outcome.failed(error.failure_class, error.code, error.detail)
+        exit_code = None if self._must_end else self._run(request)
+        self._drain()
+        outcome = self._classify(exit_code)
+        try:
+            return outcome and self._adapter.complete(outcome, self._directory)
+        except BadResult as error:
+            return self._failed("bad_result", str(error))
+
+    def _prepare(self, resources: ExitStack) -> Request:
+        def _fetch() -> Request:
+            return self._adapter.prepare(self._row, self._directory.path, resources)
+
+        try:
+            return self._meanwhile(lambda: self._with_retries(_fetch))
+        except OSError as error:
+            raise RunError("infra", "inputs_unavailable", f"the run's inputs could not be fetched: {error}") from error
+
+    def _run(self, request: Request) -> int:
+        self._directory.write_request(
+            {
+                "kind": request.kind,
+                "id": self._row.id,
+                "attempt": self._row.attempt,
+                "spec": dict(request.spec),
+                "inputs": dict(request.inputs),
+            }
+        )
+        process = RunProcess(self._supervisor.command, self._directory.path, log=self._directory.log)
+        log.info("run_started", pid=process.pid)
+        try:
+            return self._watch(process)
+        finally:
+            process.kill()
+
+    def _watch(self, process: RunProcess) -> int:
+        kill_at: float | None = None
+        while (code := process.wait(self._supervisor.tick_s)) is None:
+            self._tick()
+            if self._must_end and kill_at is None:
+                log.info("run_asked_to_end", cancelled=self._cancelled)
+                process.terminate()
+                kill_at = time.monotonic() + self._settings.cancel_grace_s
+            if kill_at is not None and time.monotonic() > kill_at:
+                log.warning("run_killed", grace_s=self._settings.cancel_grace_s)
+                process.kill()
+        log.info("run_ended", exit_code=code)
+        return code
+
+    def _drain(self) -> None:
+        """Record what the run said last. A checkpoint is worth waiting for only if another attempt will need it."""
+        while not self._directory.events.exhausted or not self._keeper.idle:
+            if not self._interrupted:
+                self._keeper.drop_waiting()
+            self._tick()
+            self._pause_unless_stopping("the run's last events could not be recorded")
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._supervisor.stop.is_set() and not self._cancelled
+
+    def _classify(self, exit_code: int | None) -> Outcome | None:
+        try:
+            result = self._directory.result()
+        except BadResult as error:
+            return self._failed("bad_result", str(error))
+        if result is not None and result.status == "succeeded":
+            return Outcome("succeeded", result.results, None, result.artifacts)
+        if result is not None and result.failure is not None and result.status == "failed":
+            failure = {**result.failure.model_dump(by_alias=True), "log_tail": self._directory.log_tail()}
+            return Outcome("failed", result.results, failure, result.artifacts)
+        if self._cancelled:
+            kept = (result.results, None, result.artifacts) if result is not None else ()
+            return Outcome("cancelled", *kept)
+        if self._supervisor.stop.is_set():
+            return None
+        if result is not None and result.status == "cancelled":
+            return self._failed("run_terminated", "the run was told to end (SIGTERM) by somebody else than its worker")
+        return self._failed("run_died", describe_exit(cast(int, exit_code)))
+
+    def _failed(self, code: str, detail: str) -> Outcome:
+        return Outcome.failed("infra", code, detail, log_tail=self._directory.log_tail())
+
+    # ---- the end ----
+
+    def _conclude(self, outcome: Outcome) -> Outcome | None:
+        """Store what the run left and record its end; None: interrupted before it could be stored."""
+        try:
+            uploaded = self._meanwhile(
+                lambda: self._with_retries(lambda: self._adapter.upload(self._row, outcome, self._directory))
+            )
+        except (OSError, ValueError) as error:
+            if self._interrupted:
+                return None
+            detail = f"the run {outcome.status}, but what it left could not be stored: {error}"
+            outcome, uploaded = self._failed("storage_failed", detail), {}
+        self._record_end(outcome, uploaded)
+        try:
+            self._adapter.tidy(self._row, outcome, uploaded)
+        except OSError as error:
+            log.warning("not_tidied", error=str(error))
+        return outcome
+
+    def _record_end(self, outcome: Outcome, uploaded: dict[str, Stored]) -> None:
+        def _finish(session: Session, fresh: Row) -> None:
+            self._adapter.finish(session, fresh, outcome, uploaded)
+
+        self._patiently(_finish)
+        log.info("finished", status=outcome.status, failure=outcome.failure and outcome.failure["code"])
+
+    def _hand_back(self) -> None:
+        """Put the row back into the queue, with no lease; the sweep sends its message."""
+
+        def _queue(session: Session, fresh: Row) -> None:
+            if fresh.status == CANCELLING:
+                self._adapter.finish(session, fresh, Outcome("cancelled"), {})
+                return
+            note = Message(level="info", code="interrupted", message="its worker ended; another one will go on")
+            self._adapter.record(session, fresh, [note])
+            back: dict[str, Any] = {"status": QUEUED, "enqueued_at": None}
+            leases.fenced(session, fresh, lease_owner=None, lease_expires_at=None, **back)
+
+        self._patiently(_queue)
+        log.info("handed_back")
+
+    # ---- the database and the object store ----
+
+    def _tick(self) -> None:
+        """Record what is new, renew the lease if it is time, and learn whether to cancel.
+
+        A database that is away is asked again later; nothing is lost meanwhile. Raises `LeaseLost`.
+        """
+        if time.monotonic() < self._database_at:
+            return
+        try:
+            self._exchange()
+        except DATABASE_AWAY as error:
+            self._count_database_error(error)
+        else:
+            self._database_errors = 0
+
+    def _count_database_error(self, error: Exception) -> None:
+        pause = min(self._supervisor.backoff_s * 2**self._database_errors, _MAX_BACKOFF_S)
+        self._database_errors = min(self._database_errors + 1, 10)
+        self._database_at = time.monotonic() + pause
+        log.warning("database_away", error=str(error).split("\n", 1)[0], retry_in_s=pause)
+
+    def _exchange(self) -> None:
+        kept = self._keeper.ready()
+        warnings: list[Event] = [*self._keeper.warnings]
+        events: list[Event] = self._directory.events.read()
+        if not events and not warnings and kept is None and time.monotonic() < self._renew_at:
+            self._look()
+            return
+        replaced = self._record([*events, *warnings], kept)
+        self._directory.events.commit()
+        del self._keeper.warnings[: len(warnings)]
+        if kept is not None:
+            self._keeper.recorded(replaced)
+        for event in events:
+            if isinstance(event, CheckpointOffer):
+                self._keeper.offer(event)
+
+    def _look(self) -> None:
+        with self._database.read() as session:
+            fresh = session.get(self._adapter.model, self._row.id)
+        if fresh is None or (fresh.attempt, fresh.lease_owner) != (self._row.attempt, self._row.lease_owner):
+            raise LeaseLost(f"{self._row.id}: attempt {self._row.attempt} no longer holds the lease")
+        self._cancelled = fresh.status == CANCELLING
+
+    def _record(self, events: Sequence[Event], kept: str | None) -> str | None:
+        replaced = None
+        with self._database.write() as session:
+            fresh = leases.renew(session, self._row, lease_s=self._settings.lease_s)
+            if events:
+                self._adapter.record(session, fresh, events)
+            if kept is not None:
+                replaced = self._adapter.keep_checkpoint(session, fresh, kept)
+        self._cancelled = fresh.status == CANCELLING
+        self._renew_at = time.monotonic() + self._settings.lease_s / 3
+        return replaced
+
+    def _patiently(self, action: Callable[[Session, Row], None]) -> None:
+        """Do `action` in one transaction that has verified the lease, as soon as the database is there."""
+        while True:
+            try:
+                with self._database.write() as session:
+                    action(session, leases.renew(session, self._row, lease_s=self._settings.lease_s))
+                return
+            except DATABASE_AWAY as error:
+                self._count_database_error(error)
+                self._pause_unless_stopping("its end could not be recorded")
+                time.sleep(max(0.0, self._database_at - time.monotonic()))
+
+    def _pause_unless_stopping(self, what: str) -> None:
+        if self._supervisor.stop.is_set() and self._database_errors > _TRIES:
+            raise Stopped(f"{what}: the database is away and the worker must end")
+        time.sleep(min(self._supervisor.tick_s, 0.1))
+
+    def _meanwhile(self, work: Callable[[], T]) -> T:
+        """Do blocking work in the other thread while this one keeps the lease."""
+        future = self._executor.submit(work)
+        while not wait([future], timeout=self._supervisor.tick_s).done:
+            self._tick()
+        return future.result()
+
+    def _with_retries(self, work: Callable[[], T]) -> T:
+        for number in range(_TRIES):
+            try:
+                return work()
+            except OSError as error:
+                if number == _TRIES - 1 or self._supervisor.stop.is_set():
+                    raise
+                log.warning("storage_retry", error=str(error))
+                self._supervisor.stop.wait(self._supervisor.backoff_s * 2**number)
+        raise AssertionError("unreachable")
+
+
+def _worker_error(error: Exception) -> Outcome:
+    if isinstance(error, OSError):
+        return Outcome.failed("infra", "worker_disk", f"the worker's scratch directory failed: {error}")
+    detail = f"unexpected {type(error).__name__} in the worker; its log has the details"
+    return Outcome.failed("infra", "worker_error", detail)

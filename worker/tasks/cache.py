@@ -1,0 +1,95 @@
+"""Datasets unpacked on this machine, so that jobs on the same one do not fetch it again."""
+
+import os
+import re
+import secrets
+import shutil
+import tarfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from app.processes import Locked, locked
+from app.storage import ObjectMissing, Storage
+from worker.report import RunError
+
+log = structlog.get_logger(__name__)
+
+KEPT: Final = 5
+_CONTENT_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+class DatasetCache:
+    """The newest datasets in `directory`, each a folder named by its content hash.
+
+    Any number of workers may use it at once. A dataset is held by a shared lock while it is used, and only what
+    nobody holds is removed.
+    """
+
+    def __init__(self, directory: Path, storage: Storage) -> None:
+        self._directory = directory
+        self._storage = storage
+
+    def use(self, content_hash: str, key: str, resources: ExitStack) -> Path:
+        """Return the dataset's directory, fetched from the object `key` if it is not here; held by `resources`.
+
+        Raises `OSError` (to be tried again), or `RunError` for a content hash that is none and an object that is
+        missing or broken.
+        """
+        found = _CONTENT_HASH.fullmatch(content_hash)
+        if found is None:
+            raise RunError("infra", "bad_content_hash", f"{content_hash!r} is not sha256: and 64 hexadecimal digits")
+        path = self._directory / found[1]
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(path.with_suffix(".lock"), shared=True))
+            except Locked as error:
+                raise OSError(f"dataset {content_hash} is being removed from this machine's cache") from error
+            if not path.is_dir():
+                self._fetch(key, path)
+            os.utime(path)
+            resources.enter_context(held.pop_all())
+        self._evict()
+        return path
+
+    def _fetch(self, key: str, path: Path) -> None:
+        beside = path.with_suffix(f".{secrets.token_hex(8)}.part")
+        tar = beside.with_suffix(".tar")
+        try:
+            self._storage.get_file(key, tar)
+            with tarfile.open(tar, "r:") as archive:
+                archive.extractall(beside, filter="data")
+            tar.unlink()
+            self._put_in_place(beside, path)
+        except ObjectMissing as error:
+            raise RunError(
+                "infra", "object_missing", f"the dataset is not in the object store any more ({key})"
+            ) from error
+        except tarfile.TarError as error:
+            raise RunError("infra", "object_broken", f"the stored dataset {key} cannot be unpacked: {error}") from error
+        finally:
+            tar.unlink(missing_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+
+    @staticmethod
+    def _put_in_place(beside: Path, path: Path) -> None:
+        try:
+            beside.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another worker was faster, with the same content
+                raise
+
+    def _evict(self) -> None:
+        """Remove what is not among the last used, and what workers that died left half unpacked."""
+        entries = [entry for entry in self._directory.iterdir() if entry.suffix != ".lock"]
+        whole = sorted((entry for entry in entries if not entry.suffix), key=lambda entry: -entry.stat().st_mtime)
+        for entry in [*(entry for entry in entries if entry.suffix), *whole[KEPT:]]:
+            try:
+                with locked(self._directory / f"{entry.name.split('.')[0]}.lock"):
+                    log.info("dataset_evicted", entry=entry.name)
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            except Locked:
+                continue

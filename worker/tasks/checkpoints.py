@@ -1,0 +1,34 @@
+"""Checkpoints: a check run on the uploaded weights."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+from app.models import Checkpoint
+from app.storage import Stored
+from worker.report import RunError
+from worker.tasks.assets import AssetAdapter
+from worker.tasks.base import Outcome, Request
+
+_RESULTS = ("detector", "classes", "coverage")
+
+
+class CheckpointAdapter(AssetAdapter[Checkpoint]):
+    """A checkpoint row."""
+
+    model = Checkpoint
+    artifact = "checkpoint.safetensors"
+    at_fault: ClassVar = frozenset({"data", "user"})
+
+    def prepare(self, row: Checkpoint, directory: Path, resources: ExitStack) -> Request:
+        """Fetch the uploaded weights."""
+        del resources
+        if row.upload_key is None:
+            raise RunError("infra", "upload_missing", f"{row.id} was queued without an upload")
+        weights = self.fetch(row.upload_key, directory / "upload", "the upload")
+        return Request("check_checkpoint", {"detector": row.detector, "classes": row.classes}, {"weights": weights})
+
+    def values(self, outcome: Outcome, stored: Stored | None) -> dict[str, Any]:
+        """Return what the file turned out to hold; its coverage is there for an invalid one as well."""
+        values = {name: outcome.results[name] for name in _RESULTS if name in outcome.results}
+        return values if stored is None else values | {"sha256": stored.sha256}

@@ -1,0 +1,238 @@
+"""Jobs: a distillation run, its history, and the files and checkpoints that it leaves."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from app import leases
+from app.db import utcnow
+from app.ids import new_id
+from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvaluation, JobEvent, JobMetric
+from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
+from app.storage import Stored
+from worker.report import RunError
+from worker.rundir import Evaluation, Event, Message, Metrics, Progress, ResultArtifact, RunDirectory
+from worker.tasks.base import Adapter, Context, Outcome, Request
+from worker.tasks.cache import DatasetCache
+
+_LOG = ResultArtifact(name="log.txt", kind="log", content_type="text/plain; charset=utf-8", details={})
+_TEACHER = "teacher.safetensors"
+_TEACHER_COPY = "teacher as a checkpoint"  # no artifact can have this name
+_STATUS = {"succeeded": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
+_ENDINGS = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
+
+
+class JobAdapter(Adapter[Job]):
+    """A job row."""
+
+    model: ClassVar = Job
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._cache = DatasetCache(self.settings.scratch / "datasets", self.storage)
+
+    # ---- before the run ----
+
+    def prepare(self, row: Job, directory: Path, resources: ExitStack) -> Request:
+        """Fetch dataset, checkpoints, and what an earlier attempt saved."""
+        content_hash, key = self._dataset(row)
+        inputs: dict[str, str | None] = {
+            "dataset": str(self._cache.use(content_hash, key, resources)),
+            "resume": None,
+            "device": self.settings.device,
+        }
+        for name, checkpoint_id in initial_checkpoints(row.spec).items():
+            path = directory / f"{name}.safetensors"
+            inputs[name] = checkpoint_id and self.fetch(self._checkpoint_key(row, checkpoint_id), path, checkpoint_id)
+        if row.resume_key is not None:
+            inputs["resume"] = self.fetch(row.resume_key, directory / "resume.pt", "the earlier attempt's checkpoint")
+        return Request("distill", row.spec, inputs)
+
+    def _dataset(self, row: Job) -> tuple[str, str]:
+        mine = (Dataset.id == row.dataset_id, Dataset.tenant_id == row.tenant_id, Dataset.status == READY)
+        with self.database.read() as session:
+            found = session.execute(select(Dataset.content_hash, Dataset.storage_key).where(*mine)).one_or_none()
+        if found is None or found.content_hash is None or found.storage_key is None:
+            raise RunError("user", "dataset_not_ready", f"dataset {row.dataset_id} is not there or not ready any more")
+        return found.content_hash, found.storage_key
+
+    def _checkpoint_key(self, row: Job, checkpoint_id: str) -> str:
+        mine = (Checkpoint.id == checkpoint_id, Checkpoint.tenant_id == row.tenant_id, Checkpoint.status == READY)
+        with self.database.read() as session:
+            key = session.scalar(select(Checkpoint.storage_key).where(*mine))
+        if key is None:
+            raise RunError(
+                "user", "checkpoint_not_ready", f"checkpoint {checkpoint_id} is not there or not ready any more"
+            )
+        return key
+
+    # ---- during the run ----
+
+    def record(self, session: Session, row: Job, events: Sequence[Event]) -> None:
+        """Write messages, metrics and evaluations, and the last progress."""
+        for event in events:
+            if isinstance(event, Message):
+                _note(session, row, event)
+        _upsert(session, JobMetric, [_metric(row, event) for event in events if isinstance(event, Metrics)])
+        _upsert(session, JobEvaluation, [_evaluation(row, event) for event in events if isinstance(event, Evaluation)])
+        if progress := [event for event in events if isinstance(event, Progress)]:
+            values: dict[str, Any] = {"progress": progress[-1].model_dump(exclude={"type", "time"})}
+            if row.status == PREPARING and any(event.phase != "preparing" for event in progress):
+                values["status"] = RUNNING
+            leases.fenced(session, row, **values)
+
+    def checkpoint_key(self, row: Job, number: int) -> str:
+        """Return where the attempt's training checkpoint of this number goes."""
+        return f"jobs/{row.id}/resume/{row.attempt}-{number}.pt"
+
+    def keep_checkpoint(self, session: Session, row: Job, key: str) -> str | None:
+        """Let the next attempt go on from `key`."""
+        leases.fenced(session, row, resume_key=key)
+        return row.resume_key
+
+    # ---- after the run ----
+
+    def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
+        """Add the log to the artifacts."""
+        if not directory.log.is_file():
+            return outcome
+        others = [artifact for artifact in outcome.artifacts if artifact.name != _LOG.name]
+        return replace(outcome, artifacts=[*others, _LOG])
+
+    def upload(self, row: Job, outcome: Outcome, directory: RunDirectory) -> dict[str, Stored]:
+        """Store every artifact; a trained teacher also as the weights of a checkpoint that is to be."""
+        uploaded: dict[str, Stored] = {}
+        for artifact in outcome.artifacts:
+            path = directory.log if artifact.name == _LOG.name else directory.file(f"artifacts/{artifact.name}")
+            key = f"jobs/{row.id}/artifacts/{row.attempt}/{artifact.name}"
+            uploaded[artifact.name] = self.storage.put_file(key, path)
+        if _trained_teacher(row, outcome) is not None:
+            path = directory.file(f"artifacts/{_TEACHER}")
+            key = f"checkpoints/{teacher_checkpoint_id(row)}/weights-{row.attempt}.safetensors"
+            uploaded[_TEACHER_COPY] = self.storage.put_file(key, path)
+        return uploaded
+
+    def finish(self, session: Session, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
+        """Record the end, the artifacts, and the trained teacher as a checkpoint."""
+        results = None
+        if outcome.status == "succeeded":
+            teacher = self._add_teacher(session, row, outcome, uploaded)
+            results = {**outcome.results, "teacher_checkpoint_id": teacher}
+        for artifact in outcome.artifacts:
+            if artifact.name in uploaded:
+                session.add(_artifact(row, artifact, uploaded[artifact.name]))
+        _note(session, row, _end_message(outcome))
+        status = _STATUS[outcome.status]
+        leases.finish(session, row, status=status, results=results, failure=outcome.failure, resume_key=None)
+
+    def _add_teacher(self, session: Session, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> str | None:
+        artifact = _trained_teacher(row, outcome)
+        if artifact is None:
+            return None
+        stored = uploaded[_TEACHER_COPY]
+        checkpoint = Checkpoint(
+            id=teacher_checkpoint_id(row),
+            tenant_id=row.tenant_id,
+            name=f"{row.name[:190]} teacher",
+            status=READY,
+            detector=artifact.details.get("detector"),
+            classes=artifact.details.get("classes"),
+            coverage=artifact.details.get("coverage"),
+            storage_key=stored.key,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            source_job_id=row.id,
+            started_at=row.started_at,
+            finished_at=utcnow(),
+        )
+        session.add(checkpoint)
+        return checkpoint.id
+
+    def tidy(self, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
+        """Delete training checkpoints, and what earlier attempts left."""
+        del outcome
+        keep = {stored.key for stored in uploaded.values()}
+        for folder in (f"jobs/{row.id}", f"checkpoints/{teacher_checkpoint_id(row)}"):
+            for key in self.storage.list(folder):
+                if key not in keep:
+                    self.storage.delete(key)
+
+
+def initial_checkpoints(spec: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the checkpoint ids that a resolved job spec names, by the name of the run's input."""
+    teacher, student = spec["teacher"] or {}, spec["student"]
+    from_checkpoint = teacher.get("source") == "checkpoint"
+    return {
+        "teacher": teacher["id"] if from_checkpoint else None,
+        "teacher_initial": None if from_checkpoint else _checkpoint_id(teacher.get("initial_weights")),
+        "student": _checkpoint_id(student.get("initial_weights")),
+    }
+
+
+def _checkpoint_id(initial_weights: str | None) -> str | None:
+    return initial_weights if (initial_weights or "").startswith("ckpt_") else None
+
+
+def teacher_checkpoint_id(row: Job) -> str:
+    """Return the id of the checkpoint that the job's trained teacher becomes: the same in every attempt."""
+    return "ckpt_" + row.id.removeprefix("job_")
+
+
+def _trained_teacher(row: Job, outcome: Outcome) -> ResultArtifact | None:
+    if outcome.status != "succeeded" or (row.spec["teacher"] or {}).get("source") != "train":
+        return None
+    return next((artifact for artifact in outcome.artifacts if artifact.name == _TEACHER), None)
+
+
+def _artifact(row: Job, artifact: ResultArtifact, stored: Stored) -> Artifact:
+    return Artifact(
+        id=new_id("art"),
+        job_id=row.id,
+        name=artifact.name,
+        kind=artifact.kind,
+        content_type=artifact.content_type,
+        storage_key=stored.key,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        details=artifact.details,
+    )
+
+
+def _end_message(outcome: Outcome) -> Message:
+    if outcome.failure is not None:
+        text = f"{outcome.failure['class']} failure {outcome.failure['code']}: {outcome.failure['detail']}"
+        return Message(level="error", code="failed", message=text[:20_000])
+    return Message(level="info", code=outcome.status, message=f"the job {_ENDINGS[outcome.status]}")
+
+
+def _note(session: Session, row: Job, message: Message) -> None:
+    created_at = message.time or utcnow()
+    session.add(
+        JobEvent(job_id=row.id, level=message.level, code=message.code, message=message.message, created_at=created_at)
+    )
+    session.flush()  # so that ids follow the order of events
+
+
+def _metric(row: Job, event: Metrics) -> dict[str, Any]:
+    return {"job_id": row.id, **event.model_dump(include={"subject", "step", "epoch", "values"})}
+
+
+def _evaluation(row: Job, event: Evaluation) -> dict[str, Any]:
+    return {"job_id": row.id, **event.model_dump(include={"subject", "epoch", "metrics"})}
+
+
+def _upsert(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Insert rows; one that is there already is replaced: another attempt passes the same steps again."""
+    if not rows:
+        return
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = insert(model.__table__)  # type: ignore[arg-type]  # typed as any FROM clause; it is a table
+    key = [column.name for column in model.__table__.primary_key]
+    others = {column.name: statement.excluded[column.name] for column in model.__table__.c if column.name not in key}
+    session.connection().execute(statement.on_conflict_do_update(index_elements=key, set_=others), rows)
