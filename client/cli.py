@@ -30,7 +30,7 @@ class _Commands(TyperGroup):
 def _exit_code(error: Exception) -> int:
     if isinstance(error, ConnectionFailed):
         return UNREACHABLE
-    if isinstance(error, InvalidInput) or (isinstance(error, ApiError) and error.status in (400, 422)):
+    if isinstance(error, InvalidInput) or (isinstance(error, ApiError) and error.status == 422):
         return USAGE
     return FAILED
 

@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str, body: bytes) -> tuple[int, Any] | None:
         if self.headers.get("Authorization") != f"Bearer {KEY}":
             raise Problem(401, "unauthorized", "no API key: send `Authorization: Bearer <key>`")
-        if path in self.service.files:
+        if self.command == "GET" and path in self.service.files:
             self._send_file(self.service.files[path])
             return None
         segments = path.strip("/").split("/")[1:]
