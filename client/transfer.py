@@ -4,6 +4,7 @@ import hashlib
 import os
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO
@@ -52,9 +53,11 @@ def upload(
             if not patience.wait():
                 raise transport.failed(error) from error
         except ApiError as error:
+            # A conflict on a second try: the first one had arrived and was being stored when its connection broke.
+            overtaken = error.status == HTTPStatus.CONFLICT and tries > 1 and not is_awaited()
             damaged = error.code == "upload_incomplete" and tries < _DAMAGED_TRIES
             passing = error.status in RETRIED_STATUSES
-            if not (damaged or passing) or not patience.wait():
+            if not (overtaken or ((damaged or passing) and patience.wait())):
                 raise
         if not is_awaited():
             return

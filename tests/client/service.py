@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self._answer(path, body)
         except Problem as problem:
             return self._send(problem.status, problem.document)
-        if self.fault == "cut after":
+        if self.fault in ("cut after", "cut while storing"):
             return self._cut()
         if answer is not None:
             self._send(*answer)
@@ -250,13 +250,16 @@ class Handler(BaseHTTPRequestHandler):
         return 200, row
 
     def _upload(self, row: dict[str, Any], body: bytes) -> tuple[int, Any]:
+        if row["id"] in self.service.uploads:
+            row["status"] = "queued"  # an earlier upload has been stored meanwhile
         if row["status"] != "awaiting_upload":
             raise Problem(409, "conflict", "content was sent already")
         digest = f"sha-256=:{b64encode(hashlib.sha256(body).digest()).decode()}:"
         if self.headers.get("Content-Digest") != digest or self.fault == "damage":
             raise Problem(400, "upload_incomplete", "the content's digest differs from the announced one")
         self.service.uploads[row["id"]] = body
-        row["status"] = "queued"
+        if self.fault != "cut while storing":
+            row["status"] = "queued"
         return 202, row
 
     def _jobs(self, rest: list[str], body: bytes) -> tuple[int, Any]:

@@ -109,6 +109,13 @@ def test_an_upload_whose_answer_was_lost_is_not_sent_again(client, service, arch
     assert len(service.requested("PUT .*")) == 1
 
 
+def test_an_upload_that_arrived_after_all_is_no_conflict(client, service, archive):
+    service.faults = [("PUT .*", "cut while storing")]
+    dataset = client.datasets.add(archive)
+    assert dataset["status"] == "ready"
+    assert len(service.requested("PUT .*")) == 2
+
+
 def test_an_upload_that_stays_damaged_fails_and_names_the_dataset(client, service, archive):
     service.faults = [("PUT .*", "damage")] * 3
     with pytest.raises(ApiError, match="digest differs") as caught:
