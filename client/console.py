@@ -143,6 +143,11 @@ def size(value: int | None) -> str:
     return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
+def percent(value: float | None) -> str:
+    """Return a fraction (0 to 1) for people: `12.5%`; `-` for None."""
+    return "-" if value is None else f"{value:.1%}"
+
+
 def ap(value: float | None) -> str:
     """Return an average precision (0 to 1) for people: `0.412`; `-` where there is nothing to measure."""
     return "-" if value is None else f"{value:.3f}"

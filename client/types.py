@@ -61,16 +61,16 @@ class ReportProblem(TypedDict):
 
 
 class Report(TypedDict):
-    """What the import of a dataset found."""
+    """What the import of a dataset found; the numbers are None where it ended before there were any."""
 
     format: str | None
-    images: int
-    boxes: int
+    images: int | None
+    boxes: int | None
     classes: list[dict[str, Any]]
     splits: dict[str, Counts]
     problems: list[ReportProblem]
-    dropped_fraction: float
-    max_dropped_fraction: float
+    dropped_fraction: float | None
+    max_dropped_fraction: float | None
 
 
 class Checkpoint(TypedDict):

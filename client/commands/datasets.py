@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from client.console import FAILED, JsonFlag, Output, size
+from client.console import FAILED, JsonFlag, Output, percent, size
+from client.errors import ApiError
 from client.sdk import Client
 from client.types import Dataset, Report
 
@@ -36,7 +37,7 @@ def add(
         if wait:
             dataset = client.datasets.wait(dataset["id"], on_update=lambda d: out.say(d["id"], d["status"]))
             if dataset["status"] in ("ready", "invalid"):
-                report = client.datasets.report(dataset["id"])
+                report = _report_if_any(client, dataset["id"])
     out.json(dataset)
     if report is not None:
         _show_report(out, report)
@@ -112,13 +113,24 @@ def delete(dataset_id: DatasetId, as_json: JsonFlag = False) -> None:
     out.say(f"{dataset_id} deleted")
 
 
+def _report_if_any(client: Client, dataset_id: str) -> Report | None:
+    """Return the report, or None: a check that broke off early has left none."""
+    try:
+        return client.datasets.report(dataset_id)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return None
+
+
 def _counts(split: Any) -> str:
     return f"{split['images']} images, {split['boxes']} boxes"
 
 
 def _show_report(out: Output, report: Report) -> None:
-    dropped, most = report["dropped_fraction"], report["max_dropped_fraction"]
-    out.say(f"{report['format']}: {_counts(report)}, {dropped:.1%} dropped (at most {most:.1%} may be)")
+    dropped, most = percent(report["dropped_fraction"]), percent(report["max_dropped_fraction"])
+    if report["images"] is not None:
+        out.say(f"{report['format']}: {_counts(report)}, {dropped} dropped (at most {most} may be)")
     splits = list(report["splits"])
     out.table(
         ["class", *(f"{split} boxes" for split in splits)],

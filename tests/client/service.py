@@ -229,6 +229,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _datasets(self, rest: list[str], body: bytes) -> tuple[int, Any]:
         if rest[1:] == ["report"]:
+            if self.service.outcome["report"] is None:
+                raise Problem(404, "not_found", "no report")
             return 200, self.service.outcome["report"]
         return self._asset(self.service.datasets, rest, body)
 

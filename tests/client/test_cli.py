@@ -266,12 +266,15 @@ def test_a_dataset_is_added_and_its_report_shown(service, archive):
     assert defeat("datasets", "delete", "ds_0000").stdout == "ds_0000 deleted\n"
 
 
-def test_a_dataset_that_is_invalid_exits_1(service, archive):
-    service.outcome = {"status": "invalid", "failure": FAILURE, "report": REPORT}
+@pytest.mark.parametrize("report", [None, {**REPORT, "images": None, "boxes": None, "dropped_fraction": None}])
+def test_a_dataset_that_is_invalid_exits_1(service, archive, report):
+    service.outcome = {"status": "invalid", "failure": FAILURE, "report": report}
     result = defeat("datasets", "add", archive, "--json")
     assert result.exit_code == 1
     assert "ds_0000 is invalid\ndata / no_boxes" in result.stderr
     assert json.loads(result.stdout)["status"] == "invalid"
+    shown = defeat("datasets", "report", "ds_0000")
+    assert (shown.exit_code, "box_outside" in shown.stdout) == ((0, True) if report else (1, False))
 
 
 def test_an_upload_that_failed_names_what_is_left(service, archive):
