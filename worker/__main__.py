@@ -1,7 +1,8 @@
 """Starts a worker: `python -m worker --queues jobs,checks`.
 
 One worker does one thing at a time. Give jobs and checks a worker each, or a long job holds up every dataset's check.
-SIGTERM ends it within `DEFEAT_CANCEL_GRACE_S` and a little: its run is told to save, and the row goes back to the queue.
+SIGTERM ends it within `DEFEAT_CANCEL_GRACE_S` and a little: its run is told to save, and the row goes back to the
+queue.
 """
 
 import argparse

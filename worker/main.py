@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FrameType
@@ -17,11 +17,11 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from celery.signals import setup_logging, worker_ready
+from celery.signals import celeryd_init, worker_ready
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import logs
 from app.db import Database
-from app.logs import configure_logs
 from app.queue import BROKER_ERRORS, Queue
 from app.settings import get_settings
 from app.storage import Storage
@@ -47,6 +47,7 @@ celery.conf.update(
     worker_disable_prefetch=True,
     # A run does not need the broker.
     worker_cancel_long_running_tasks_on_connection_loss=False,
+    worker_redirect_stdouts=False,
 )
 
 
@@ -86,9 +87,9 @@ for _name, _adapter in ADAPTERS.items():
     _register(_name, _adapter)
 
 
-@setup_logging.connect
+@celeryd_init.connect
 def _set_up_logs(**_: object) -> None:
-    configure_logs(get_settings().log_level)
+    logs.configure(get_settings().log_level)
 
 
 @worker_ready.connect
@@ -101,12 +102,10 @@ def _sweep_forever() -> None:
     database, queue = Database(settings.database_url), Queue(settings.redis_url)
     never = threading.Event()
     while True:
-        _sweep_once(lambda: sweep(database, queue, settings))
+        try:
+            sweep(database, queue, settings)
+        except SQLAlchemyError as error:
+            log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
+        except BROKER_ERRORS as error:
+            log.warning("sweep_failed", error=str(error))
         never.wait(settings.sweep_s)
-
-
-def _sweep_once(action: Callable[[], int]) -> None:
-    try:
-        action()
-    except (SQLAlchemyError, *BROKER_ERRORS) as error:
-        log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
