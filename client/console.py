@@ -144,8 +144,8 @@ def size(value: int | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction (0 to 1) for people: `12.5%`; `-` for None."""
-    return "-" if value is None else f"{value:.1%}"
+    """Return a fraction (0 to 1) for people: `12.5%`, `50%`; `-` for None."""
+    return "-" if value is None else f"{100 * value:.3g}%"
 
 
 def ap(value: float | None) -> str:

@@ -25,7 +25,7 @@ class Jobs(Resource):
 
     def validate(self, spec: dict[str, Any]) -> dict[str, Any]:
         """Return the resolved spec, every default filled in, without creating a job; raises as `submit` does."""
-        return cast(dict[str, Any], self._transport.post("/v1/jobs/validate", spec))
+        return cast(dict[str, Any], self._transport.post("/v1/jobs/validate", spec)["spec"])
 
     def get(self, job_id: str) -> Job:
         """Return one job."""
@@ -34,7 +34,7 @@ class Jobs(Resource):
     def list(
         self, *, status: JobStatus | None = None, dataset: str | None = None, name: str | None = None
     ) -> Iterator[Job]:
-        """Yield every job that fits, newest first, as the pages are asked for."""
+        """Yield every job that fits, newest first, as the pages are asked for; `name` is any part of the name."""
         return self._pages("/v1/jobs", {"status": status, "dataset": dataset, "name": name})
 
     def cancel(self, job_id: str) -> Job:

@@ -101,7 +101,7 @@ class Progress(TypedDict):
     epochs: int | None
     step: int | None
     steps: int | None
-    fraction: float
+    fraction: float | None
     eta_s: float | None
     images_per_s: float | None
 

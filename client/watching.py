@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from client.console import Output, ap, safe, seconds
+from client.console import Output, ap, percent, safe, seconds
 from client.types import Evaluation, Job, Metrics, Update
 
 _LINE_EVERY_S = 30.0
@@ -66,12 +66,12 @@ class JobView:
             return
         line = _progress_line(job, self._losses)
         if self._bar:
-            self._bar.update(self._task, completed=progress["fraction"], description=safe(line).plain)
+            self._bar.update(self._task, completed=progress["fraction"] or 0.0, description=safe(line).plain)
             return
         place = (progress["phase"], progress["epoch"])
         if place != self._place or time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._place, self._last_line = place, time.monotonic()
-            self._out.say(f"{progress['fraction']:.0%} {line}")
+            self._out.say(f"{percent(progress['fraction'])} {line}")
 
 
 def show_results(out: Output, job: Job) -> None:

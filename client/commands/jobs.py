@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from client.commands.datasets import Limit
-from client.console import FAILED, INTERRUPTED, JsonFlag, Output, ap, seconds, size
+from client.console import FAILED, INTERRUPTED, JsonFlag, Output, ap, percent, seconds, size
 from client.errors import InvalidInput
 from client.sdk import Client
 from client.specs import load_spec
@@ -58,7 +58,7 @@ def validate(spec: SpecFile, changes: Changes = None, as_json: JsonFlag = False)
 def list_(
     status: Annotated[str | None, typer.Option(help="queued, preparing, running, succeeded, …")] = None,
     dataset: Annotated[str | None, typer.Option(metavar="ID", help="Only jobs on this dataset.")] = None,
-    name: Annotated[str | None, typer.Option(help="Only jobs of this name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only jobs with this in their name.")] = None,
     limit: Limit = 20,
     as_json: JsonFlag = False,
 ) -> None:
@@ -74,7 +74,7 @@ def list_(
                 job["id"],
                 job["name"],
                 job["status"],
-                f"{job['progress']['fraction']:.0%}" if job["progress"] else None,
+                percent(job["progress"]["fraction"]) if job["progress"] else None,
                 seconds(job["progress"]["eta_s"]) if job["progress"] else None,
                 ap(((job["results"] or {}).get("student") or {}).get("ap")),
                 job["created_at"],
@@ -98,7 +98,7 @@ def show(job_id: JobId, as_json: JsonFlag = False) -> None:
         [
             ("name", job["name"]),
             ("status", job["status"]),
-            ("progress", f"{progress['phase']}, {progress['fraction']:.0%}" if progress else None),
+            ("progress", f"{progress['phase']}, {percent(progress['fraction'])}" if progress else None),
             ("attempt", job["attempt"]),
             ("dataset", job["dataset_id"]),
             *((f"label {key}", value) for key, value in job["labels"].items()),

@@ -271,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._page([job for job in reversed(service.jobs.values()) if wanted in (None, job["status"])])
         if rest == ["validate"]:
             self._check_spec(json.loads(body))
-            return 200, {**json.loads(body), "seed": 0}
+            return 200, {"spec": {**json.loads(body), "seed": 0}}
         if rest[0] not in service.jobs:
             raise Problem(404, "not_found", f"no job {rest[0]}")
         job = service.jobs[rest[0]]

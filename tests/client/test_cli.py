@@ -256,7 +256,7 @@ def test_a_dataset_is_added_and_its_report_shown(service, archive):
     service.outcome = {"status": "ready", "format": "coco", "splits": REPORT["splits"], "report": REPORT}
     result = defeat("datasets", "add", archive, "--name", "cells")
     assert result.exit_code == 0
-    assert "coco: 4 images, 9 boxes, 10.0% dropped (at most 20.0% may be)" in result.stdout
+    assert "coco: 4 images, 9 boxes, 10% dropped (at most 20% may be)" in result.stdout
     assert "dropped: boxes outside their picture (box_outside, 2 times)" in result.stdout
     assert "    a.png: x2 is 700 of 640" in result.stdout
     [row] = json.loads(defeat("datasets", "list", "--json").stdout)
