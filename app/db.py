@@ -47,7 +47,7 @@ def make_engine(url: str) -> Engine:
         # The driver's own transaction control begins lazily and upgrades read locks to write locks, which fails
         # under two writers; we begin ourselves, below.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

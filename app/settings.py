@@ -1,6 +1,8 @@
 """Every setting of the service and its workers, from the environment, in one typed place."""
 
+import os
 import secrets
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -90,11 +92,14 @@ class Settings(BaseSettings):
             return value.encode()
         path = self.home / "secret"
         self.home.mkdir(parents=True, exist_ok=True)
-        try:
-            path.touch(mode=0o600, exist_ok=False)
-        except FileExistsError:
-            return path.read_bytes()
-        path.write_text(secrets.token_hex(32))
+        if not path.exists():
+            # Linked into place whole: another process starting now must never read an empty secret.
+            part = self.home / f"secret.{secrets.token_hex(8)}"
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            with suppress(FileExistsError):
+                path.hardlink_to(part)
+            part.unlink()
         return path.read_bytes()
 
 

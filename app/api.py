@@ -1,0 +1,26 @@
+"""Every router, in one list."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from app.artifacts.endpoints import router as artifacts
+from app.auth import CurrentCaller
+from app.catalog import CatalogDep
+from app.checkpoints.endpoints import router as checkpoints
+from app.dashboard.endpoints import router as dashboard
+from app.datasets.endpoints import router as datasets
+from app.health import router as health
+from app.jobs.endpoints import router as jobs
+from app.problems import problems
+
+catalog = APIRouter(prefix="/v1/catalog", tags=["catalog"])
+
+
+@catalog.get("", responses=problems())
+def get_catalog(caller: CurrentCaller, contents: CatalogDep) -> dict[str, Any]:  # noqa: ARG001
+    """Return what can be asked for: detectors, backbones, methods and schedules with their JSON Schemas, formats."""
+    return contents.document
+
+
+ROUTERS: tuple[APIRouter, ...] = (health, catalog, datasets, checkpoints, jobs, artifacts, dashboard)

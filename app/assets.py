@@ -1,0 +1,96 @@
+"""What datasets and checkpoints have in common: ids, and a content that is uploaded once."""
+
+import re
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from app.auth import Caller
+from app.db import Database, update_count
+from app.errors import Conflict, NotFound, ServiceError
+from app.models import Checkpoint, Dataset, Job
+from app.queue import Queue
+from app.settings import Settings
+from app.states import AWAITING_UPLOAD, QUEUED
+from app.storage import Storage
+from app.uploads import Part, discard, receive, store
+
+Asset = TypeVar("Asset", Dataset, Checkpoint)
+Owned = TypeVar("Owned", Dataset, Checkpoint, Job)
+
+_ID = re.compile(r"[a-z]{2,8}_[0-9a-z]{1,30}")
+
+
+def checked_id(row_id: str) -> str:
+    """Return the id if it can be one: the database never sees anything else. Raises `NotFound`."""
+    if not _ID.fullmatch(row_id):
+        raise NotFound(f"{row_id[:80]!r} is not an id")
+    return row_id
+
+
+def found(row: Owned | None, row_id: str) -> Owned:
+    """Return the row. Raises `NotFound`, the same for one that is not there and one of another tenant."""
+    if row is None:
+        raise NotFound(f"there is no {row_id}")
+    return row
+
+
+def _waiting(session: Session, caller: Caller, model: type[Asset], row_id: str) -> Asset:
+    row = session.get(model, checked_id(row_id))
+    row = found(row if row and row.tenant_id == caller.tenant_id else None, row_id)
+    if row.status != AWAITING_UPLOAD:
+        raise _taken(row_id, row.status)
+    return row
+
+
+def _taken(row_id: str, status: str) -> Conflict:
+    return Conflict(f"{row_id} is {status}: its content was given before; make a new one for other content")
+
+
+async def upload(
+    request: Request,
+    caller: Caller,
+    model: type[Asset],
+    row_id: str,
+    *,
+    database: Database,
+    storage: Storage,
+    queue: Queue,
+    settings: Settings,
+) -> Asset:
+    """Take the request's body as the content of a row that waits for it, and queue its check.
+
+    Raises `NotFound`, `Conflict` if the row has its content (also where another upload was faster), and what
+    `app.uploads.receive` raises; then the row still waits and the upload can be repeated.
+    """
+
+    def _check() -> None:
+        with database.read() as session:
+            _waiting(session, caller, model, row_id)
+
+    def _keep(part: Part) -> Asset:
+        key = store(storage, f"{model.__tablename__}/{row_id}", part)
+        try:
+            with database.write() as session:
+                return _attach(session, caller, model, row_id, key, queue)
+        except ServiceError:
+            # Another upload was faster. After any other error the commit may have happened after all, and then the
+            # row refers to this object.
+            discard(storage, key)
+            raise
+
+    await run_in_threadpool(_check)
+    async with receive(request, settings) as part:
+        return await run_in_threadpool(_keep, part)
+
+
+def _attach(session: Session, caller: Caller, model: type[Asset], row_id: str, key: str, queue: Queue) -> Asset:
+    mine = (model.id == row_id, model.tenant_id == caller.tenant_id, model.status == AWAITING_UPLOAD)
+    if not update_count(session, update(model).where(*mine).values(status=QUEUED, upload_key=key)):
+        raise _taken(row_id, "no longer awaiting_upload")
+    row = session.get_one(model, row_id)
+    queue.enqueue(session, row)
+    return row

@@ -1,0 +1,49 @@
+"""What can be asked for: the engine's detectors, methods and parameters, as `python -m worker.catalog` wrote them."""
+
+import json
+from functools import lru_cache
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import Depends
+
+from app.errors import Unavailable
+
+
+class Catalog:
+    """Read access to the catalog's document; its shape is what `worker.catalog.catalog` returns."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+
+    @property
+    def detectors(self) -> dict[str, Any]:
+        """Detector families by architecture: summary, head, schema."""
+        return dict(self.document["detectors"])
+
+    @property
+    def methods(self) -> dict[str, Any]:
+        """Distillation methods by name: summary, needs, needs_teacher, schema."""
+        return dict(self.document["methods"])
+
+    @property
+    def pretrained(self) -> dict[str, Any]:
+        """Published detectors by name: their detector spec and their weights with classes."""
+        return dict(self.document["pretrained"])
+
+    def schema(self, section: str) -> dict[str, Any]:
+        """Return the JSON Schema of `schedule`, `evaluation` or `augmentation`."""
+        return dict(self.document[section]["schema"])
+
+
+@lru_cache(maxsize=1)
+def load_catalog() -> Catalog:
+    """Read the packaged catalog, once per process."""
+    file = resources.files("app") / "catalog.json"
+    try:
+        return Catalog(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise Unavailable("app/catalog.json is not installed; write it with `python -m worker.catalog`") from error
+
+
+CatalogDep = Annotated[Catalog, Depends(load_catalog)]

@@ -1,0 +1,52 @@
+"""Bodies and responses of checkpoints."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from app.bodies import Body, Name
+from app.models import Leased
+from app.schemas import AssetStatus, Resource
+
+
+class CheckpointCreate(Body):
+    """A checkpoint whose weights follow: `PUT /v1/checkpoints/{id}/content`."""
+
+    name: Name
+    detector: Annotated[
+        dict[str, Any] | None,
+        Field(description="The detector that the weights are of; null where the file carries its own."),
+    ] = None
+    classes: Annotated[
+        list[Name] | None,
+        Field(min_length=1, max_length=10_000, description="Class names in the order of the weights' labels, or null."),
+    ] = None
+
+
+class Coverage(BaseModel):
+    """How much of the detector the file fills: counts of tensors, and the first 20 names of those that do not fit."""
+
+    loaded: int
+    total: int
+    missing: list[str] = []
+    unexpected: list[str] = []
+
+
+class CheckpointOut(Resource):
+    """A checkpoint."""
+
+    object: Literal["checkpoint"] = "checkpoint"
+    status: AssetStatus
+    detector: dict[str, Any] | None
+    classes: list[str] | None
+    coverage: Coverage | None
+    sha256: str | None
+    size_bytes: int | None
+    source_job_id: str | None
+
+    @classmethod
+    def derived(cls, row: Leased) -> Mapping[str, Any]:
+        """See `Resource`."""
+        path = f"/v1/checkpoints/{row.id}"
+        return {"links": {"self": path, "content": f"{path}/content"}}

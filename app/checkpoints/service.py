@@ -1,0 +1,99 @@
+"""Rules of checkpoints: how one is made, filled, read and deleted."""
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app import assets
+from app.auth import Caller
+from app.bodies import invalid
+from app.catalog import Catalog
+from app.checkpoints import repository
+from app.checkpoints.schemas import CheckpointCreate
+from app.db import after_commit
+from app.errors import Conflict
+from app.ids import new_id
+from app.models import Checkpoint
+from app.states import AWAITING_UPLOAD, CHECKING, READY
+from app.storage import Storage
+from app.uploads import discard_prefix
+from app.validation import check_detector
+
+
+class CheckpointInUse(Conflict):
+    """A job that has not ended refers to the checkpoint."""
+
+    code, title = "checkpoint_in_use", "Checkpoint in use"
+
+
+class CheckpointNotReady(Conflict):
+    """The checkpoint has no weights that could be used."""
+
+    code, title = "checkpoint_not_ready", "Checkpoint not ready"
+
+
+def create(session: Session, caller: Caller, body: CheckpointCreate, catalog: Catalog) -> Checkpoint:
+    """Make a checkpoint that waits for its weights. Raises `Invalid` for a detector that the catalog does not know."""
+    detector = None
+    if body.detector is not None:
+        section = check_detector(catalog, body.detector, ("detector",))
+        if section.problems:
+            raise invalid(section.problems)
+        detector = section.value
+    row = Checkpoint(
+        id=new_id("ckpt"),
+        tenant_id=caller.tenant_id,
+        name=body.name,
+        status=AWAITING_UPLOAD,
+        detector=detector,
+        classes=body.classes,
+        attempt=0,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get(session: Session, caller: Caller, checkpoint_id: str) -> Checkpoint:
+    """Return the caller's checkpoint. Raises `NotFound`."""
+    row = repository.find(session, caller.tenant_id, assets.checked_id(checkpoint_id))
+    return assets.found(row, checkpoint_id)
+
+
+def get_ready(session: Session, caller: Caller, checkpoint_id: str) -> Checkpoint:
+    """Return the caller's checkpoint with its weights. Raises `NotFound`, `CheckpointNotReady`."""
+    row = get(session, caller, checkpoint_id)
+    if row.status != READY or row.storage_key is None:
+        raise CheckpointNotReady(not_ready(row))
+    return row
+
+
+def not_ready(row: Checkpoint) -> str:
+    """Say why a checkpoint cannot be used, and what would do."""
+    if row.failure:
+        return f"{row.id} is {row.status}: {row.failure.get('detail')}"
+    hint = "send its weights first" if row.status == AWAITING_UPLOAD else "wait until it is ready"
+    return f"{row.id} is {row.status}; {hint}"
+
+
+def uses(spec: dict[str, Any], checkpoint_id: str) -> bool:
+    """Say whether a job's spec refers to the checkpoint."""
+    teacher, student = spec.get("teacher") or {}, spec.get("student") or {}
+    named = (teacher.get("id"), teacher.get("initial_weights"), student.get("initial_weights"))
+    return checkpoint_id in named
+
+
+def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storage) -> None:
+    """Delete the checkpoint, and its weights after the commit.
+
+    Raises `NotFound`; `CheckpointInUse` while a job that has not ended refers to it; `Conflict` while it is checked.
+    """
+    row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(checkpoint_id))
+    row = assets.found(row, checkpoint_id)
+    for job_id, spec in repository.open_jobs(session, caller.tenant_id):
+        if uses(spec, row.id):
+            raise CheckpointInUse(f"{row.id} is used by {job_id}, which has not ended; cancel that or wait for its end")
+    if row.status == CHECKING:
+        raise Conflict(f"{row.id} is being checked; delete it when that has ended")
+    session.delete(row)
+    after_commit(session, lambda: discard_prefix(storage, f"checkpoints/{checkpoint_id}"))

@@ -1,0 +1,38 @@
+"""Queries on datasets, each limited to one tenant."""
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from app.models import Dataset, Job
+
+
+def of_tenant(tenant_id: str) -> Select[Dataset]:
+    """Return the query for all of a tenant's datasets."""
+    return select(Dataset).where(Dataset.tenant_id == tenant_id)
+
+
+def find(session: Session, tenant_id: str, dataset_id: str) -> Dataset | None:
+    """Return the tenant's dataset, if there is one of this id."""
+    return session.scalars(of_tenant(tenant_id).where(Dataset.id == dataset_id)).one_or_none()
+
+
+def find_to_use(session: Session, tenant_id: str, dataset_id: str) -> Dataset | None:
+    """As `find`, and the row cannot be deleted before this transaction ends."""
+    statement = of_tenant(tenant_id).where(Dataset.id == dataset_id)
+    return session.scalars(statement.with_for_update(read=True, key_share=True)).one_or_none()
+
+
+def find_to_delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset | None:
+    """As `find`, and nobody else can begin to use the row before this transaction ends."""
+    statement = of_tenant(tenant_id).where(Dataset.id == dataset_id)
+    return session.scalars(statement.with_for_update()).one_or_none()
+
+
+def count_jobs(session: Session, dataset_id: str) -> int:
+    """Return how many jobs refer to the dataset."""
+    return session.scalar(select(func.count()).select_from(Job).where(Job.dataset_id == dataset_id)) or 0
+
+
+def first_job(session: Session, dataset_id: str) -> str | None:
+    """Return the id of one job that refers to the dataset, the newest."""
+    return session.scalar(select(Job.id).where(Job.dataset_id == dataset_id).order_by(Job.id.desc()).limit(1))

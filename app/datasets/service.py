@@ -1,0 +1,79 @@
+"""Rules of datasets: how one is made, filled, read and deleted."""
+
+from sqlalchemy.orm import Session
+
+from app import assets
+from app.auth import Caller
+from app.datasets import repository
+from app.datasets.references import check_reference
+from app.datasets.schemas import DatasetCreate, ReferenceSource
+from app.db import after_commit
+from app.errors import Conflict, NotFound
+from app.ids import new_id
+from app.models import Dataset
+from app.queue import Queue
+from app.settings import Settings
+from app.states import AWAITING_UPLOAD, CHECKING, QUEUED
+from app.storage import Storage
+from app.uploads import discard_prefix
+
+
+class DatasetInUse(Conflict):
+    """A job refers to the dataset."""
+
+    code, title = "dataset_in_use", "Dataset in use"
+
+
+def create(session: Session, caller: Caller, body: DatasetCreate, settings: Settings, queue: Queue) -> Dataset:
+    """Make a dataset that waits for its upload, or one from a reference, whose check begins at once.
+
+    Raises `ReferenceNotAllowed`.
+    """
+    source = body.source.model_dump()
+    referenced = isinstance(body.source, ReferenceSource)
+    if isinstance(body.source, ReferenceSource):
+        source["uri"] = check_reference(settings, body.source.uri)
+    row = Dataset(
+        id=new_id("ds"),
+        tenant_id=caller.tenant_id,
+        name=body.name,
+        status=QUEUED if referenced else AWAITING_UPLOAD,
+        source=source,
+        max_dropped_fraction=body.max_dropped_fraction,
+        attempt=0,
+    )
+    session.add(row)
+    if referenced:
+        queue.enqueue(session, row)
+    session.flush()
+    return row
+
+
+def get(session: Session, caller: Caller, dataset_id: str) -> Dataset:
+    """Return the caller's dataset. Raises `NotFound`."""
+    return assets.found(repository.find(session, caller.tenant_id, assets.checked_id(dataset_id)), dataset_id)
+
+
+def get_report(session: Session, caller: Caller, dataset_id: str) -> dict[str, object]:
+    """Return what checking found. Raises `NotFound` for a dataset without a report, with its status."""
+    row = get(session, caller, dataset_id)
+    if row.report is None:
+        raise NotFound(f"{row.id} has no report: it is {row.status}, and a report comes with its check")
+    return row.report
+
+
+def delete(session: Session, caller: Caller, dataset_id: str, storage: Storage) -> None:
+    """Delete the dataset, and its objects after the commit.
+
+    Raises `NotFound`; `DatasetInUse` while any job refers to it, ended or not, since a job without its dataset could
+    not be understood; `Conflict` while it is being checked.
+    """
+    row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(dataset_id))
+    row = assets.found(row, dataset_id)
+    if count := repository.count_jobs(session, row.id):
+        newest = repository.first_job(session, row.id)
+        raise DatasetInUse(f"{row.id} is used by {count} jobs, of which {newest} is the newest; a used dataset is kept")
+    if row.status == CHECKING:
+        raise Conflict(f"{row.id} is being checked; delete it when that has ended")
+    session.delete(row)
+    after_commit(session, lambda: discard_prefix(storage, f"datasets/{dataset_id}"))

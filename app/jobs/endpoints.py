@@ -1,0 +1,140 @@
+"""/v1/jobs."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Query, Response
+
+from app.auth import CrossSite, CurrentCaller
+from app.bodies import Name
+from app.catalog import CatalogDep
+from app.checkpoints.service import CheckpointNotReady
+from app.dependencies import DatabaseDep, QueueDep
+from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
+from app.idempotency import IdempotencyHeader, KeyReused, once
+from app.jobs import repository, service
+from app.jobs.resolve import DatasetNotReady, resolve
+from app.jobs.schemas import (
+    EvaluationOut,
+    EvaluationsOut,
+    EventOut,
+    JobOut,
+    JobStatus,
+    MetricsOut,
+    Subject,
+    ValidatedOut,
+)
+from app.jobs.spec import JobSpec
+from app.models import Job
+from app.pagination import Page, PageQuery, page_of, page_query
+from app.problems import problems
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+# A plain object here, so that the outer keys' mistakes and those found with the catalog come in one answer.
+SpecBody = Annotated[dict[str, Any], Body()]
+SPEC_SCHEMA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")}
+        },
+    }
+}
+SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)
+
+
+@router.post("", status_code=201, responses=problems(*SPEC_PROBLEMS, KeyReused), openapi_extra=SPEC_SCHEMA)
+def create_job(
+    body: SpecBody,
+    response: Response,
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    catalog: CatalogDep,
+    queue: QueueDep,
+    idempotency_key: IdempotencyHeader = None,
+) -> JobOut:
+    """Make a job and queue it."""
+    with database.write() as session:
+        return once(
+            session,
+            caller,
+            response,
+            route="jobs",
+            key=idempotency_key,
+            body=body,
+            output=JobOut,
+            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue)),
+        )
+
+
+@router.post("/validate", responses=problems(*SPEC_PROBLEMS), openapi_extra=SPEC_SCHEMA)
+def validate_job(body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep) -> ValidatedOut:
+    """Check a spec and return it resolved; nothing is made."""
+    with database.read() as session:
+        return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body).spec)
+
+
+@router.get("", responses=problems(Invalid))
+def list_jobs(
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    page: Annotated[PageQuery, Depends(page_query)],
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
+    dataset: Annotated[
+        str | None, Query(pattern=r"^ds_[0-9a-z]{1,30}$", description="Only jobs on this dataset.")
+    ] = None,
+    name: Annotated[
+        Name | None, Query(description="Only jobs with this in their name, in upper or lower case.")
+    ] = None,
+) -> Page[JobOut]:
+    """List jobs, newest first."""
+    statement = repository.of_tenant(caller.tenant_id, status=status, dataset_id=dataset, name=name)
+    with database.read() as session:
+        rows, cursor = page_of(session, statement, Job, page)
+        return Page(data=[JobOut.of(row) for row in rows], has_more=cursor is not None, next_cursor=cursor)
+
+
+@router.get("/{job_id}", responses=problems(NotFound))
+def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+    """Return one job."""
+    with database.read() as session:
+        return JobOut.of(service.get(session, caller, job_id))
+
+
+@router.post("/{job_id}/cancel", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+    """Ask a job to end. Asking again changes nothing."""
+    with database.write() as session:
+        return JobOut.of(service.cancel(session, caller, job_id))
+
+
+@router.get("/{job_id}/events", responses=problems(NotFound, Invalid))
+def list_job_events(
+    job_id: str, caller: CurrentCaller, database: DatabaseDep, page: Annotated[PageQuery, Depends(page_query)]
+) -> Page[EventOut]:
+    """List a job's events, oldest first; `after` is an event's id."""
+    with database.read() as session:
+        return service.list_events(session, caller, job_id, after=page.after, limit=page.limit)
+
+
+@router.get("/{job_id}/metrics", responses=problems(NotFound, Invalid))
+def list_job_metrics(
+    job_id: str,
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    subject: Annotated[Subject, Query(description="Who is trained.")] = "student",
+    after_step: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Only steps behind this one.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="How many steps at most.")] = 1000,
+) -> MetricsOut:
+    """Return what was logged, by optimiser step."""
+    with database.read() as session:
+        return service.list_metrics(session, caller, job_id, subject=subject, after_step=after_step, limit=limit)
+
+
+@router.get("/{job_id}/evaluations", responses=problems(NotFound))
+def list_job_evaluations(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> EvaluationsOut:
+    """Return the COCO metrics that were measured, by epoch."""
+    with database.read() as session:
+        job = service.get(session, caller, job_id)
+        rows = repository.evaluations(session, job.id)
+        return EvaluationsOut(data=[EvaluationOut.model_validate(row) for row in rows])

@@ -1,0 +1,65 @@
+"""Queries on jobs and what they log, each limited to one tenant or to a job that was found for one."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Select, select, update
+from sqlalchemy.orm import Session
+
+from app.db import update_count, utcnow
+from app.models import Job, JobEvaluation, JobEvent, JobMetric
+from app.states import CANCELLED, CANCELLING, PREPARING, QUEUED, RUNNING
+
+
+def of_tenant(
+    tenant_id: str, *, status: str | None = None, dataset_id: str | None = None, name: str | None = None
+) -> Select[Job]:
+    """Return the query for a tenant's jobs; `name` is any part of the name, in upper or lower case."""
+    statement = select(Job).where(Job.tenant_id == tenant_id)
+    if status is not None:
+        statement = statement.where(Job.status == status)
+    if dataset_id is not None:
+        statement = statement.where(Job.dataset_id == dataset_id)
+    if name is not None:
+        statement = statement.where(Job.name.icontains(name, autoescape=True))
+    return statement
+
+
+def find(session: Session, tenant_id: str, job_id: str) -> Job | None:
+    """Return the tenant's job, if there is one of this id."""
+    return session.scalars(of_tenant(tenant_id).where(Job.id == job_id)).one_or_none()
+
+
+def find_locked(session: Session, tenant_id: str, job_id: str) -> Job | None:
+    """As `find`, and nobody else changes the row before this transaction ends."""
+    return session.scalars(of_tenant(tenant_id).where(Job.id == job_id).with_for_update()).one_or_none()
+
+
+def cancel(session: Session, job: Job) -> str | None:
+    """Move the job towards `cancelled` from the state it is in now; return the new status, None if it has ended."""
+    queued = update(Job).where(Job.id == job.id, Job.status == QUEUED)
+    if update_count(session, queued.values(status=CANCELLED, finished_at=utcnow())):
+        return CANCELLED
+    held = update(Job).where(Job.id == job.id, Job.status.in_((PREPARING, RUNNING)))
+    if update_count(session, held.values(status=CANCELLING)):
+        return CANCELLING
+    return None
+
+
+def events(session: Session, job_id: str, *, after: int, limit: int) -> Sequence[JobEvent]:
+    """Return a job's events behind the one of number `after`, oldest first."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
+    return session.scalars(statement.order_by(JobEvent.id).limit(limit)).all()
+
+
+def metrics(session: Session, job_id: str, *, subject: str, after_step: int, limit: int) -> Sequence[JobMetric]:
+    """Return what a job logged for one subject behind a step, by step."""
+    statement = select(JobMetric).where(
+        JobMetric.job_id == job_id, JobMetric.subject == subject, JobMetric.step > after_step
+    )
+    return session.scalars(statement.order_by(JobMetric.step).limit(limit)).all()
+
+
+def evaluations(session: Session, job_id: str) -> Sequence[JobEvaluation]:
+    """Return a job's evaluations, by epoch, the teacher's last."""
+    statement = select(JobEvaluation).where(JobEvaluation.job_id == job_id)
+    return session.scalars(statement.order_by(JobEvaluation.epoch, JobEvaluation.subject)).all()

@@ -1,0 +1,260 @@
+"""From a spec as it was sent to one that a worker can run: every mistake named at once, every default filled in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from app.assets import checked_id
+from app.bodies import Problem, invalid, pointer, problem, problems_of, show
+from app.catalog import Catalog
+from app.checkpoints import repository as checkpoints
+from app.checkpoints.service import CheckpointNotReady, not_ready
+from app.datasets import repository as datasets
+from app.errors import Conflict, NotFound
+from app.jobs.spec import JobSpec
+from app.models import Checkpoint, Dataset
+from app.states import AWAITING_UPLOAD, READY
+from app.validation import Path, Section, check_detector, check_method, check_section, unknown_choice
+
+# An error with one of these codes that comes alone gives the whole answer its code.
+RULES = frozenset(
+    {
+        "dataset_not_found",
+        "split_missing",
+        "teacher_required",
+        "checkpoint_not_found",
+        "teacher_classes_differ",
+        "teacher_detector_differs",
+        "pyramids_do_not_pair",
+    }
+)
+
+
+class DatasetNotReady(Conflict):
+    """The dataset cannot be trained on, or not yet."""
+
+    code, title = "dataset_not_ready", "Dataset not ready"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A spec with nothing left open, and its dataset."""
+
+    spec: dict[str, Any]
+    dataset: Dataset
+
+
+@dataclass
+class _Teacher:
+    """What is known of the teacher: None where that part is wrong or not known before training."""
+
+    detector: dict[str, Any] | None = None
+    classes: list[str] | None = None
+    schedule: dict[str, Any] | None = None
+
+
+class Resolver:
+    """Resolves one spec for one tenant. Used once.
+
+    A part that is wrong is reported where it stands and then counts as unknown, so that what does not hang on it is
+    checked all the same.
+    """
+
+    def __init__(self, session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> None:
+        self._session = session
+        self._tenant_id = tenant_id
+        self._catalog = catalog
+        self._body = body
+        self._errors: list[Problem] = []
+        self._conflicts: list[Conflict] = []
+
+    def resolve(self) -> Resolved:
+        """Return the complete spec.
+
+        Raises `Invalid` with every mistake in it; where there is none, `DatasetNotReady` or `CheckpointNotReady`.
+        """
+        outer = self._outer()
+        dataset = self._dataset()
+        student = self._detector(("student", "detector"))
+        self._initial_weights(("student", "initial_weights"))
+        method = self._section(lambda value, path: check_method(self._catalog, value, path), ("distillation",))
+        teacher = self._teacher(method)
+        parts = {name: self._parameters(name, (name,)) for name in ("schedule", "evaluation", "augmentation")}
+        self._check_splits(dataset, parts["evaluation"])
+        self._check_classes(dataset, teacher)
+        self._check_pyramids(method, student, teacher)
+        self._raise()
+        assert outer is not None
+        assert dataset is not None
+        spec = outer.model_dump() | parts | {"distillation": method}
+        spec["student"]["detector"] = student
+        if spec["teacher"] is not None and spec["teacher"]["source"] != "pretrained":
+            spec["teacher"]["detector"] = teacher.detector
+        if teacher.schedule is not None:
+            spec["teacher"]["schedule"] = teacher.schedule
+        return Resolved(spec, dataset)
+
+    def _error(self, path: Path, code: str, detail: str) -> None:
+        self._errors.append(problem(pointer(path), code, detail))
+
+    def _raise(self) -> None:
+        if self._errors:
+            codes = {error["code"] for error in self._errors}
+            rule = codes.pop() if len(codes) == 1 and codes <= RULES else None
+            raise invalid(self._errors, code=rule)
+        for conflict in self._conflicts:
+            raise conflict
+
+    def _outer(self) -> JobSpec | None:
+        try:
+            return JobSpec.model_validate(self._body)
+        except ValidationError as error:
+            self._errors.extend(problems_of(error))
+            if any(item["code"] == "unfit_value" for item in self._errors):
+                self._raise()
+            return None
+
+    def _given(self, path: Path) -> Any:
+        """Return what stands at `path`, None where nothing does or something on the way is no object."""
+        value: Any = self._body
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def _section(self, check: Callable[[object, Path], Section], path: Path) -> dict[str, Any] | None:
+        value = self._given(path)
+        if not isinstance(value, dict):  # missing or of a wrong type: the outer model has said so
+            return None
+        section = check(value, path)
+        self._errors.extend(section.problems)
+        return section.value
+
+    def _detector(self, path: Path) -> dict[str, Any] | None:
+        return self._section(lambda value, at: check_detector(self._catalog, value, at), path)
+
+    def _parameters(self, name: str, path: Path) -> dict[str, Any] | None:
+        schema = self._catalog.schema(name)
+        parent = self._given(path[:-1])
+        if isinstance(parent, dict) and path[-1] not in parent:
+            return check_section(schema, {}, path).value
+        return self._section(lambda value, at: check_section(schema, value, at), path)
+
+    def _dataset(self) -> Dataset | None:
+        dataset_id = self._given(("dataset",))
+        if not isinstance(dataset_id, str):
+            return None
+        row = self._find(datasets.find_to_use, dataset_id)
+        if row is None:
+            detail = f"there is no dataset {show(dataset_id)}; GET /v1/datasets lists yours"
+            self._error(("dataset",), "dataset_not_found", detail)
+        elif row.status != READY:
+            reason = f": {row.failure.get('detail')}" if row.failure else ""
+            hint = "; send its archive first" if row.status == AWAITING_UPLOAD else ""
+            self._conflicts.append(DatasetNotReady(f"{row.id} is {row.status}{reason}{hint}"))
+        return row
+
+    def _find(self, find: Callable[[Session, str, str], Any], row_id: str) -> Any:
+        try:
+            return find(self._session, self._tenant_id, checked_id(row_id))
+        except NotFound:
+            return None
+
+    def _checkpoint(self, path: Path, checkpoint_id: str) -> Checkpoint | None:
+        row: Checkpoint | None = self._find(checkpoints.find_to_use, checkpoint_id)
+        if row is None:
+            detail = f"there is no checkpoint {show(checkpoint_id)}; GET /v1/checkpoints lists yours"
+            self._error(path, "checkpoint_not_found", detail)
+        elif row.status != READY:
+            self._conflicts.append(CheckpointNotReady(not_ready(row)))
+        return row
+
+    def _initial_weights(self, path: Path) -> None:
+        value = self._given(path)
+        if isinstance(value, str) and value.startswith("ckpt_"):
+            self._checkpoint(path, value)
+
+    def _teacher(self, method: dict[str, Any] | None) -> _Teacher:
+        teacher = self._given(("teacher",))
+        if teacher is None and method is not None and self._catalog.methods[method["method"]]["needs_teacher"]:
+            detail = f"method {method['method']} needs a teacher: give `teacher`, or take a method that needs none"
+            self._error(("teacher",), "teacher_required", detail)
+        source = self._given(("teacher", "source"))
+        if source == "train":
+            self._initial_weights(("teacher", "initial_weights"))
+            return _Teacher(
+                detector=self._detector(("teacher", "detector")),
+                schedule=self._parameters("schedule", ("teacher", "schedule")),
+            )
+        if source == "checkpoint":
+            return self._checkpoint_teacher()
+        if source == "pretrained":
+            return self._pretrained_teacher()
+        return _Teacher()
+
+    def _checkpoint_teacher(self) -> _Teacher:
+        checkpoint_id = self._given(("teacher", "id"))
+        row = self._checkpoint(("teacher", "id"), checkpoint_id) if isinstance(checkpoint_id, str) else None
+        given = self._detector(("teacher", "detector"))
+        if row is None or row.status != READY:
+            return _Teacher()
+        if given is not None and given != row.detector:
+            detail = f"this is not the detector of {row.id}; leave `detector` out, it comes with the checkpoint"
+            self._error(("teacher", "detector"), "teacher_detector_differs", detail)
+        return _Teacher(detector=row.detector, classes=row.classes)
+
+    def _pretrained_teacher(self) -> _Teacher:
+        name, weights = self._given(("teacher", "detector")), self._given(("teacher", "weights"))
+        if not isinstance(name, str) or not isinstance(weights, str):
+            return _Teacher()
+        entry = self._catalog.pretrained.get(name)
+        if entry is None:
+            self._errors.append(unknown_choice(("teacher", "detector"), name, list(self._catalog.pretrained)))
+            return _Teacher()
+        if weights not in entry["weights"]:
+            self._errors.append(unknown_choice(("teacher", "weights"), weights, list(entry["weights"])))
+            return _Teacher(detector=entry["detector"])
+        return _Teacher(detector=entry["detector"], classes=entry["weights"][weights]["classes"])
+
+    def _check_splits(self, dataset: Dataset | None, evaluation: dict[str, Any] | None) -> None:
+        if dataset is None or dataset.splits is None:
+            return
+        wanted: list[tuple[Path, str]] = [(("dataset",), "train")]
+        if evaluation is not None:
+            wanted.append((("evaluation", "split"), evaluation["split"]))
+        for path, split in wanted:
+            if split not in dataset.splits:
+                detail = f"{dataset.id} has no split {split!r}; it has: {', '.join(dataset.splits) or 'none'}"
+                self._error(path, "split_missing", detail)
+
+    def _check_classes(self, dataset: Dataset | None, teacher: _Teacher) -> None:
+        if dataset is None or dataset.classes is None or teacher.classes is None:
+            return
+        unknown = [name for name in dataset.classes if name not in set(teacher.classes)]
+        if unknown:
+            listed = ", ".join(map(repr, unknown[:20])) + (
+                f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+            )
+            detail = (
+                f"the teacher does not know {len(unknown)} of the dataset's {len(dataset.classes)} classes: {listed}"
+            )
+            self._error(("teacher",), "teacher_classes_differ", detail)
+
+    def _check_pyramids(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if method is None or student is None or teacher.detector is None:
+            return
+        if "neck" not in self._catalog.methods[method["method"]]["needs"]:
+            return
+        ours, theirs = student.get("strides", []), teacher.detector.get("strides", [])
+        if not set(ours) & set(theirs):
+            detail = (
+                f"the student's strides {ours} and the teacher's {theirs} have none in common; their levels must pair"
+            )
+            self._error(("student", "detector", "strides"), "pyramids_do_not_pair", detail)
+
+
+def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> Resolved:
+    """Return the complete form of a job's spec as its tenant sent it. Raises as `Resolver.resolve`."""
+    return Resolver(session, tenant_id, catalog, body).resolve()

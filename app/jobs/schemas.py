@@ -1,0 +1,114 @@
+"""Responses of jobs."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.models import JobEvent, Leased
+from app.schemas import Resource
+
+JobStatus = Literal["queued", "preparing", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Subject = Literal["teacher", "student"]
+EVENT_PREFIX = "evt_"
+
+
+class Progress(BaseModel):
+    """Where a run is; `fraction` is of the whole run, 0 to 1. What does not apply is null."""
+
+    phase: str
+    epoch: int | None = None
+    epochs: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    fraction: float | None = None
+    eta_s: float | None = None
+    images_per_s: float | None = None
+
+
+class Results(BaseModel):
+    """What came out: COCO metrics of the last teacher and of the best student."""
+
+    model_config = ConfigDict(extra="allow")
+
+    teacher: dict[str, Any] | None = None
+    student: dict[str, Any] | None = None
+    teacher_checkpoint_id: str | None = None
+
+
+class JobOut(Resource):
+    """A job."""
+
+    object: Literal["job"] = "job"
+    labels: dict[str, str]
+    status: JobStatus
+    attempt: int = Field(description="How often a worker has begun it; more than 1: workers were lost on the way.")
+    dataset_id: str
+    spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
+    progress: Progress | None
+    results: Results | None
+
+    @classmethod
+    def derived(cls, row: Leased) -> Mapping[str, Any]:
+        """See `Resource`."""
+        path = f"/v1/jobs/{row.id}"
+        parts = ("events", "metrics", "evaluations", "artifacts", "cancel")
+        return {"links": {"self": path} | {part: f"{path}/{part}" for part in parts}}
+
+
+class ValidatedOut(BaseModel):
+    """A spec that would be taken."""
+
+    spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
+
+
+class EventOut(BaseModel):
+    """A message about a job."""
+
+    id: str
+    object: Literal["event"] = "event"
+    level: Literal["info", "warn", "error"]
+    code: str
+    message: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: JobEvent) -> "EventOut":
+        """Return the event that a row is; its id sorts by creation."""
+        members = {name: getattr(row, name) for name in ("level", "code", "message", "created_at")}
+        return cls.model_validate({"id": f"{EVENT_PREFIX}{row.id:012d}", **members})
+
+
+class MetricOut(BaseModel):
+    """What was logged at one optimiser step."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    subject: Subject
+    step: int
+    epoch: float
+    values: dict[str, float | None]
+
+
+class MetricsOut(BaseModel):
+    """Logged values by step; ask again with `after_step` of the last one while `has_more`."""
+
+    data: list[MetricOut]
+    has_more: bool
+
+
+class EvaluationOut(BaseModel):
+    """COCO metrics of one detector after one epoch."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    subject: Subject
+    epoch: int
+    metrics: dict[str, Any]
+
+
+class EvaluationsOut(BaseModel):
+    """A job's evaluations, by epoch."""
+
+    data: list[EvaluationOut]

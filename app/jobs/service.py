@@ -1,0 +1,97 @@
+"""Rules of jobs: how one is made, read and cancelled."""
+
+import re
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app import assets
+from app.auth import Caller
+from app.catalog import Catalog
+from app.ids import new_id
+from app.jobs import repository
+from app.jobs.resolve import resolve
+from app.jobs.schemas import EVENT_PREFIX, EventOut, MetricOut, MetricsOut
+from app.models import Job, JobEvent
+from app.pagination import Page, bad_cursor
+from app.queue import Queue
+from app.states import CANCELLED, CANCELLING, JOB_MOVES, QUEUED, check_move
+
+_EVENT_ID = re.compile(rf"{EVENT_PREFIX}(\d{{1,18}})")
+
+
+def create(session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue) -> Job:
+    """Make a job and queue it.
+
+    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`.
+    """
+    resolved = resolve(session, caller.tenant_id, catalog, body)
+    row = Job(
+        id=new_id("job"),
+        tenant_id=caller.tenant_id,
+        name=resolved.spec["name"],
+        status=QUEUED,
+        attempt=0,
+        dataset_id=resolved.dataset.id,
+        spec=resolved.spec,
+        labels=resolved.spec["labels"],
+    )
+    session.add(row)
+    session.flush()
+    _add_event(session, row, "created", "the job was created and waits for a worker")
+    queue.enqueue(session, row)
+    session.flush()
+    return row
+
+
+def _add_event(session: Session, job: Job, code: str, message: str) -> None:
+    session.add(JobEvent(job_id=job.id, level="info", code=code, message=message))
+
+
+def get(session: Session, caller: Caller, job_id: str) -> Job:
+    """Return the caller's job. Raises `NotFound`."""
+    return assets.found(repository.find(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
+
+
+def cancel(session: Session, caller: Caller, job_id: str) -> Job:
+    """Ask a job to end: a queued one ends at once, a running one saves what it has and ends soon.
+
+    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
+    """
+    row = assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
+    if row.status == CANCELLING:
+        return row
+    wanted = CANCELLED if row.status == QUEUED else CANCELLING
+    check_move(JOB_MOVES, row.status, wanted, what=row.id)
+    reached = repository.cancel(session, row)
+    assert reached == wanted, "the row is locked, or SQLite's one writer is us"
+    if reached == CANCELLED:
+        _add_event(session, row, "cancelled", "the job was cancelled before a worker had begun it")
+    else:
+        _add_event(session, row, "cancelling", "the job was asked to end; it saves what it has")
+    session.refresh(row)
+    return row
+
+
+def list_events(session: Session, caller: Caller, job_id: str, *, after: str | None, limit: int) -> Page[EventOut]:
+    """Return a job's events, oldest first. Raises `NotFound`, `Invalid` (`bad_cursor`)."""
+    job = get(session, caller, job_id)
+    number = 0
+    if after is not None:
+        found = _EVENT_ID.fullmatch(after)
+        if not found:
+            raise bad_cursor(after)
+        number = int(found[1])
+    rows = repository.events(session, job.id, after=number, limit=limit + 1)
+    data = [EventOut.of(row) for row in rows[:limit]]
+    more = len(rows) > limit
+    return Page(data=data, has_more=more, next_cursor=data[-1].id if more else None)
+
+
+def list_metrics(
+    session: Session, caller: Caller, job_id: str, *, subject: str, after_step: int, limit: int
+) -> MetricsOut:
+    """Return what a job logged, by step. Raises `NotFound`."""
+    job = get(session, caller, job_id)
+    rows = repository.metrics(session, job.id, subject=subject, after_step=after_step, limit=limit + 1)
+    return MetricsOut(data=[MetricOut.model_validate(row) for row in rows[:limit]], has_more=len(rows) > limit)

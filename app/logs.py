@@ -1,0 +1,29 @@
+"""Structured logs: JSON lines for machines, coloured lines on a terminal."""
+
+import logging
+import sys
+
+import structlog
+
+
+def configure(level: str) -> None:
+    """Set up structlog for this process; `level` is DEBUG, INFO, WARNING or ERROR. Raises ValueError for another."""
+    least = logging.getLevelNamesMapping().get(level.upper())
+    if least is None:
+        raise ValueError(f"log level {level!r} is unknown; use DEBUG, INFO, WARNING or ERROR")
+    renderer: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if sys.stderr.isatty()
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(least),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,115 @@
+"""The HTTP service: `uvicorn app.main:create_app --factory`."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.utils import get_openapi
+
+from app import logs, problems
+from app.api import ROUTERS
+from app.boundary import Boundary
+from app.db import Database
+from app.health import ReadinessCache
+from app.idempotency import forget_old
+from app.problems import ErrorItem, ProblemDocument
+from app.queue import Queue
+from app.settings import Settings, get_settings
+from app.storage import Storage
+from app.sweep import sweep
+from app.uploads import remove_abandoned
+
+log = structlog.get_logger()
+
+_STOP_S = 10.0
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Return the application; its database, broker and object store are opened when it starts."""
+    settings = settings or get_settings()
+    logs.configure(settings.log_level)
+    app = _Api(
+        title="DeFeat: distillation as a service",
+        version=version("defeat-service"),
+        description="Trains small object detectors with the help of large ones.",
+        lifespan=_lifespan,
+    )
+    app.state.settings = settings
+    app.add_middleware(Boundary)
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    app.state.database = database = Database(settings.database_url)
+    app.state.storage = Storage(settings.storage_url)
+    app.state.queue = queue = Queue(settings.redis_url)
+    app.state.readiness = ReadinessCache()
+    sweeper = _Sweeper(database, queue, settings)
+    sweeper.start()
+    try:
+        yield
+    finally:
+        await run_in_threadpool(sweeper.stop)
+        queue.close()
+        database.dispose()
+
+
+class _Sweeper(threading.Thread):
+    """Looks for lost work, old keys and abandoned uploads as long as the process lives."""
+
+    def __init__(self, database: Database, queue: Queue, settings: Settings) -> None:
+        super().__init__(name="sweep", daemon=True)
+        self._database, self._queue, self._settings = database, queue, settings
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._settings.sweep_s):
+            try:
+                self._sweep()
+            except Exception:
+                # Whatever was wrong this time (a database that restarts), the next sweep must come.
+                log.exception("sweep_failed")
+
+    def _sweep(self) -> None:
+        sweep(self._database, self._queue, self._settings)
+        with self._database.write() as session:
+            forget_old(session)
+        remove_abandoned(self._settings)
+
+    def stop(self) -> None:
+        """End the thread; a sweep that is under way is waited for a little."""
+        self._stopped.set()
+        self.join(_STOP_S)
+
+
+class _Api(FastAPI):
+    """FastAPI whose document also describes the errors."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, made once."""
+        if self.openapi_schema is None:
+            document = get_openapi(
+                title=self.title, version=self.version, description=self.description, routes=self.routes
+            )
+            schemas = document["components"]["schemas"]
+            for model in (ProblemDocument, ErrorItem):
+                schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas[model.__name__].pop("$defs", None)
+            # Validation errors are problem documents too; FastAPI's own shape never leaves the service.
+            for operation in (item for path in document["paths"].values() for item in path.values()):
+                if "HTTPValidationError" in str(operation.get("responses", {}).get("422")):
+                    del operation["responses"]["422"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            self.openapi_schema = document
+        return self.openapi_schema

@@ -1,0 +1,96 @@
+"""Messages to workers. A message carries a row's id and wakes somebody up; the row itself is the truth."""
+
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import redis
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+from sqlalchemy import Connection, Engine, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.db import after_commit, update_count, utcnow
+from app.models import Checkpoint, Dataset, Job, Leased
+
+log = structlog.get_logger()
+
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
+BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
+"""What sending or pinging raises where the broker does not answer."""
+
+
+def client_url(url: str) -> str:
+    """Return the broker's URL as redis-py wants it: kombu's `redis+socket:///path` is its `unix:///path`."""
+    parts = urlsplit(url)
+    if parts.scheme != "redis+socket":
+        return url
+    options = parse_qs(parts.query)
+    database = options.pop("virtual_host", ["0"])[0].lstrip("/")
+    return f"unix://{parts.netloc}{parts.path}?{urlencode({'db': database})}"
+
+
+class Queue:
+    """The producer's side of the broker at `redis://…` or `redis+socket:///path`. Connects when first used.
+
+    A broker that does not answer costs a request a few seconds at most, never its row: the sweep sends again.
+    """
+
+    def __init__(self, redis_url: str) -> None:
+        self._client_url = client_url(redis_url)
+        self._celery = Celery("defeat", broker=redis_url, set_as_current=False)
+        self._celery.conf.update(
+            task_ignore_result=True,
+            task_serializer="json",
+            accept_content=["json"],
+            broker_connection_timeout=CONNECT_TIMEOUT_S,
+            broker_transport_options={
+                "socket_connect_timeout": CONNECT_TIMEOUT_S,
+                "socket_timeout": ANSWER_TIMEOUT_S,
+                # Without an upper limit kombu tries to connect for ever, inside the request.
+                "max_retries": 1,
+                "interval_start": 0.1,
+                "interval_step": 0,
+            },
+        )
+
+    def send(self, model: type[Leased], row_id: str) -> None:
+        """Send the row's id to the queue of its model. Raises one of `BROKER_ERRORS` if the broker does not answer."""
+        self._celery.send_task(model.TASK, args=[row_id], queue=model.QUEUE, retry=False)
+
+    def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
+        """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""
+        row.enqueued_at = utcnow()
+        model, row_id, bind = type(row), row.id, session.get_bind()
+
+        def _send() -> None:
+            try:
+                self.send(model, row_id)
+            except BROKER_ERRORS as error:
+                log.warning("message_not_sent", row=row_id, error=str(error))
+                _mark_unsent(bind, model, row_id)
+
+        after_commit(session, _send)
+
+    def ping(self) -> None:
+        """Raise one of `BROKER_ERRORS` if the broker does not answer within seconds."""
+        with redis.Redis.from_url(
+            self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+        ) as client:
+            client.ping()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._celery.close()
+
+
+def _mark_unsent(bind: Engine | Connection, model: type[Leased], row_id: str) -> None:
+    """Make the row look as never sent, so that the next sweep sends it and not the one after `redeliver_s`."""
+    statement = update(model).where(model.id == row_id, model.status == model.CLAIMABLE).values(enqueued_at=None)
+    try:
+        with Session(bind) as session, session.begin():
+            update_count(session, statement)
+    except SQLAlchemyError as error:
+        # The row is committed and will be found after `redeliver_s`: the request has succeeded.
+        log.warning("row_not_marked_unsent", row=row_id, error=str(error))

@@ -1,0 +1,28 @@
+"""The sweep: finds work whose message or worker was lost, and sends its message again."""
+
+import structlog
+
+from app.db import Database
+from app.leases import find_lost
+from app.queue import BROKER_ERRORS, Queue
+from app.settings import Settings
+
+log = structlog.get_logger()
+
+
+def sweep(database: Database, queue: Queue, settings: Settings) -> int:
+    """Send the message of every lost row again and return how many there were. Safe anywhere, at any time.
+
+    Does nothing while the broker is away: the rows stay lost, and the next sweep finds them.
+    """
+    try:
+        queue.ping()
+    except BROKER_ERRORS as error:
+        log.warning("sweep_without_broker", error=str(error))
+        return 0
+    with database.write() as session:
+        lost = find_lost(session, redeliver_s=settings.redeliver_s, max_attempts=settings.max_attempts)
+    for model, row_id in lost:
+        log.info("lost_row_found", row=row_id)
+        queue.send(model, row_id)
+    return len(lost)

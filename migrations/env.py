@@ -1,0 +1,38 @@
+"""Alembic's environment: the connection that `app.migrate` hands over, or one to DATABASE_URL."""
+
+from alembic import context
+from sqlalchemy import Connection
+
+from app.db import make_engine
+from app.models import Base
+from app.settings import Settings
+
+
+def _run(connection: Connection) -> None:
+    # Batch mode, since SQLite cannot alter most of a table in place.
+    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True, compare_type=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _run_offline() -> None:
+    context.configure(url=Settings().database_url, target_metadata=Base.metadata, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _run_online() -> None:
+    given: Connection | None = context.config.attributes.get("connection")
+    if given is not None:
+        _run(given)
+        return
+    engine = make_engine(Settings().database_url)
+    with engine.begin() as connection:
+        _run(connection)
+    engine.dispose()
+
+
+if context.is_offline_mode():
+    _run_offline()
+else:
+    _run_online()
