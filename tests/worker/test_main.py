@@ -1,0 +1,128 @@
+"""Real workers on a real broker."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from app.processes import dies_with_parent
+from app.queue import BROKER_ERRORS, Queue
+from app.stack import broker_binary, broker_command
+from tests.worker.support.world import World, alive, until
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("w"), lease_s=2.0)
+
+
+@pytest.fixture
+def start(world: World) -> Iterator[Start]:
+    """Start a process in the world's environment; it is killed in the end."""
+    processes: list[subprocess.Popen[bytes]] = []
+    settings = {"DEFEAT_HOME": str(world.home), "DEFEAT_LEASE_S": "2", "DEFEAT_SWEEP_S": "0.3"}
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
+
+    def _start(*command: str) -> "subprocess.Popen[bytes]":
+        with (world.home / "processes.log").open("ab") as output:
+            processes.append(
+                subprocess.Popen(
+                    command, stdout=output, stderr=output, env=kept | settings, preexec_fn=dies_with_parent()
+                )
+            )
+        return processes[-1]
+
+    yield _start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def queue(world: World, start: Start) -> Iterator[Queue]:
+    start(*broker_command(broker_binary(), directory=world.home, socket_path=world.settings.broker_socket))
+    queue = Queue(world.settings.redis_url)
+
+    def _answers() -> bool:
+        try:
+            queue.ping()
+        except BROKER_ERRORS:
+            return False
+        return True
+
+    until(_answers)
+    yield queue
+    queue.close()
+
+
+def start_worker(start: Start, name: str) -> "subprocess.Popen[bytes]":
+    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", name)
+    return start(sys.executable, *command)
+
+
+def test_a_worker_that_is_told_to_end_hands_its_job_back(
+    world: World, queue: Queue, start: Start, tmp_path: Path
+) -> None:
+    pid, go = tmp_path / "pid", tmp_path / "go"
+    steps = [["helper", str(pid)], ["event", "progress", "teacher", {"fraction": 0.1}]]
+    job = world.job(*steps, ["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}])
+    worker = start_worker(start, "one")
+    queue.send(type(job), job.id)
+    until(lambda: world.now(job).status == "running")
+
+    worker.send_signal(signal.SIGTERM)
+
+    worker.wait(20)
+    row = world.now(job)
+    assert (row.status, row.attempt, row.lease_owner) == ("queued", 1, None)
+    assert world.content(row.resume_key) == b"saved"
+    until(lambda: not alive(int(pid.read_text())))
+
+    go.touch()
+    world.set(job, spec={**job.spec, "script": [["wait_for", str(go)], ["finish", "succeeded", {}]]})
+    start_worker(start, "two")  # whose sweep sends the message
+    until(lambda: world.now(job).status == "succeeded")
+    assert world.now(job).attempt == 2
+
+
+def test_a_worker_that_is_killed_loses_no_job(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:
+    job = world.job(
+        ["event", "progress", "teacher", {"fraction": 0.1}],
+        ["checkpoint", "a.pt", "saved"],
+        ["wait_for", str(tmp_path / "go")],
+        ["finish", "succeeded", {}],
+    )
+    first = start_worker(start, "one")
+    queue.send(type(job), job.id)
+    until(lambda: world.now(job).resume_key)
+
+    first.kill()
+    (tmp_path / "go").touch()
+    start_worker(start, "two")
+
+    until(lambda: world.now(job).status == "succeeded")
+    assert world.now(job).attempt == 2
+    assert world.codes(job) == ["claimed", "resumed", "succeeded"]
+
+
+def test_a_worker_takes_no_message_that_it_cannot_work_on(
+    world: World, queue: Queue, start: Start, tmp_path: Path
+) -> None:
+    blocking = [["event", "progress", "teacher", {"fraction": 0.1}], ["wait_for", str(tmp_path / "go")]]
+    long = world.job(*blocking, ["finish", "succeeded", {}])
+    short = world.job(["finish", "succeeded", {}])
+    start_worker(start, "one")
+    queue.send(type(long), long.id)
+    until(lambda: world.now(long).status == "running")
+    queue.send(type(short), short.id)
+    start_worker(start, "two")
+    until(lambda: world.now(short).status == "succeeded")
+    assert world.now(long).status == "running"
+    (tmp_path / "go").touch()
+    until(lambda: world.now(long).status == "succeeded")
