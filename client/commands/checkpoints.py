@@ -37,9 +37,10 @@ def add(
     with Client() as client:
         with out.transfer(f"sending {path}") as on_progress:
             checkpoint = client.checkpoints.add(path, name or path.name, spec, names, on_progress)
-        out.say(checkpoint["id"], checkpoint["status"])
         if wait:
             checkpoint = client.checkpoints.wait(checkpoint["id"], on_update=lambda c: out.say(c["id"], c["status"]))
+        else:
+            out.say(checkpoint["id"], checkpoint["status"])
     out.json(checkpoint)
     if checkpoint["status"] in ("invalid", "failed"):
         out.failure(f"{checkpoint['id']} is {checkpoint['status']}", checkpoint["failure"])

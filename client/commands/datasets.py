@@ -32,12 +32,13 @@ def add(
     with Client() as client:
         with out.transfer(f"sending {path}") as on_progress:
             dataset = client.datasets.add(path, name, max_dropped_fraction, on_progress)
-        out.say(dataset["id"], dataset["status"])
         report: Report | None = None
         if wait:
             dataset = client.datasets.wait(dataset["id"], on_update=lambda d: out.say(d["id"], d["status"]))
             if dataset["status"] in ("ready", "invalid"):
                 report = _report_if_any(client, dataset["id"])
+        else:
+            out.say(dataset["id"], dataset["status"])
     out.json(dataset)
     if report is not None:
         _show_report(out, report)

@@ -255,7 +255,7 @@ def test_a_file_that_cannot_be_written_is_told(service, tmp_path):
 def test_a_dataset_is_added_and_its_report_shown(service, archive):
     service.outcome = {"status": "ready", "format": "coco", "splits": REPORT["splits"], "report": REPORT}
     result = defeat("datasets", "add", archive, "--name", "cells")
-    assert result.exit_code == 0
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "ds_0000 ready")
     assert "coco: 4 images, 9 boxes, 10% dropped (at most 20% may be)" in result.stdout
     assert "dropped: boxes outside their picture (box_outside, 2 times)" in result.stdout
     assert "    a.png: x2 is 700 of 640" in result.stdout
@@ -264,6 +264,13 @@ def test_a_dataset_is_added_and_its_report_shown(service, archive):
     assert "3 images, 7 boxes" in defeat("datasets", "show", "ds_0000").stdout
     assert "RBC" in defeat("datasets", "report", "ds_0000").stdout
     assert defeat("datasets", "delete", "ds_0000").stdout == "ds_0000 deleted\n"
+
+
+def test_adding_without_waiting_ends_when_sent(service, archive):
+    service.outcome = {}
+    for kind, asset_id in (("datasets", "ds_0000"), ("checkpoints", "ckpt_0000")):
+        result = defeat(kind, "add", archive, "--no-wait")
+        assert (result.exit_code, result.stdout) == (0, f"{asset_id} queued\n")
 
 
 @pytest.mark.parametrize("report", [None, {**REPORT, "images": None, "boxes": None, "dropped_fraction": None}])
