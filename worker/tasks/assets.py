@@ -10,7 +10,7 @@ from app import leases
 from app.models import Checkpoint, Dataset
 from app.states import FAILED, INVALID, READY
 from app.storage import Stored
-from worker.rundir import RunDirectory
+from worker.rundir import BadResult, RunDirectory
 from worker.tasks.base import Adapter, Outcome
 
 Asset = TypeVar("Asset", Dataset, Checkpoint)
@@ -20,12 +20,23 @@ class AssetAdapter(Adapter[Asset]):
     """A row that becomes `ready` when its run succeeds, `invalid` when its upload is at fault, else `failed`."""
 
     artifact: ClassVar[str]  # the run's file that is the asset
+    needed: ClassVar[tuple[str, ...]]  # results without which it is none
     at_fault: ClassVar[frozenset[str]]  # failure classes that mean that the upload is at fault
 
     def asset_key(self, row: Asset) -> str:
         """Return where this attempt's asset goes."""
         folder, _, suffix = self.artifact.partition(".")
         return f"{row.__tablename__}/{row.id}/{folder}-{row.attempt}.{suffix}"
+
+    def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
+        """Raise `BadResult` for a success without everything that makes one."""
+        if outcome.status == "succeeded":
+            missing = [name for name in self.needed if name not in outcome.results]
+            if not directory.file(f"artifacts/{self.artifact}").is_file():
+                missing.append(self.artifact)
+            if missing:
+                raise BadResult(f"the run says that it succeeded, but left no {', '.join(missing)}")
+        return outcome
 
     @abstractmethod
     def values(self, outcome: Outcome, stored: Stored | None) -> dict[str, Any]:

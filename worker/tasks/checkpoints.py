@@ -10,14 +10,13 @@ from worker.report import RunError
 from worker.tasks.assets import AssetAdapter
 from worker.tasks.base import Outcome, Request
 
-_RESULTS = ("detector", "classes", "coverage")
-
 
 class CheckpointAdapter(AssetAdapter[Checkpoint]):
     """A checkpoint row."""
 
     model = Checkpoint
     artifact = "checkpoint.safetensors"
+    needed: ClassVar = ("detector", "classes", "coverage")
     at_fault: ClassVar = frozenset({"data", "user"})
 
     def prepare(self, row: Checkpoint, directory: Path, resources: ExitStack) -> Request:
@@ -30,5 +29,5 @@ class CheckpointAdapter(AssetAdapter[Checkpoint]):
 
     def values(self, outcome: Outcome, stored: Stored | None) -> dict[str, Any]:
         """Return what the file turned out to hold; its coverage is there for an invalid one as well."""
-        values = {name: outcome.results[name] for name in _RESULTS if name in outcome.results}
+        values = {name: outcome.results[name] for name in self.needed if name in outcome.results}
         return values if stored is None else values | {"sha256": stored.sha256}

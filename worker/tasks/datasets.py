@@ -13,14 +13,13 @@ from worker.rundir import RunDirectory
 from worker.tasks.assets import AssetAdapter
 from worker.tasks.base import Outcome, Request
 
-_RESULTS = ("format", "classes", "splits", "content_hash")
-
 
 class DatasetAdapter(AssetAdapter[Dataset]):
     """A dataset row."""
 
     model = Dataset
     artifact = "dataset.tar"
+    needed: ClassVar = ("format", "classes", "splits", "content_hash", "report")
     at_fault: ClassVar = frozenset({"data"})
 
     def prepare(self, row: Dataset, directory: Path, resources: ExitStack) -> Request:
@@ -56,12 +55,12 @@ class DatasetAdapter(AssetAdapter[Dataset]):
 
     def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
         """Add the report, which the run leaves as a file when the dataset is invalid."""
-        if "report" in outcome.results:
-            return outcome
+        if outcome.status == "succeeded":
+            return super().complete(outcome, directory)
         report = directory.read_json("artifacts/report.json")
         return outcome if report is None else replace(outcome, results={**outcome.results, "report": report})
 
     def values(self, outcome: Outcome, stored: Stored | None) -> dict[str, Any]:
         """Return the dataset's description, and the report, which there is for an invalid one as well."""
         del stored
-        return {name: outcome.results[name] for name in (*_RESULTS, "report") if name in outcome.results}
+        return {name: outcome.results[name] for name in self.needed if name in outcome.results}
