@@ -102,17 +102,17 @@ def safe_parts(name: str) -> tuple[str, ...]:
     are not UTF-8, or is longer than a file system takes.
     """
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or "\ud800" <= c <= "\udfff" for c in name):
-        _refuse("unsafe_path", f"member {shown(name)!r}: control characters and names that are not UTF-8 are refused")
+        _refuse("unsafe_path", f"member '{shown(name)}': control characters and names that are not UTF-8 are refused")
     path = name.replace("\\", "/")
     if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        _refuse("unsafe_path", f"member {shown(name)!r}: absolute paths are refused; pack with relative ones")
+        _refuse("unsafe_path", f"member '{shown(name)}': absolute paths are refused; pack with relative ones")
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     if ".." in parts:
-        _refuse("unsafe_path", f"member {shown(name)!r}: a path with '..' is refused")
+        _refuse("unsafe_path", f"member '{shown(name)}': a path with '..' is refused")
     if len(path.encode()) > _MAX_PATH_BYTES or any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
         _refuse(
             "unsafe_path",
-            f"member {shown(name)!r}: too long a path; the most is {_MAX_PATH_BYTES} bytes, {_MAX_NAME_BYTES} a part",
+            f"member '{shown(name)}': too long a path; the most is {_MAX_PATH_BYTES} bytes, {_MAX_NAME_BYTES} a part",
         )
     return parts
 
@@ -142,9 +142,9 @@ class _Target:
         self._count(name)
         parts = safe_parts(name)
         if not parts:
-            _refuse("unsafe_path", f"member {shown(name)!r}: this is no name for a file")
+            _refuse("unsafe_path", f"member '{shown(name)}': this is no name for a file")
         if parts in self._files or parts in self._folders:
-            _refuse("duplicate_path", f"member {shown(name)!r}: the archive holds this path twice")
+            _refuse("duplicate_path", f"member '{shown(name)}': the archive holds this path twice")
         self._make_folder(parts[:-1], name)
         self._files.add(parts)
         with self._directory.joinpath(*parts).open("xb") as file:
@@ -154,7 +154,7 @@ class _Target:
                     limit = f"the limit is {self._max_bytes} bytes; upload less, or ask the operator to raise it"
                     _refuse(
                         "archive_too_large",
-                        f"member {shown(name)!r}: the archive unpacks to more than allowed: {limit}",
+                        f"member '{shown(name)}': the archive unpacks to more than allowed: {limit}",
                     )
                 self.check_ratio(self._bytes, name)
                 file.write(chunk)
@@ -164,7 +164,7 @@ class _Target:
         if produced > self._most_by_ratio:
             _refuse(
                 "archive_too_large",
-                f"member {shown(name)!r}: the archive of {self.archive_bytes} bytes unpacks to over {produced} bytes, "
+                f"member '{shown(name)}': the archive of {self.archive_bytes} bytes unpacks to over {produced} bytes, "
                 f"more than {MAX_RATIO} times its size",
             )
 
@@ -173,7 +173,7 @@ class _Target:
         if self._entries > self.max_files:
             _refuse(
                 "archive_too_large",
-                f"member {shown(name)!r}: the archive holds more files and folders than the limit, {self.max_files}",
+                f"member '{shown(name)}': the archive holds more files and folders than the limit, {self.max_files}",
             )
 
     def _make_folder(self, parts: tuple[str, ...], name: str) -> None:
@@ -181,7 +181,7 @@ class _Target:
             return
         if parts in self._files:
             _refuse(
-                "duplicate_path", f"member {shown(name)!r}: {shown('/'.join(parts))!r} is a file and a folder as well"
+                "duplicate_path", f"member '{shown(name)}': '{shown('/'.join(parts))}' is a file and a folder as well"
             )
         self._make_folder(parts[:-1], name)
         self._count(name)
@@ -231,15 +231,15 @@ def _unpack_zip(raw: BinaryIO, target: _Target, tick: Tick) -> None:
 
 def _check_zip_member(info: zipfile.ZipInfo, name: str) -> None:
     if info.flag_bits & _ENCRYPTED:
-        _refuse("encrypted_archive", f"member {shown(name)!r} is encrypted; pack without a password")
+        _refuse("encrypted_archive", f"member '{shown(name)}' is encrypted; pack without a password")
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        _refuse("link_in_archive", f"member {shown(name)!r} is a link or a device; pack plain files only")
+        _refuse("link_in_archive", f"member '{shown(name)}' is a link or a device; pack plain files only")
     # zipfile bounds what it holds in memory for these two only.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         _refuse(
             "unsupported_compression",
-            f"member {shown(name)!r} is compressed with method {info.compress_type}; pack with deflate, or as tar.gz",
+            f"member '{shown(name)}' is compressed with method {info.compress_type}; pack with deflate, or as tar.gz",
         )
 
 
@@ -312,12 +312,12 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """Read `size` bytes of headers, fewer at the end."""
         if not 0 <= size <= self._header_left:
-            raise tarfile.ReadError(f"a header after member {shown(self.member)!r} states {size} bytes of metadata")
+            raise tarfile.ReadError(f"a header after member '{shown(self.member)}' states {size} bytes of metadata")
         self._header_left -= size
         self.last_read = self._take(size)
         # Some releases of Python 3.11 match digits in extended headers in quadratic time (CVE-2024-6232).
         if size > _BLOCK and re.search(rb"[0-9]{256}", self.last_read):
-            raise tarfile.ReadError(f"a header after member {shown(self.member)!r} holds a number of over 255 digits")
+            raise tarfile.ReadError(f"a header after member '{shown(self.member)}' holds a number of over 255 digits")
         return self.last_read
 
     def chunks(self, size: int) -> Iterator[bytes]:
@@ -326,7 +326,7 @@ class _TarStream:
         while self._position < end:
             chunk = self._take(min(_CHUNK, end - self._position))
             if not chunk:
-                raise tarfile.ReadError(f"member {shown(self.member)!r} is cut off")
+                raise tarfile.ReadError(f"member '{shown(self.member)}' is cut off")
             yield chunk
 
     def drain(self) -> None:
@@ -375,9 +375,9 @@ def _unpack_tar(raw: BinaryIO, start: bytes, target: _Target, tick: Tick) -> Non
             stream.next_member()
     # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros.
     if len(stream.last_read) < _BLOCK:
-        _refuse("broken_archive", f"the archive is truncated after member {shown(stream.member)!r}: its end is missing")
+        _refuse("broken_archive", f"the archive is truncated after member '{shown(stream.member)}': its end is missing")
     if any(stream.last_read):
-        _refuse("broken_archive", f"the archive is corrupt after member {shown(stream.member)!r}: a header is damaged")
+        _refuse("broken_archive", f"the archive is corrupt after member '{shown(stream.member)}': a header is damaged")
     stream.drain()
     tick(1.0)
 
@@ -387,8 +387,8 @@ def _add_tar_member(info: tarfile.TarInfo, stream: _TarStream, target: _Target) 
         target.add_folder(info.name)
     elif info.isreg() and not info.issparse():
         if info.size < 0:
-            _refuse("broken_archive", f"member {shown(info.name)!r} states a size of {info.size} bytes")
+            _refuse("broken_archive", f"member '{shown(info.name)}' states a size of {info.size} bytes")
         target.add_file(info.name, stream.chunks(info.size))
     else:
         what = "a sparse file" if info.issparse() else "a link, a device or another special file"
-        _refuse("link_in_archive", f"member {shown(info.name)!r} is {what}; pack plain files and folders only")
+        _refuse("link_in_archive", f"member '{shown(info.name)}' is {what}; pack plain files and folders only")

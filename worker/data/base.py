@@ -72,7 +72,7 @@ class Source:
         """Return the first regular file `name` (a relative path with `/`) under `folders`."""
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or name.startswith("/") or "\0" in name or not _is_unicode(name):
-            return Missing(f"{shown(name)!r} is not a plain relative path")
+            return Missing(f"'{shown(name)}' is not a plain relative path")
         for folder in folders:
             try:
                 found = self._inside(folder.joinpath(*parts))

@@ -106,7 +106,7 @@ class _Categories:
         number, name = entry["id"], entry["name"]
         known = self.names.setdefault(number, name)
         if number in own or known != name:
-            detail = f"category id {shown(number)} is both {shown(known)!r} and {shown(name)!r}; give each id one name"
+            detail = f"category id {shown(number)} is both '{shown(known)}' and '{shown(name)}'; give each id one name"
             problems.fatal("inconsistent_classes", file, detail)
         own[number] = name
         if isinstance(parent := entry.get("supercategory"), str):
@@ -118,7 +118,7 @@ class _Categories:
         names = [self.names[number] for number in sorted(self.names) if not (number == 0 and is_root)]
         for name, count in Counter(names).items():
             if count > 1:
-                detail = f"{count} categories are named {shown(name)!r}; merge or rename them"
+                detail = f"{count} categories are named '{shown(name)}'; merge or rename them"
                 problems.fatal("inconsistent_classes", "", detail)
         return tuple(names)
 

@@ -65,8 +65,6 @@ def inspect(path: Path) -> Inspected | Fault:
         return Fault("broken_image", "the service may not read the file")
     try:
         return _decode(data)
-    except Image.DecompressionBombError as error:
-        return Fault("image_too_large", shown(str(error)))
     except MemoryError:
         raise
     except Exception as error:
@@ -89,9 +87,8 @@ def inspect_all(paths: Iterable[Path], tick: Tick) -> dict[Path, Inspected | Fau
     """Decode every picture once, on all processors; `tick` gets the fraction done, in this thread, and may raise."""
     unique = list(dict.fromkeys(paths))
     found: dict[Path, Inspected | Fault] = {}
-    # Pillow would warn at its own limit and fill in what a truncated file lacks if anybody had asked it to.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # `_decode` checks our own limit, between reading the header and decoding
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
         for path, result in zip(unique, pool.map(inspect, unique), strict=True):

@@ -73,7 +73,7 @@ def _read_list(source: Source, path: Path, problems: Problems) -> list[str]:
         seen: set[str] = set()
         for stem in stems:
             if stem in seen:
-                problems.drop("duplicate_image_id", source.shown(path), f"{shown(stem)!r} is listed again", images=1)
+                problems.drop("duplicate_image_id", source.shown(path), f"'{shown(stem)}' is listed again", images=1)
             seen.add(stem)
     return list(unique)
 
@@ -150,7 +150,7 @@ def _read_xml(source: Source, path: Path) -> ElementTree.Element:
 def _read_box(element: ElementTree.Element) -> RawBox:
     name = (element.findtext("name") or "").strip()
     if not is_class_name(name):
-        raise Unreadable(f"the name {shown(name)!r} cannot be a class; give it 1 to 200 printable characters")
+        raise Unreadable(f"the name '{shown(name)}' cannot be a class; give it 1 to 200 printable characters")
     corners = []
     for key in ("xmin", "ymin", "xmax", "ymax"):
         text = element.findtext(f"bndbox/{key}")
@@ -159,7 +159,7 @@ def _read_box(element: ElementTree.Element) -> RawBox:
         try:
             corners.append(float(text))
         except ValueError as error:
-            raise Unreadable(f"{shown(name)}: {key} {shown(text)!r} is not a number") from error
+            raise Unreadable(f"{shown(name)}: {key} '{shown(text)}' is not a number") from error
     x1, y1, x2, y2 = corners
     difficult = (element.findtext("difficult") or "").strip() == "1"
     return RawBox(class_name=name, x1=x1, y1=y1, x2=x2, y2=y2, difficult=difficult)
