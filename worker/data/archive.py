@@ -5,6 +5,7 @@ files and folders are made. Everything refused is a `RunError("data", …)` that
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -89,9 +90,9 @@ def _corruption_named() -> Iterator[None]:
     except _CORRUPT as error:
         raise RunError("data", "broken_archive", f"the archive is truncated or corrupt: {shown(str(error))}") from error
     except OSError as error:
-        if error.errno is not None:
+        # gzip and bz2 report bad data without a number; a zip's offset before its start is an invalid argument to seek.
+        if error.errno not in (None, errno.EINVAL):
             raise
-        # gzip and bz2 report bad data as an OSError without a number.
         raise RunError("data", "broken_archive", f"the archive is truncated or corrupt: {shown(str(error))}") from error
 
 

@@ -339,6 +339,15 @@ def test_other_content_is_refused_with_the_kinds_that_would_do(tmp_path: Path, c
     assert (error.code, archive.KINDS in error.detail) == ("not_an_archive", True)
 
 
+def test_a_zip_member_before_the_start_is_refused(tmp_path: Path) -> None:
+    path = zip_with(tmp_path / "x", ("a", b"x"))
+    data = bytearray(path.read_bytes())
+    end = data.index(b"PK\x05\x06")
+    data[end + 16] += 1  # where the table of contents is said to be: zipfile moves every member by the difference
+    path.write_bytes(data)
+    assert refusal(path).code == "broken_archive"
+
+
 def test_an_empty_archive_is_an_archive(tmp_path: Path) -> None:
     assert list(unpack(zip_with(tmp_path / "x")).iterdir()) == []
     assert list(unpack(tar_with(tmp_path / "x", [])).iterdir()) == []
