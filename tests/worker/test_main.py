@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.processes import dies_with_parent
@@ -126,3 +127,24 @@ def test_a_worker_takes_no_message_that_it_cannot_work_on(
     assert world.now(long).status == "running"
     (tmp_path / "go").touch()
     until(lambda: world.now(long).status == "succeeded")
+
+
+def test_a_job_outlives_the_broker(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:
+    steps = [["event", "progress", "teacher", {"fraction": 0.1}], ["wait_for", str(tmp_path / "go")]]
+    running = world.job(*steps, ["finish", "succeeded", {}])
+    start_worker(start, "one")
+    queue.send(type(running), running.id)
+    until(lambda: world.now(running).status == "running")
+
+    broker = next(child for child in psutil.Process().children() if "broker.sock" in " ".join(child.cmdline()))
+    broker.kill()
+    broker.wait()
+    world.settings.broker_socket.unlink()
+    waiting = world.job(["finish", "succeeded", {}])  # for which no message is ever sent
+    (tmp_path / "go").touch()
+    until(lambda: world.now(running).status == "succeeded")
+
+    command = broker_command(broker_binary(), directory=tmp_path, socket_path=world.settings.broker_socket)
+    start(*command)  # and it knows nothing any more
+    until(lambda: world.now(waiting).status == "succeeded")
+    assert world.now(running).attempt == 1

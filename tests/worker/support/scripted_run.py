@@ -30,8 +30,9 @@ class Steps:
         getattr(self.reporter, name)(*positional, **named)
 
     def raw(self, text: str) -> None:
+        """Write as it stands; `<NUL>` is the character, which PostgreSQL would not take in a job's spec."""
         with (self.directory / "events.jsonl").open("a") as file:
-            file.write(text)
+            file.write(text.replace("<NUL>", "\0"))
 
     def artifact(self, name: str, kind: str, text: str, details: dict[str, Any]) -> None:
         path = self.reporter.artifact(name, kind=kind, content_type="text/plain", details=details)
