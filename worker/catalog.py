@@ -63,7 +63,7 @@ def catalog() -> dict[str, Any]:
         "schedule": {"schema": _schema(ScheduleConfig)},
         "evaluation": {"schema": _schema(EvaluationConfig)},
         "augmentation": {"schema": _schema(AugmentationConfig)},
-        "dataset_formats": {name: {"summary": entry.summary} for name, entry in FORMATS.items()},
+        "dataset_formats": {name: {"summary": f"{entry.title}: {entry.layout}"} for name, entry in FORMATS.items()},
     }
 
 

@@ -37,7 +37,8 @@ class Box:
         class_index: index into the dataset's classes, from 0.
         x1, y1, x2, y2: corners in pixels, `0 <= x1 < x2 <= width` and `0 <= y1 < y2 <= height`.
         crowd: the box holds a group (COCO's `iscrowd`): not trained on, matched leniently in evaluation.
-        difficult: hard to tell even for people (VOC's `difficult`): ignored in evaluation.
+        difficult: hard to tell even for people (VOC's `difficult`): kept, and counted as any other box, for COCO's
+            metrics know no such mark.
     """
 
     class_index: int
@@ -260,7 +261,7 @@ def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
     """Return one split as COCO ground truth for evaluation.
 
     Image ids are the pictures' own, category ids the class index + 1, annotation ids count from 1; `bbox` is
-    `[x, y, width, height]` in pixels and `area` its product. A difficult box has `"ignore": 1`.
+    `[x, y, width, height]` in pixels and `area` its product.
     """
     pictures = dataset.in_split(split)
     annotations = [
@@ -270,7 +271,6 @@ def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
             "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
             "area": (box.x2 - box.x1) * (box.y2 - box.y1),
             "iscrowd": int(box.crowd),
-            "ignore": int(box.difficult),
         }
         for picture in pictures
         for box in picture.boxes

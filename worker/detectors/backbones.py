@@ -164,6 +164,10 @@ def _timm_body(
         name, features_only=True, pretrained=pretrained, out_indices=[reductions.index(stride) for stride in strides]
     )
     in_channels = net.feature_info.channels()
+    last = net.feature_info.module_name()[-1]
+    if last.startswith("blocks.") and hasattr(net, "blocks"):
+        # timm's EfficientNet family keeps, and runs, the stages behind the last one that is asked for.
+        net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
     return TimmBody(freeze_batch_norm_2d(net) if frozen_batch_norm else net), in_channels
 
 

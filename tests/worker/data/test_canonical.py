@@ -127,9 +127,9 @@ def test_coco_ground_truth(dataset: CanonicalDataset, file: str) -> None:
         "info": {"description": "train split"},
         "images": [{"id": 2, "file_name": file, "width": 64, "height": 48}],
         "annotations": [
-            {"id": 1, "image_id": 2, "category_id": 1, "bbox": [0, 0, 64, 48], "area": 3072, "iscrowd": 0, "ignore": 0},
-            {"id": 2, "image_id": 2, "category_id": 2, "bbox": [1, 2, 2, 3], "area": 6, "iscrowd": 1, "ignore": 0},
-            {"id": 3, "image_id": 2, "category_id": 2, "bbox": [1, 2, 2.5, 3], "area": 7.5, "iscrowd": 0, "ignore": 1},
+            {"id": 1, "image_id": 2, "category_id": 1, "bbox": [0, 0, 64, 48], "area": 3072, "iscrowd": 0},
+            {"id": 2, "image_id": 2, "category_id": 2, "bbox": [1, 2, 2, 3], "area": 6, "iscrowd": 1},
+            {"id": 3, "image_id": 2, "category_id": 2, "bbox": [1, 2, 2.5, 3], "area": 7.5, "iscrowd": 0},
         ],
         "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "blob"}],
     }  # fmt: skip

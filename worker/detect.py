@@ -1,0 +1,60 @@
+"""Detect with a downloaded student: `python -m worker.detect STUDENT.safetensors PICTURE [--output PICTURE]`.
+
+Prints one JSON object: the classes, boxes in the picture's pixels, and scores.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.io import write_png
+from torchvision.utils import draw_bounding_boxes
+
+from worker import detectors
+from worker.data.loader import read_picture
+from worker.engine.evaluate import to_float
+from worker.report import RunError
+
+
+def detect(weights: Path, picture: Path, *, output: Path | None, least_score: float) -> list[dict[str, Any]]:
+    """Return the detections in a picture as `{"class", "box": [x1, y1, x2, y2], "score"}`, best first.
+
+    With `output`, the picture is saved there as PNG with the boxes drawn. Raises `RunError` as `detectors.load`.
+    """
+    detector = detectors.load(weights)
+    pixels = read_picture(picture)
+    found = detector.detect([to_float(pixels, torch.device("cpu"))])[0]
+    keep = found["scores"] >= least_score
+    names = [detector.classes[label - 1] for label in found["labels"][keep].tolist()]
+    boxes, scores = found["boxes"][keep], found["scores"][keep].tolist()
+    if output is not None:
+        labels = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+        if len(boxes):
+            pixels = draw_bounding_boxes(pixels, boxes, labels, colors="#ffb000", label_colors="#ffb000", width=1)
+        write_png(pixels, str(output))
+    return [
+        {"class": name, "box": [round(value, 2) for value in box], "score": round(score, 4)}
+        for name, box, score in zip(names, boxes.tolist(), scores, strict=True)
+    ]
+
+
+def main() -> None:
+    """Read the command line, detect, print."""
+    parser = argparse.ArgumentParser(prog="python -m worker.detect", description=__doc__)
+    parser.add_argument("weights", type=Path, help="a student, as downloaded")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--output", type=Path, help="save the picture with its boxes here, as PNG")
+    parser.add_argument("--score", type=float, default=0.5, help="least score, 0 to 1 (default 0.5)")
+    arguments = parser.parse_args()
+    try:
+        found = detect(arguments.weights, arguments.picture, output=arguments.output, least_score=arguments.score)
+    except (RunError, OSError) as error:
+        sys.exit(f"{error}")
+    print(json.dumps({"picture": str(arguments.picture), "detections": found}))
+
+
+if __name__ == "__main__":
+    main()
