@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import structlog
+from sqlalchemy import select
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -330,6 +331,7 @@ class _Attempt(Generic[Row]):
         events: list[Event] = self._directory.events.read()
         if not events and not warnings and kept is None and time.monotonic() < self._renew_at:
             self._look()
+            self._directory.events.commit()  # what was read may be the inside of a line that is too long
             return
         replaced = self._record([*events, *warnings], kept)
         self._directory.events.commit()
@@ -341,8 +343,10 @@ class _Attempt(Generic[Row]):
                 self._keeper.offer(event)
 
     def _look(self) -> None:
+        model = self._adapter.model
+        columns = select(model.status, model.attempt, model.lease_owner).where(model.id == self._row.id)
         with self._database.read() as session:
-            fresh = session.get(self._adapter.model, self._row.id)
+            fresh = session.execute(columns).one_or_none()
         if fresh is None or (fresh.attempt, fresh.lease_owner) != (self._row.attempt, self._row.lease_owner):
             raise LeaseLost(f"{self._row.id}: attempt {self._row.attempt} no longer holds the lease")
         self._cancelled = fresh.status == CANCELLING
