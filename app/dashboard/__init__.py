@@ -1,1 +1,1 @@
-"""The service's dashboard."""
+"""The dashboard: server-rendered pages that keep themselves live over the JSON API."""

@@ -1,0 +1,149 @@
+"""The dashboard's pages. What a page shows at first is the API's own answer; what is live, it then asks the API for."""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from fastapi import APIRouter, Depends, Form, Header, Query, Request, Response
+from pydantic import BaseModel
+
+from app.auth import (
+    SESSION_COOKIE,
+    SESSION_S,
+    CurrentCaller,
+    check_same_origin,
+    find_caller,
+    start_session,
+)
+from app.dashboard import assets
+from app.dashboard.pages import HOME, PageRoute, own_page, redirect, render
+from app.datasets.endpoints import get_dataset, list_datasets
+from app.dependencies import DatabaseDep, SettingsDep
+from app.errors import NotFound
+from app.jobs.endpoints import get_job, list_jobs
+from app.jobs.schemas import JobStatus
+from app.pagination import PageQuery, page_query
+from app.problems import problems
+from app.states import JOB_MOVES
+
+router = APIRouter(include_in_schema=False)
+pages = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+PageQueryDep = Annotated[PageQuery, Depends(page_query)]
+
+
+@router.get("/assets/{version}/{name}", responses=problems(NotFound))
+def get_asset(version: str, name: str, accept_encoding: Annotated[str, Header()] = "") -> Response:
+    """Serve a style sheet, a script or a picture. Its address changes with its content, so browsers keep it."""
+    return assets.respond(version, name, accept_encoding)
+
+
+@pages.get("/")
+def root() -> Response:
+    """Lead to the jobs."""
+    return redirect(HOME)
+
+
+@pages.get("/login")
+def login_page(next_page: Annotated[str, Query(alias="next")] = HOME) -> Response:
+    """Ask for an API key."""
+    return _login_form(next_page)
+
+
+@pages.post("/login")
+def log_in(
+    request: Request,
+    database: DatabaseDep,
+    settings: SettingsDep,
+    key: Annotated[str, Form()] = "",
+    next_page: Annotated[str, Form(alias="next")] = HOME,
+) -> Response:
+    """Exchange an API key for a session. Only from our own page: another site may sign nobody in."""
+    check_same_origin(request)
+    with database.read() as session:
+        caller = find_caller(session, settings, key.strip())
+    if caller is None:
+        error = "This key is unknown or has been revoked. A key begins with dk_ and has 46 characters."
+        return _login_form(next_page, error=error, status=401)
+    response = redirect(own_page(next_page))
+    start_session(response, request, settings, caller.key_id)
+    return response
+
+
+@pages.post("/logout")
+def log_out(request: Request) -> Response:
+    """End this browser's session."""
+    check_same_origin(request)
+    response = redirect("/login")
+    response.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="strict")
+    return response
+
+
+def _login_form(next_page: str, *, error: str = "", status: int = 200) -> Response:
+    return render(
+        "login.html",
+        status=status,
+        signed_in=False,
+        next=own_page(next_page),
+        error=error,
+        session_hours=SESSION_S // 3600,
+    )
+
+
+def _data(resource: BaseModel) -> dict[str, Any]:
+    """Return a resource exactly as the API would send it."""
+    return resource.model_dump(mode="json", by_alias=True)
+
+
+@pages.get("/jobs")
+def jobs_page(
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    page: PageQueryDep,
+    name: Annotated[str, Query(max_length=200)] = "",
+    status: JobStatus | Literal[""] = "",
+) -> Response:
+    """List jobs. Without scripts the filter's form sends its empty fields too: they filter nothing."""
+    found = list_jobs(caller, database, page, status=status or None, dataset=None, name=name or None)
+    filters = {"name": name, "status": status}
+    return render("jobs.html", section="jobs", initial=_data(found), filters=filters, statuses=list(JOB_MOVES))
+
+
+@pages.get("/jobs/{job_id}")
+def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> Response:
+    """Show a job."""
+    job = _data(get_job(job_id, caller, database))
+    spec = job["spec"]
+    return render(
+        "job.html",
+        section="jobs",
+        initial=job,
+        job=job,
+        method=spec["distillation"]["method"],
+        teacher=spec["teacher"] and _detector(spec["teacher"]),
+        student=_detector(spec["student"]),
+        spec_yaml=yaml.safe_dump(spec, sort_keys=False, allow_unicode=True),
+        plotly=assets.url(assets.PLOTLY),
+        plotly_map_style_id=assets.PLOTLY_MAP_STYLE_ID,
+    )
+
+
+def _detector(side: dict[str, Any]) -> str:
+    """Name a teacher or student in a few words."""
+    detector = side["detector"]
+    return f"{detector['architecture'].replace('_', ' ')}, {detector['backbone']}"
+
+
+@pages.get("/datasets")
+def datasets_page(caller: CurrentCaller, database: DatabaseDep, page: PageQueryDep) -> Response:
+    """List datasets."""
+    return render("datasets.html", section="datasets", initial=_data(list_datasets(caller, database, page)))
+
+
+@pages.get("/datasets/{dataset_id}")
+def dataset_page(dataset_id: str, caller: CurrentCaller, database: DatabaseDep) -> Response:
+    """Show a dataset."""
+    dataset = _data(get_dataset(dataset_id, caller, database))
+    return render("dataset.html", section="datasets", initial=dataset, dataset=dataset)
+
+
+router.include_router(pages)

@@ -1,0 +1,107 @@
+// Validation pictures with the boxes of truth, teacher and student drawn over them.
+
+import { artifactUrl, get } from "./api.js";
+import { byId, el, setText, svg } from "./dom.js";
+
+const SUBJECTS = ["truth", "teacher", "student"];
+const INDEX = "gallery.json";
+
+/** One box: its outline in the picture's own pixels, and its class (and score) written at its corner. */
+function drawBox(box, subject, classes, width) {
+  const [x1, y1, x2, y2] = box.box.map(Number);
+  const name = classes[box.class] ?? `class ${box.class}`;
+  const text = box.score == null ? name : `${name} ${box.score.toFixed(2)}`;
+  const size = width / 34;
+  // Teacher and student often agree: one writes above its box, the other below.
+  const y = subject === "teacher" ? y2 + size : Math.max(y1 - size / 4, size);
+  return svg(
+    "g",
+    { class: "box", "data-score": box.score ?? 1 },
+    svg("rect", { class: "halo", x: x1, y: y1, width: x2 - x1, height: y2 - y1 }),
+    svg("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1 }, svg("title", {}, `${subject}: ${text}`)),
+    subject === "truth" ? null : svg("text", { x: x1, y, "font-size": size, "stroke-width": size / 5 }, text),
+  );
+}
+
+function countLine(image) {
+  return SUBJECTS.map((subject) => `${subject} ${image[subject]?.length ?? 0}`).join(", ");
+}
+
+function drawPicture(jobId, image, classes, lazy) {
+  const layers = SUBJECTS.map((subject) =>
+    svg("g", { class: `layer ${subject}` }, ...(image[subject] ?? []).map((box) => drawBox(box, subject, classes, image.width))),
+  );
+  return el(
+    "div",
+    { class: "picture" },
+    el("img", {
+      src: artifactUrl(jobId, image.file),
+      alt: `${image.name} (boxes: ${countLine(image)})`,
+      width: image.width,
+      height: image.height,
+      loading: lazy ? "lazy" : "eager",
+    }),
+    svg("svg", { viewBox: `0 0 ${image.width} ${image.height}`, "aria-hidden": "true" }, ...layers),
+  );
+}
+
+function hideBelowThreshold(root) {
+  const threshold = Number(byId("threshold").value);
+  for (const box of root.querySelectorAll(".box")) {
+    box.classList.toggle("low", Number(box.dataset.score) < threshold);
+  }
+}
+
+function applyThreshold() {
+  setText(byId("threshold-value"), Number(byId("threshold").value).toFixed(2));
+  hideBelowThreshold(byId("gallery"));
+}
+
+/** Let the slider begin where the boxes do: below the lowest score it would change nothing. */
+function setLowestThreshold(images) {
+  const scores = images.flatMap((image) => [...(image.teacher ?? []), ...(image.student ?? [])].map((box) => box.score));
+  byId("threshold").min = Math.floor(10 * Math.min(0.5, ...scores)) / 10;
+}
+
+function showSubject(box) {
+  for (const root of [byId("gallery"), byId("viewer")]) root.classList.toggle(`show-${box.value}`, box.checked);
+}
+
+function openViewer(jobId, image, classes) {
+  const picture = drawPicture(jobId, image, classes, false);
+  hideBelowThreshold(picture);
+  byId("viewer-picture").replaceChildren(picture);
+  // Wide enough to see, and never taller than the window.
+  picture.style.setProperty("--ratio", image.width / image.height);
+  setText(byId("viewer-name"), image.name);
+  byId("viewer").showModal();
+}
+
+function thumbnail(jobId, image, classes) {
+  const picture = drawPicture(jobId, image, classes, true);
+  const button = el("button", { type: "button", class: "open", "aria-label": `Enlarge ${image.name}` }, picture);
+  button.addEventListener("click", () => openViewer(jobId, image, classes));
+  return el("figure", {}, button, el("figcaption", {}, image.name));
+}
+
+/** Draw the gallery if the job has one. */
+export async function showGallery(jobId, artifacts) {
+  const names = new Set(artifacts.map((artifact) => artifact.name));
+  if (!names.has(INDEX)) return;
+  const { classes, images } = await get(artifactUrl(jobId, INDEX));
+  // Only the job's own artifacts: the file names in the index lead nowhere else.
+  const known = images.filter((image) => names.has(image.file));
+  byId("gallery").replaceChildren(...known.map((image) => thumbnail(jobId, image, classes)));
+  byId("gallery-card").hidden = known.length === 0;
+  setLowestThreshold(known);
+  applyThreshold();
+}
+
+byId("threshold").addEventListener("input", applyThreshold);
+for (const box of byId("gallery-card").querySelectorAll('input[type="checkbox"]')) {
+  box.addEventListener("change", () => showSubject(box));
+  // A browser may bring back a choice from before a reload.
+  showSubject(box);
+}
+// A click beside the picture closes it, as people expect.
+byId("viewer").addEventListener("click", (event) => event.target === byId("viewer") && byId("viewer").close());
