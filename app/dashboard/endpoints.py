@@ -128,8 +128,10 @@ def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> Respo
 
 
 def _detector(side: dict[str, Any]) -> str:
-    """Name a teacher or student in a few words."""
+    """Name a teacher or student in a few words; a pretrained teacher's detector is the name of its preset."""
     detector = side["detector"]
+    if isinstance(detector, str):
+        return f"{detector}, {side['weights']}"
     return f"{detector['architecture'].replace('_', ' ')}, {detector['backbone']}"
 
 

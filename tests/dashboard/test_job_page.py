@@ -12,6 +12,7 @@ from app.models import Artifact, Dataset, Job, JobEvaluation, JobMetric
 from tests.dashboard.conftest import Service, wait_until
 from tests.dashboard.seed import Seeder
 
+DETECTOR = {"architecture": "faster_rcnn", "backbone": "timm/resnet18"}
 # Resolves when nothing has been loaded for a moment.
 QUIET = """new Promise((resolve) => {
   let timer = setTimeout(resolve, 400);
@@ -48,6 +49,27 @@ def test_the_head_tells_state_and_progress(page: Page, service: Service) -> None
     for name, text in {"epoch": "7 / 12", "step": "177 / 312", "rate": "41.6", "eta": "10 min 12 s"}.items():
         expect(page.locator(f"#fact-{name}")).to_have_text(text)
     expect(page.locator("#fact-elapsed")).to_have_text(re.compile(r"^2\d min \d\d s$"))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text"),
+    [
+        (
+            {"source": "pretrained", "detector": "fasterrcnn_resnet50_fpn", "weights": "COCO_V1"},
+            "resnet50_fpn, COCO_V1",
+        ),
+        ({"source": "checkpoint", "id": "ckpt_1", "detector": DETECTOR}, "faster rcnn, timm/resnet18"),
+    ],
+)
+def test_a_teacher_that_is_not_trained_is_named_and_has_no_losses(
+    teacher: dict[str, Any], text: str, page: Page, service: Service, running_job: str
+) -> None:
+    with service.database.write() as session:
+        job = session.get_one(Job, running_job)
+        job.spec = {**job.spec, "teacher": teacher}
+    open_job(page, running_job)
+    expect(page.locator(".facts-line")).to_contain_text(text)
+    expect(page.locator("#loss-subject")).to_be_hidden()
 
 
 def test_the_losses_are_drawn_by_part_for_teacher_and_student(page: Page, service: Service) -> None:
