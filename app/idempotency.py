@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from app.auth import Caller
-from app.db import update_count, utcnow
+from app.db import utcnow
 from app.errors import Invalid, ServiceError
 from app.models import IdempotencyKey
 
@@ -78,7 +78,8 @@ def once(
 def _first(session: Session, values: dict[str, Any]) -> bool:
     """Insert the key; False if it is there, waiting for a transaction that is inserting it just now."""
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    return update_count(session, insert(IdempotencyKey).values(values).on_conflict_do_nothing()) == 1
+    statement = insert(IdempotencyKey).values(values).on_conflict_do_nothing().returning(IdempotencyKey.key)
+    return session.scalar(statement) is not None
 
 
 def forget_old(session: Session) -> None:

@@ -6,6 +6,11 @@ import sys
 import structlog
 
 
+def _to_stderr(*_names: object) -> structlog.WriteLogger:
+    # Asked for at each message: a stream kept from the start may have been replaced and closed since.
+    return structlog.WriteLogger(sys.stderr)
+
+
 def configure(level: str) -> None:
     """Set up structlog for this process; `level` is DEBUG, INFO, WARNING or ERROR. Raises ValueError for another."""
     least = logging.getLevelNamesMapping().get(level.upper())
@@ -24,6 +29,6 @@ def configure(level: str) -> None:
             *renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(least),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=_to_stderr,
         cache_logger_on_first_use=False,
     )

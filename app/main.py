@@ -17,7 +17,8 @@ from app.boundary import Boundary
 from app.db import Database
 from app.health import ReadinessCache
 from app.idempotency import forget_old
-from app.problems import ErrorItem, ProblemDocument
+from app.jobs.spec import JobSpec
+from app.problems import ProblemDocument
 from app.queue import Queue
 from app.settings import Settings, get_settings
 from app.storage import Storage
@@ -101,10 +102,10 @@ class _Api(FastAPI):
             document = get_openapi(
                 title=self.title, version=self.version, description=self.description, routes=self.routes
             )
-            schemas = document["components"]["schemas"]
-            for model in (ProblemDocument, ErrorItem):
-                schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas[model.__name__].pop("$defs", None)
+            schemas: dict[str, Any] = document["components"]["schemas"]
+            for model in (ProblemDocument, JobSpec):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
             # Validation errors are problem documents too; FastAPI's own shape never leaves the service.
             for operation in (item for path in document["paths"].values() for item in path.values()):
                 if "HTTPValidationError" in str(operation.get("responses", {}).get("422")):

@@ -16,7 +16,7 @@ from app.models import Checkpoint, Dataset, Job, Leased
 log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 2.0
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 3.0
 BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
 """What sending or pinging raises where the broker does not answer."""
 
@@ -57,7 +57,9 @@ class Queue:
 
     def send(self, model: type[Leased], row_id: str) -> None:
         """Send the row's id to the queue of its model. Raises one of `BROKER_ERRORS` if the broker does not answer."""
-        self._celery.send_task(model.TASK, args=[row_id], queue=model.QUEUE, retry=False)
+        # Once more, since a pooled connection may be of a broker that was restarted in the meantime.
+        policy = {"max_retries": 1, "interval_start": 0.1, "interval_step": 0}
+        self._celery.send_task(model.TASK, args=[row_id], queue=model.QUEUE, retry=True, retry_policy=policy)
 
     def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
         """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""

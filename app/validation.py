@@ -34,7 +34,10 @@ def unknown_choice(path: Path, value: object, choices: Collection[object]) -> Pr
 def check(schema: Mapping[str, Any], value: object, path: Path) -> list[Problem]:
     """Return every mistake in `value`, whose place in the body is `path`; empty if it is valid."""
     errors = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))
-    return [found for error in errors for found in _explain(error, path)]
+    found = [item for error in errors for item in _explain(error, path)]
+    mistyped = {item["pointer"] for item in found if item["code"] == "wrong_type"}
+    # What else is wrong with a value of the wrong type goes without saying.
+    return [item for item in found if item["code"] == "wrong_type" or item["pointer"] not in mistyped]
 
 
 def _explain(error: ValidationError, path: Path) -> Iterator[Problem]:

@@ -23,7 +23,10 @@ def check_reference(settings: Settings, uri: str) -> str:
         raise _refuse("this installation allows no references: its operator sets DEFEAT_DATASET_ROOTS; upload instead")
     roots = [root.expanduser().resolve() for root in settings.dataset_roots]
     allowed = ", ".join(root.as_uri() for root in roots)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise _refuse(f"{uri!r} is not a URI; references may lead into: {allowed}") from error
     path = unquote(parts.path)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
         raise _refuse(f"{uri!r} is not a file:///path URI; references may lead into: {allowed}")

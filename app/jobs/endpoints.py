@@ -23,7 +23,6 @@ from app.jobs.schemas import (
     Subject,
     ValidatedOut,
 )
-from app.jobs.spec import JobSpec
 from app.models import Job
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
@@ -35,9 +34,7 @@ SpecBody = Annotated[dict[str, Any], Body()]
 SPEC_SCHEMA: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {
-            "application/json": {"schema": JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")}
-        },
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
     }
 }
 SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)

@@ -1,0 +1,104 @@
+"""A small catalog of the shape that `python -m worker.catalog` writes."""
+
+from typing import Any
+
+BACKBONES = ["timm/resnet10t", "timm/mobilenetv3_small_050", *(f"timm/made_up_{number}" for number in range(30))]
+
+DETECTOR: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["backbone"],
+    "properties": {
+        "architecture": {"const": "faster_rcnn", "default": "faster_rcnn", "type": "string"},
+        "backbone": {"type": "string", "enum": BACKBONES, "description": "Backbone by name."},
+        "strides": {
+            "type": "array",
+            "items": {"type": "integer", "enum": [4, 8, 16, 32]},
+            "minItems": 1,
+            "maxItems": 4,
+            "default": [4, 8, 16, 32],
+        },
+        "pyramid_channels": {"type": "integer", "minimum": 8, "maximum": 1024, "default": 256},
+        "batch_norm_epsilon": {
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 0.1}, {"type": "null"}],
+            "default": None,
+        },
+    },
+}
+
+TEACHER_DETECTOR = {
+    "architecture": "faster_rcnn",
+    "backbone": "timm/resnet10t",
+    "strides": [4, 8, 16, 32],
+    "pyramid_channels": 64,
+    "batch_norm_epsilon": None,
+}
+
+CATALOG: dict[str, Any] = {
+    "format_version": 1,
+    "detectors": {"faster_rcnn": {"summary": "Two stages.", "head": "two_stage", "schema": DETECTOR}},
+    "pretrained": {
+        "fasterrcnn_resnet50_fpn": {
+            "detector": TEACHER_DETECTOR,
+            "weights": {"COCO_V1": {"classes": ["person", "car"]}},
+        }
+    },
+    "backbones": {
+        name: {"strides": [4, 8, 16, 32], "channels": [64, 64, 128, 256], "parameters": 5} for name in BACKBONES
+    },
+    "methods": {
+        "defeat": {
+            "summary": "Decoupled features.",
+            "needs": ["neck"],
+            "needs_teacher": True,
+            "schema": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "method": {"const": "defeat", "default": "defeat", "type": "string"},
+                    "neck_object_weight": {"type": "number", "minimum": 0, "default": 4.0},
+                    "temperature": {"type": "number", "exclusiveMinimum": 0, "default": 1.0},
+                    "mask": {"type": "string", "enum": ["paper", "cover"], "default": "paper"},
+                },
+            },
+        },
+        "baseline": {
+            "summary": "No distillation.",
+            "needs": [],
+            "needs_teacher": False,
+            "schema": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"method": {"const": "baseline", "default": "baseline", "type": "string"}},
+            },
+        },
+    },
+    "schedule": {
+        "schema": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "epochs": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 12},
+                "batch_size": {"type": "integer", "minimum": 1, "default": 8},
+            },
+        }
+    },
+    "evaluation": {
+        "schema": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "split": {"type": "string", "enum": ["val", "test", "train"], "default": "val"},
+                "every_epochs": {"type": "integer", "minimum": 1, "default": 1},
+            },
+        }
+    },
+    "augmentation": {
+        "schema": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"horizontal_flip": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}},
+        }
+    },
+    "dataset_formats": {"voc": {"summary": "Pascal VOC."}, "coco": {"summary": "COCO."}},
+}

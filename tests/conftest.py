@@ -1,0 +1,85 @@
+"""Databases for every test: SQLite and PostgreSQL, built by the real migrations, fresh each time."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from app.db import Database
+from app.migrate import upgrade
+from app.models import Base
+from tests import postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a PostgreSQL server's maintenance database."""
+    try:
+        with postgres.server() as url:
+            yield url
+    except postgres.NoPostgres as error:
+        pytest.skip(f"no PostgreSQL: {error}")
+
+
+def _postgres_database(server: str) -> Iterator[str]:
+    name = f"defeat_test_{secrets.token_hex(6)}"
+    with psycopg.connect(postgres.driver_url(server), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+        yield make_url(server).set(database=name).render_as_string(hide_password=False)
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of a PostgreSQL database without tables."""
+    yield from _postgres_database(postgres_server)
+
+
+@pytest.fixture(scope="session")
+def _shared_postgres(postgres_server: str) -> Iterator[str]:
+    for url in _postgres_database(postgres_server):
+        upgrade(url)
+        yield url
+
+
+@pytest.fixture
+def postgres_url(_shared_postgres: str) -> str:
+    """URL of a migrated PostgreSQL database without rows."""
+    tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+    with psycopg.connect(postgres.driver_url(_shared_postgres), autocommit=True) as connection:
+        connection.execute(f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
+    return _shared_postgres
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "defeat.sqlite3"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def sqlite_url(_sqlite_template: Path, tmp_path: Path) -> str:
+    """URL of a migrated SQLite database without rows."""
+    path = tmp_path / "defeat.sqlite3"
+    shutil.copy(_sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """URL of a migrated database without rows, of each kind that is supported."""
+    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A database without rows, of each kind that is supported."""
+    opened = Database(database_url)
+    yield opened
+    opened.dispose()
