@@ -19,7 +19,6 @@ from app.settings import MIB, Settings
 from app.storage import Storage
 from tests.app.catalog import CATALOG
 
-
 # For the many cases of one rule that no database has a part in.
 ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
