@@ -1,5 +1,6 @@
-"""Databases for every test: SQLite and PostgreSQL, built by the real migrations, fresh each time."""
+"""For every test: databases (SQLite and PostgreSQL, built by the real migrations, fresh each time), and real data."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from app.db import Database
 from app.migrate import upgrade
 from app.models import Base
 from tests import postgres
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +86,13 @@ def database(database_url: str) -> Iterator[Database]:
     opened = Database(database_url)
     yield opened
     opened.dispose()
+
+
+@pytest.fixture(scope="session")
+def bccd() -> Path:
+    """Real data with real blemishes, where there is a copy."""
+    root = Path(os.environ.get("DEFEAT_TEST_DATA", "../shared/data"))
+    path = (root if root.is_absolute() else REPOSITORY / root) / "bccd"
+    if not path.is_dir():
+        pytest.skip(f"no BCCD dataset at {path}; DEFEAT_TEST_DATA names the directory that holds it")
+    return path

@@ -50,6 +50,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
+def log(line: str) -> None:
+    """Write one line, with the time, to the run's log (its standard output)."""
+    print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}", flush=True)
+
+
 class Reporter:
     """Writes a run's events, artifacts and result into its directory.
 
@@ -121,6 +126,7 @@ class Reporter:
     def message(self, level: Level, code: str, message: str) -> None:
         """Tell people something, with a stable code."""
         self._event("message", level=level, code=code, message=message)
+        log(f"{level} {code}: {message}")
 
     def metrics(self, subject: Subject, *, step: int, epoch: float, values: Mapping[str, float | None]) -> None:
         """Log values at one optimiser step; a value that is not finite is logged as null."""
@@ -128,10 +134,14 @@ class Reporter:
             name: value if value is not None and abs(value) < float("inf") else None for name, value in values.items()
         }
         self._event("metrics", subject=subject, step=step, epoch=round(epoch, 4), values=finite)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in finite.items() if value is not None)
+        log(f"{subject} step {step} epoch {epoch:.2f}: {shown}")
 
     def evaluation(self, subject: Subject, *, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Log the COCO metrics of one detector after one epoch."""
         self._event("evaluation", subject=subject, epoch=epoch, metrics=dict(metrics))
+        shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+        log(f"{subject} evaluated after epoch {epoch}: {shown}")
 
     def checkpoint(self, path: Path) -> None:
         """Offer a complete training checkpoint for another attempt to go on from."""

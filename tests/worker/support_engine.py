@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from worker.data.canonical import Box, CanonicalDataset, Picture, write
+from worker.run import main
 
 TINY: dict[str, Any] = {
     "architecture": "faster_rcnn",
@@ -102,10 +104,21 @@ def write_run(directory: Path, dataset: Path, job: dict[str, Any], **inputs: Any
 
 
 def run(directory: Path) -> dict[str, Any]:
-    """Run `python -m worker.run` on the directory and return its result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "worker.run", str(directory)], capture_output=True, text=True, timeout=300, check=False
-    )
+    """Carry out the run and return its result; in this process, for torch takes seconds to import."""
+    on_term = signal.getsignal(signal.SIGTERM)
+    try:
+        code = main(directory)
+    finally:
+        signal.signal(signal.SIGTERM, on_term)
+    result = json.loads((directory / "result.json").read_text())
+    assert code == {"succeeded": 0, "failed": 1, "cancelled": 3}[result["status"]]
+    return dict(result)
+
+
+def run_alone(directory: Path) -> dict[str, Any]:
+    """Carry out the run as the worker does, by `python -m worker.run`, and return its result."""
+    command = [sys.executable, "-m", "worker.run", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     result = json.loads((directory / "result.json").read_text())
     assert done.returncode == {"succeeded": 0, "failed": 1, "cancelled": 3}[result["status"]], done.stderr
     return dict(result)

@@ -1,7 +1,6 @@
 """Importing as the run does it, without the process around it."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ import pytest
 
 from worker.data import importer
 from worker.report import Reporter, RunError
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -66,13 +63,3 @@ def run_import(tmp_path: Path) -> Iterator[Import]:
     yield run
     for reporter in reporters:
         reporter._events.close()
-
-
-@pytest.fixture(scope="session")
-def bccd() -> Path:
-    """Real data with real blemishes, where there is a copy."""
-    root = Path(os.environ.get("DEFEAT_TEST_DATA", "../shared/data"))
-    path = (root if root.is_absolute() else REPOSITORY / root) / "bccd"
-    if not path.is_dir():
-        pytest.skip(f"no BCCD dataset at {path}; DEFEAT_TEST_DATA names the directory that holds it")
-    return path

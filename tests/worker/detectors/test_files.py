@@ -48,7 +48,9 @@ def test_a_saved_detector_comes_back_the_same(detector, tmp_path):
     assert again.classes == list(CLASSES)
     assert again.config == detector.config
     images, _ = images_and_targets()
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(detector.detect(images), again.detect(images)))
+    assert all(
+        torch.equal(a["boxes"], b["boxes"]) for a, b in zip(detector.detect(images), again.detect(images), strict=True)
+    )
 
 
 def test_a_file_of_ours_needs_no_words(detector, tmp_path):

@@ -1,4 +1,4 @@
-"""The losses against a plain restatement of the formulas: loops over cells and proposals, float64, written from the text."""
+"""The losses against a plain restatement of the formulas: loops and float64, written from the description."""
 
 import math
 
