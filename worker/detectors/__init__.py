@@ -68,7 +68,7 @@ def build(
         RunError: unknown architecture, unknown keys, values out of range, weights that cannot be had.
     """
     architecture = spec.get("architecture")
-    if architecture not in DETECTORS:
+    if not isinstance(architecture, str) or architecture not in DETECTORS:
         raise RunError(
             "user", "unknown_architecture", f"{where}.architecture is {architecture!r}; known: {', '.join(DETECTORS)}"
         )
@@ -114,8 +114,10 @@ def read_header(path: Path) -> dict[str, Any] | None:
                 "unknown_format_version",
                 f"{path.name} has format version {header['format_version']!r}; this version reads {FORMAT_VERSION}",
             )
-        return {"detector": dict(header["detector"]), "classes": [str(name) for name in header["classes"]]}
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(header["classes"], list) or not all(isinstance(name, str) for name in header["classes"]):
+            raise TypeError("classes must be a list of names")
+        return {"detector": dict(header["detector"]), "classes": header["classes"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError("data", "bad_header", f"the header of {path.name} cannot be read: {error!r}") from error
 
 

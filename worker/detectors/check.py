@@ -1,8 +1,7 @@
 """The `check_checkpoint` run: does an uploaded file hold a whole detector? If so, it is rewritten in our form."""
 
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from worker import detectors
+from worker.detectors.base import full_coverage
 from worker.report import Reporter, RunError
 
 MAX_CLASSES = 10_000
@@ -45,13 +45,17 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
             )
     if header and spec.get("classes") and list(spec["classes"]) != header["classes"]:
         raise RunError(
-            "user", "classes_differ", f"classes are given as {spec['classes']}, and the file says {header['classes']}"
+            "user",
+            "classes_differ",
+            f"classes are given as {_short(spec['classes'])}, and the file says {_short(header['classes'])}",
         )
     classes = spec.get("classes") or known["classes"]
     if not 1 <= len(classes) <= MAX_CLASSES:
         raise RunError(
             "user", "bad_classes", f"a detector has 1 to {MAX_CLASSES} classes, and {len(classes)} are given"
         )
+    if len(set(classes)) < len(classes):
+        raise RunError("user", "bad_classes", "a class is named twice: which of its labels is meant cannot be told")
     detector = detectors.build(spec.get("detector") or known["detector"], classes)
     reporter.progress("checking", fraction=0.5)
     reporter.check_cancelled()
@@ -78,25 +82,59 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return _bare(tensors), detectors.read_header(path)
     except SafetensorError as error:
         reason = str(error)
-    if not zipfile.is_zipfile(path):
-        raise RunError(
-            "data", "not_a_checkpoint", f"the file is neither a whole safetensors file ({reason}) nor a torch file"
-        )
+    _check_zip(path, reason)
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.load's errors on a damaged file are many: KeyError, TypeError, struct.error, …
         raise RunError(
             "data",
             "not_a_checkpoint",
             "the torch file holds more than tensors and plain containers, or is damaged; save the state_dict alone, or "
-            f"use safetensors ({str(error).splitlines()[0][:200]})",
+            f"use safetensors ({f'{type(error).__name__}: {error}'.splitlines()[0][:200]})",
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(document, dict) and isinstance(document.get(wrapper), dict):
             document = document[wrapper]
-    if not isinstance(document, dict) or not document or not all(isinstance(v, Tensor) for v in document.values()):
-        raise RunError("data", "not_a_checkpoint", "the torch file holds no state_dict: a dict of names to tensors")
+    if not isinstance(document, dict) or not document or not all(_is_plain(value) for value in document.values()):
+        raise RunError(
+            "data",
+            "not_a_checkpoint",
+            "the torch file holds no state_dict: a dict of names to dense tensors of numbers",
+        )
     return _bare({str(name): tensor for name, tensor in document.items()}), None
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:20]))}{', …' if len(names) > 20 else ''} ({len(names)})"
+
+
+def _check_zip(path: Path, reason: str) -> None:
+    """Raise `RunError` unless the file is a zip as torch writes it: nothing in it is compressed.
+
+    So tensors take no more memory than the upload took bytes, whatever a hostile zip promises to unpack to.
+    """
+    try:
+        with zipfile.ZipFile(path) as members:
+            compressed = any(member.file_size != member.compress_size for member in members.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise RunError(
+            "data", "not_a_checkpoint", f"the file is neither a whole safetensors file ({reason}) nor a torch file"
+        ) from error
+    if compressed:
+        raise RunError("data", "not_a_checkpoint", "the torch file is compressed; upload it as torch.save wrote it")
+
+
+def _is_plain(value: object) -> bool:
+    """Say whether a value can be a weight: a dense tensor of real numbers that is there."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+        and not value.is_quantized
+    )
 
 
 def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,4 +176,4 @@ def load_strictly(detector: detectors.Detector, tensors: Mapping[str, Tensor]) -
             f"{loaded} of the detector's {total} tensors fit the file ({'; '.join(parts)})",
         )
     detector.load_state_dict(dict(given), strict=False)
-    return {"loaded": loaded, "total": total, "missing": [], "unexpected": []}
+    return full_coverage(total)

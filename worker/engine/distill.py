@@ -11,7 +11,7 @@ from worker import detectors, methods
 from worker.data import canonical
 from worker.data.canonical import CanonicalDataset, Split
 from worker.data.loader import PictureReader
-from worker.detectors.base import Detector
+from worker.detectors.base import Detector, full_coverage
 from worker.detectors.pretrained import load_pretrained
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import JobConfig, StudentConfig, TeacherConfig
@@ -257,6 +257,6 @@ def _describe(detector: Detector) -> dict[str, Any]:
     return {
         "detector": detector.config.model_dump(mode="json"),
         "classes": detector.classes,
-        "tensors": len(detector.state_dict()),
+        "coverage": full_coverage(len(detector.state_dict())),
         "parameters": sum(parameter.numel() for parameter in detector.parameters()),
     }

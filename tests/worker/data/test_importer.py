@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.worker.data.builders import coco, picture_bytes, put, tar_of, voc, zip_of
 from tests.conftest import REPOSITORY
+from tests.worker.data.builders import coco, picture_bytes, put, tar_of, voc, zip_of
 from tests.worker.data.conftest import Import
 from worker.data import canonical
 from worker.report import Cancelled, Reporter
