@@ -3,21 +3,27 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import torch
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from app.stack import broker_binary
 from examples import digits
+from tests.postgres import driver_url
 from worker.data.loader import read_picture
 from worker.detectors import load
 from worker.engine.evaluate import to_float
@@ -44,21 +50,30 @@ class Service:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+@contextlib.contextmanager
+def up(home: Path, **environment: str) -> Iterator[Service]:
+    """Run `defeat up` with its data under `home`, and end it."""
+    command = [DEFEAT, "up", "--home", str(home), "--port", "0", "--json"]
     with (home / "stack.log").open("w") as log:
         stack = subprocess.Popen(
-            [DEFEAT, "up", "--home", str(home), "--port", "0", "--json"], stdout=subprocess.PIPE, stderr=log, text=True
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}
         )
     assert stack.stdout is not None
-    line = stack.stdout.readline()
-    assert line, (home / "stack.log").read_text()
-    address = json.loads(line)
-    yield Service(address["url"], address["api_key"], home)
-    stack.terminate()
-    assert stack.wait(60) == 0
-    stack.stdout.close()
+    try:
+        line = stack.stdout.readline()
+        assert line, (home / "stack.log").read_text()
+        address = json.loads(line)
+        yield Service(address["url"], address["api_key"], home)
+    finally:
+        stack.terminate()
+        assert stack.wait(60) == 0
+        stack.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    with up(tmp_path_factory.mktemp("home")) as running:
+        yield running
 
 
 def average_precision(truth: dict[str, Any], student: Path, pictures: dict[int, Path]) -> float:
@@ -173,6 +188,35 @@ def test_a_running_job_is_cancelled_and_the_exit_code_says_so(service, finished)
     watching.stdout.close()
     assert watching.wait(60) == 1
     assert json.loads(rest.splitlines()[-1])["status"] == "cancelled"
+
+
+@contextlib.contextmanager
+def broker(directory: Path) -> Iterator[str]:
+    """Run a broker of our own on a loopback port and give its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [broker_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_services_of_ones_own_are_used_instead_of_embedded_ones(empty_postgres_url, scenes, tmp_path):
+    home, objects = tmp_path / "home", tmp_path / "objects"
+    home.mkdir()
+    with broker(tmp_path) as redis_url:
+        urls = {"DATABASE_URL": empty_postgres_url, "REDIS_URL": redis_url, "STORAGE_URL": objects.as_uri()}
+        with up(home, **urls) as running:
+            dataset = running.run("datasets", "add", str(scenes), "--name", "digits", "--wait")[-1]
+    assert dataset["status"] == "ready"
+    with psycopg.connect(driver_url(empty_postgres_url)) as connection:
+        assert connection.execute("SELECT id, status FROM datasets").fetchall() == [(dataset["id"], "ready")]
+    assert list((objects / "datasets" / dataset["id"]).iterdir())
+    assert {path.name for path in home.iterdir()}.isdisjoint({"defeat.sqlite3", "objects", "broker", "broker.sock"})
 
 
 @pytest.mark.slow
