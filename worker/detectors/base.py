@@ -1,6 +1,6 @@
 """What the engine and the methods need of a detector, whatever its family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -39,6 +39,8 @@ class TrainPass:
         proposals: the sampled proposals of each picture, (P_i, 4); None for one-stage detectors.
         labels: the class of each sampled proposal, (P_i,), 0 for background; None likewise.
         class_logits: (sum of P_i, classes + 1), column 0 is background; None likewise.
+        score: the same head on the same features, for other proposals: their class logits, with gradients; None
+            likewise.
     """
 
     images: Tensor
@@ -49,6 +51,7 @@ class TrainPass:
     proposals: list[Tensor] | None = None
     labels: list[Tensor] | None = None
     class_logits: Tensor | None = None
+    score: Callable[[list[Tensor]], Tensor] | None = None
 
 
 def full_coverage(tensors: int) -> dict[str, Any]:
@@ -87,6 +90,28 @@ class Detector(nn.Module):
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
         """Class logits (sum of P_i, classes + 1) of proposals, by this detector's head on its own features."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        features: Mapping[str, Tensor],
+        images: Tensor,
+        image_sizes: list[tuple[int, int]],
+        targets: list[Target],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Propose boxes from this detector's own features and sample them as for training, ground truth added.
+
+        Draws from the global generator.
+
+        Args:
+            features: what `trunk` made of `images`.
+            images: (B, 3, H, W), normalised and padded.
+            image_sizes: height and width of each picture in `images`, without the padding.
+            targets: ground truth in the pixels of `images`.
+
+        Returns:
+            The sampled proposals of each picture, (P_i, 4), and their classes, (P_i,), 0 for background.
+        """
         raise NotImplementedError
 
     def detect(self, images: list[Tensor]) -> list[Detections]:

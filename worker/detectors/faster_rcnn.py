@@ -10,6 +10,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -149,6 +150,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             proposals=proposals,
             labels=labels,
             class_logits=class_logits,
+            score=lambda others: self.score(features, others, batch.image_sizes),
         )
 
     def score(
@@ -156,6 +158,18 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     ) -> Tensor:
         """See `Detector.score`."""
         return self._head(features, proposals, image_sizes)[0]
+
+    def sample(
+        self,
+        features: Mapping[str, Tensor],
+        images: Tensor,
+        image_sizes: list[tuple[int, int]],
+        targets: list[Target],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Detector.sample`. As many are proposed as in training or in detection, by the detector's mode."""
+        proposals, _ = self.rpn(ImageList(images, image_sizes), features, targets)
+        proposals, _, labels, _ = self.roi_heads.select_training_samples(proposals, targets)
+        return proposals, labels
 
     def _head(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]

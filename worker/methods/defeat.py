@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, Method, pair_levels
+from worker.methods.base import Clock, NeckMethod
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from worker.methods.masks import MaskMode, object_masks
-from worker.report import RunError
+from worker.methods.strength import Decay, strength
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
@@ -32,7 +32,11 @@ class DefeatConfig(Config):
     head_object_temperature: Annotated[Temperature, Field(description="Temperature of positive proposals.")] = 1.0
     head_background_temperature: Annotated[Temperature, Field(description="Temperature of negative proposals.")] = 1.0
     proposals: Annotated[
-        Literal["student"], Field(description="Whose sampled proposals both heads score: the student's own.")
+        Literal["student", "teacher", "both"],
+        Field(
+            description="Whose sampled proposals both heads score: the student's own, the cheapest; the teacher's, as "
+            "in the paper; or both, their losses added."
+        ),
     ] = "student"
     mask: Annotated[
         MaskMode,
@@ -46,6 +50,13 @@ class DefeatConfig(Config):
     warmup_steps: Annotated[
         int, Field(description="Steps over which the weights rise linearly from 0; 0: at once.", ge=0, le=1_000_000)
     ] = 0
+    decay: Annotated[
+        Decay,
+        Field(
+            description="The weights over the epochs e = 0 … E - 1: `constant`; `linear` 1 - e/E; `cosine` "
+            "(1 + cos(pi e/E)) / 2; `up_down` min(e + 1, E - e) / ceil(E/2). The warm-up multiplies it."
+        ),
+    ] = "constant"
 
     @property
     def uses_neck(self) -> bool:
@@ -67,48 +78,34 @@ class Adapter(nn.Conv2d):
             self.weight.normal_().fmod_(2).mul_(1e-4)
 
 
-class Defeat(Method):
+class Defeat(NeckMethod):
     """The method's losses and adapters. Levels are paired by stride.
 
+    With `proposals` teacher or both, the teacher's sampler draws from the global generator, after the student's pass
+    and so without a trace in the student's own losses of the same step.
+
     Raises:
-        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride.
+        RunError: see `NeckMethod`.
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__()
-        if teacher is None:
-            raise RunError("user", "teacher_missing", "the method defeat needs a teacher")
+        super().__init__("defeat", student, teacher, Adapter if config.uses_neck else lambda *_: nn.Identity())
         self.config = config
-        self.pairs = pair_levels(student.strides, teacher.strides)
-        self.strides = [student.strides[ours] for ours, _ in self.pairs]
-        if not self.pairs:
-            raise RunError(
-                "user",
-                "pyramids_do_not_pair",
-                f"the student's pyramid has strides {list(student.strides)}, the teacher's {list(teacher.strides)}: "
-                "none in common",
-            )
-        self.adapters = nn.ModuleList(
-            Adapter(student.channels, teacher.channels) for _ in self.pairs if config.uses_neck
-        )
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """See `Method.forward`: `neck_object`, `neck_background`, `head_object`, `head_background`."""
         assert teacher is not None
-        with torch.no_grad():
-            teacher_features = teacher.trunk(student.images)
+        teacher_features = self.teacher_features(student, teacher)
         losses: dict[str, Tensor] = {}
         if self.config.uses_neck:
-            losses |= self._neck(student, list(teacher_features.values()))
+            losses |= self._neck(student, teacher_features)
         if self.config.uses_head:
             losses |= self._head(student, teacher, teacher_features)
-        warmup = self.config.warmup_steps
-        factor = min(1.0, (clock.step + 1) / warmup) if warmup else 1.0
+        factor = strength(clock, warmup_steps=self.config.warmup_steps, decay=self.config.decay)
         return {name: factor * loss for name, loss in losses.items()}
 
-    def _neck(self, student: TrainPass, teacher_features: list[Tensor]) -> dict[str, Tensor]:
-        student_features = list(student.features.values())
-        ours = [adapter(student_features[i]) for adapter, (i, _) in zip(self.adapters, self.pairs, strict=True)]
+    def _neck(self, student: TrainPass, teacher_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ours, theirs = self.maps(student, teacher_features)
         masks = object_masks(
             [target["boxes"] for target in student.targets],
             sizes=[(features.shape[-2], features.shape[-1]) for features in ours],
@@ -116,26 +113,51 @@ class Defeat(Method):
             mode=self.config.mask,
             base_size=self.config.mask_base_size,
         )
-        objects, background = decoupled_feature_loss(ours, [teacher_features[j] for _, j in self.pairs], masks)
+        objects, background = decoupled_feature_loss(ours, theirs, masks)
         return {
             "neck_object": self.config.neck_object_weight * objects,
             "neck_background": self.config.neck_background_weight * background,
         }
 
     def _head(self, student: TrainPass, teacher: Detector, teacher_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert student.proposals is not None
-        assert student.labels is not None
-        assert student.class_logits is not None
+        parts = []
+        if self.config.proposals != "teacher":
+            assert student.proposals is not None
+            assert student.labels is not None
+            assert student.class_logits is not None
+            parts.append(
+                self._logits(
+                    student, teacher, teacher_features, student.class_logits, student.proposals, student.labels
+                )
+            )
+        if self.config.proposals != "student":
+            assert student.score is not None
+            with torch.no_grad():
+                proposals, labels = teacher.sample(
+                    teacher_features, student.images, student.image_sizes, student.targets
+                )
+            parts.append(self._logits(student, teacher, teacher_features, student.score(proposals), proposals, labels))
+        return {
+            "head_object": self.config.head_object_weight * torch.stack([part[0] for part in parts]).sum(),
+            "head_background": self.config.head_background_weight * torch.stack([part[1] for part in parts]).sum(),
+        }
+
+    def _logits(
+        self,
+        student: TrainPass,
+        teacher: Detector,
+        teacher_features: Mapping[str, Tensor],
+        class_logits: Tensor,
+        proposals: list[Tensor],
+        labels: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return both parts of the head loss on one set of proposals with its own labels."""
         with torch.no_grad():
-            theirs = teacher.score(teacher_features, student.proposals, student.image_sizes)
-        objects, background = decoupled_logit_loss(
-            student.class_logits,
+            theirs = teacher.score(teacher_features, proposals, student.image_sizes)
+        return decoupled_logit_loss(
+            class_logits,
             theirs,
-            torch.cat(student.labels),
+            torch.cat(labels),
             object_temperature=self.config.head_object_temperature,
             background_temperature=self.config.head_background_temperature,
         )
-        return {
-            "head_object": self.config.head_object_weight * objects,
-            "head_background": self.config.head_background_weight * background,
-        }

@@ -1,0 +1,122 @@
+"""DeFeat as a method: which proposals it scores, with whose labels, and what it leaves alone."""
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from tests.worker.methods.support import START, one_pass, pair
+from tests.worker.methods.test_losses import restated_logit_loss
+from tests.worker.support_engine import images_and_targets
+from worker import methods
+from worker.methods import Clock
+
+HEAD_ONLY = {"method": "defeat", "neck_object_weight": 0, "neck_background_weight": 0}
+TEMPERATURES = {"head_object_temperature": 2.0, "head_background_temperature": 3.0}
+
+
+@pytest.mark.parametrize("proposals", ["student", "teacher", "both"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_students_own_losses_are_those_of_the_plain_call(proposals, seed):
+    student, teacher = pair()
+    method = methods.build({"method": "defeat", "proposals": proposals}, student, teacher)
+    torch.manual_seed(seed)
+    plain = student(*images_and_targets(seed=seed))
+    passed = one_pass(student, seed)
+    before = {name: loss.clone() for name, loss in passed.losses.items()}
+    method(passed, teacher, START)
+    assert plain.keys() == passed.losses.keys()
+    assert all(torch.equal(plain[name], passed.losses[name]) for name in plain)
+    assert all(torch.equal(before[name], passed.losses[name]) for name in plain)
+
+
+def restated_head(student, teacher, passed, proposals, labels):
+    """Both heads on one set of proposals, and the weighted losses by loops in float64."""
+    with torch.no_grad():
+        ours = student.score(passed.features, proposals, passed.image_sizes).double()
+        theirs = teacher.score(teacher.trunk(passed.images), proposals, passed.image_sizes).double()
+    objects, background = restated_logit_loss(ours, theirs, torch.cat(labels), 2.0, 3.0)
+    return 2 * objects, 2 * background
+
+
+@pytest.mark.parametrize("proposals", ["student", "teacher", "both"])
+def test_the_head_scores_these_proposals_with_their_own_labels(proposals):
+    student, teacher = pair()
+    method = methods.build({**HEAD_ONLY, **TEMPERATURES, "proposals": proposals}, student, teacher)
+    passed = one_pass(student)
+    state = torch.get_rng_state()
+    losses = method(passed, teacher, START)
+    torch.set_rng_state(state)
+    samples = {"student": [(passed.proposals, passed.labels)], "teacher": [], "both": []}[proposals]
+    if proposals != "student":
+        drawn = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+        samples = [drawn] if proposals == "teacher" else [(passed.proposals, passed.labels), drawn]
+    expected = [restated_head(student, teacher, passed, *sample) for sample in samples]
+    assert losses["head_object"].item() == pytest.approx(sum(part[0].item() for part in expected), rel=1e-5)
+    assert losses["head_background"].item() == pytest.approx(sum(part[1].item() for part in expected), rel=1e-5)
+
+
+def test_gradients_flow_through_the_students_head_on_the_teachers_proposals():
+    student, teacher = pair()
+    method = methods.build({**HEAD_ONLY, **TEMPERATURES, "proposals": "teacher"}, student, teacher)
+    passed = one_pass(student)
+    state = torch.get_rng_state()
+    sum(method(passed, teacher, START).values()).backward()
+    ours = {
+        name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None
+    }
+    # The same by hand, in float64: the sampled proposals through a copy of the student's head.
+    torch.set_rng_state(state)
+    proposals, labels = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    heads = student.roi_heads
+    with torch.no_grad():
+        pooled = heads.box_roi_pool(passed.features, proposals, passed.image_sizes).double()
+        theirs = teacher.score(teacher.trunk(passed.images), proposals, passed.image_sizes).double()
+    student.zero_grad()
+    student.double()
+    logits = heads.box_predictor(heads.box_head(pooled))[0]
+    objects, background = restated_logit_loss(logits, theirs, torch.cat(labels), 2.0, 3.0)
+    (2 * objects + 2 * background).backward()
+    for name in ("roi_heads.box_predictor.cls_score.weight", "roi_heads.box_head.fc6.weight"):
+        plain = student.get_parameter(name).grad
+        assert ((ours[name] - plain).norm() / plain.norm()).item() < 1e-5
+    # The proposals are the teacher's: nothing of the student's proposal network is in this loss.
+    assert not any(name.startswith("rpn") for name in ours)
+    assert any(name.startswith("backbone") for name in ours)
+
+
+def test_the_teachers_samples_hold_the_ground_truth_and_their_own_labels():
+    student, teacher = pair()
+    passed = one_pass(student)
+    proposals, labels = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    assert len(proposals) == len(labels) == len(passed.image_sizes)
+    for boxes, classes, target in zip(proposals, labels, passed.targets, strict=True):
+        overlap = box_iou(target["boxes"], boxes)  # (ground truth, proposals)
+        assert (overlap.max(dim=1).values > 0.999).all()
+        best, match = overlap.max(dim=0)
+        expected = torch.where(best >= 0.5, target["labels"][match], torch.zeros_like(match))
+        assert torch.equal(classes, expected)
+        assert len(boxes) <= teacher.config.box_samples
+
+
+def test_sampling_leaves_no_trace_in_either_detector():
+    student, teacher = pair()
+    method = methods.build({"method": "defeat", "proposals": "both"}, student, teacher)
+    passed = one_pass(student)
+    before = [{name: value.clone() for name, value in one.state_dict().items()} for one in (student, teacher)]
+    sum(method(passed, teacher, START).values()).backward()
+    for state, one in zip(before, (student, teacher), strict=True):
+        assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_warmup_and_decay_scale_every_loss():
+    student, teacher = pair()
+    plain = methods.build({"method": "defeat"}, student, teacher)
+    scaled = methods.build({"method": "defeat", "warmup_steps": 8, "decay": "linear"}, student, teacher)
+    scaled.load_state_dict(plain.state_dict())
+    passed, clock = one_pass(student), Clock(step=3, steps=12, epoch=1, epochs=4)
+    full, part = plain(passed, teacher, clock), scaled(passed, teacher, clock)
+    assert full.keys() == {"neck_object", "neck_background", "head_object", "head_background"}
+    for name, loss in full.items():
+        assert part[name].item() == pytest.approx(loss.item() * (4 / 8) * (3 / 4), rel=1e-6)
