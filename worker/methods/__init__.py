@@ -8,7 +8,10 @@ from worker.config import Config
 from worker.detectors.base import Detector
 from worker.methods.base import Clock, Method
 from worker.methods.baseline import Baseline, BaselineConfig
+from worker.methods.cwd import CWD, CWDConfig
 from worker.methods.defeat import Defeat, DefeatConfig
+from worker.methods.fitnet import FitNet, FitNetConfig
+from worker.methods.pkd import PKD, PKDConfig
 from worker.report import RunError
 
 __all__ = ["METHODS", "Clock", "Method", "build"]
@@ -41,6 +44,28 @@ METHODS: dict[str, Entry] = {
         "(Guo et al., CVPR 2021).",
         config=DefeatConfig,
         build=Defeat,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+    "fitnet": Entry(
+        summary="The whole neck alike, squared differences (Romero et al., ICLR 2015).",
+        config=FitNetConfig,
+        build=FitNet,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+    "pkd": Entry(
+        summary="The neck's correlation, channel by channel; for pyramids of equally many channels "
+        "(Cao et al., NeurIPS 2022).",
+        config=PKDConfig,
+        build=PKD,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+    "cwd": Entry(
+        summary="Where each channel of the neck looks, as distributions over its cells (Shu et al., ICCV 2021).",
+        config=CWDConfig,
+        build=CWD,
         needs_teacher=True,
         needs=("neck",),
     ),

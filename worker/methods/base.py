@@ -40,6 +40,23 @@ def pair_levels(student_strides: Sequence[int], teacher_strides: Sequence[int]) 
     return [(index, open_levels[stride].pop(0)) for index, stride in enumerate(student_strides) if open_levels[stride]]
 
 
+def pointwise(student_channels: int, teacher_channels: int) -> nn.Module:
+    """Return a 1x1 convolution from the student's channels to the teacher's, as the framework initialises it."""
+    return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def pointwise_if_needed(student_channels: int, teacher_channels: int) -> nn.Module:
+    """Return `pointwise`, or nothing at all where the channels are equal."""
+    return nn.Identity() if student_channels == teacher_channels else pointwise(student_channels, teacher_channels)
+
+
+def paper_value(given: float | None, student: Detector, *, two_stage: float, one_stage: float) -> float:
+    """Return `given`, or where it is None what a method's authors take for students with this kind of head."""
+    if given is not None:
+        return given
+    return two_stage if student.head == "two_stage" else one_stage
+
+
 class NeckMethod(Method):
     """Base of methods that match the neck: pairs the levels, and brings the student's maps to the teacher's channels.
 

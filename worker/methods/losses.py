@@ -1,10 +1,15 @@
-"""The losses of DeFeat as functions of tensors (Guo et al., CVPR 2021, arXiv 2103.14475)."""
+"""The losses of DeFeat as functions of tensors (Guo et al., CVPR 2021, arXiv 2103.14475), and what all losses share."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or wider, also under autocast: a sum of millions of squares does not fit a half."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def decoupled_feature_loss(
@@ -27,9 +32,8 @@ def decoupled_feature_loss(
     objects, background = [], []
     for ours, theirs, mask in zip(student, teacher, masks, strict=True):
         channels = ours.shape[1]
-        # Summed over channels first: the mask then weighs one map instead of C of them. In float32 also under
-        # autocast: a sum of millions of squares does not fit a half.
-        difference = (ours.to(torch.promote_types(ours.dtype, torch.float32)) - theirs.detach()).square().sum(dim=1)
+        # Summed over channels first: the mask then weighs one map instead of C of them.
+        difference = (widened(ours) - theirs.detach()).square().sum(dim=1)
         cells = mask[:, 0]  # (B, H, W)
         objects.append(_masked_mean(difference, cells, channels))
         background.append(_masked_mean(difference, ~cells, channels))
@@ -61,8 +65,7 @@ def decoupled_logit_loss(
         object_temperature: T of the positives, above 0.
         background_temperature: T of the negatives, above 0.
     """
-    wide = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(wide), teacher.detach().to(wide)
+    student, teacher = widened(student), widened(teacher.detach())
     positive = labels > 0
     return (
         _divergence(student, teacher, positive, object_temperature),

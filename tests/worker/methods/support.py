@@ -23,3 +23,22 @@ def one_pass(student: Detector, seed: int = 0) -> TrainPass:
     images, targets = images_and_targets(seed=seed)
     torch.manual_seed(seed)
     return student.train_pass(images, targets)
+
+
+def levels(seed: int = 0, *, channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return float64 maps of three levels: the student's, with gradients, and the teacher's."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, channels, 5, 4), (2, channels, 3, 2), (2, channels, 2, 1)]
+    student = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    teacher = [2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5 for shape in shapes]
+    return student, teacher
+
+
+def assert_same_loss(ours: torch.Tensor, plain: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Hold a loss and its gradients in `inputs` to a plain restatement's, 1e-5 relative."""
+    assert plain.item() != 0
+    assert abs(ours.item() - plain.item()) <= 1e-5 * abs(plain.item())
+    gradients = torch.autograd.grad(ours, inputs, retain_graph=True)
+    for mine, theirs in zip(gradients, torch.autograd.grad(plain, inputs, retain_graph=True), strict=True):
+        assert theirs.norm() > 0
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()

@@ -1,0 +1,106 @@
+"""What holds for every method in the registry."""
+
+import math
+
+import pytest
+import torch
+
+from tests.worker.methods.support import START, one_pass, pair
+from tests.worker.support_engine import images_and_targets
+from worker import methods
+from worker.data.loader import Batch
+from worker.engine.train import train_step
+from worker.methods import METHODS
+from worker.report import RunError
+
+WITH_TEACHER = [name for name, entry in METHODS.items() if entry.needs_teacher]
+
+
+def detectors_for(name):
+    """A pair of unlike channels, save for the method that refuses it."""
+    return pair(student_channels=16 if name == "pkd" else 8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_trains_student_and_adapters_and_leaves_the_teacher_alone(name):
+    student, teacher = detectors_for(name)
+    method = methods.build({"method": name}, student, teacher)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    passed = one_pass(student)
+    losses = method(passed, teacher, START)
+    assert bool(losses) == (name != "baseline")
+    assert all(loss.shape == () and loss.dtype == torch.float32 and loss.item() >= 0 for loss in losses.values())
+    assert all(math.isfinite(loss.item()) for loss in losses.values())
+    assert not losses.keys() & passed.losses.keys()
+    sum([*passed.losses.values(), *losses.values()]).backward()
+    for module in (student, method):
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_the_loss_reaches_the_students_backbone(name):
+    student, teacher = detectors_for(name)
+    method = methods.build({"method": name}, student, teacher)
+    sum(method(one_pass(student), teacher, START).values()).backward()
+    norms = [parameter.grad.norm().item() for parameter in student.backbone.parameters() if parameter.grad is not None]
+    assert sum(norms) > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_losses_and_weights(name):
+    images, targets = images_and_targets()
+    results = []
+    for _ in range(2):
+        student, teacher = detectors_for(name)
+        method = methods.build({"method": name}, student, teacher)
+        optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=0.01)
+        batch = Batch(images=[(255 * image).byte() for image in images], targets=targets)
+        values = [
+            train_step(
+                student,
+                teacher,
+                method,
+                batch,
+                optimizer,
+                clock=START,
+                gradient_clip=35.0,
+                device=torch.device("cpu"),
+            )
+            for _ in range(2)
+        ]
+        results.append((values, {**student.state_dict(), **method.state_dict()}))
+    (first, weights), (second, again) = results
+    assert first == second
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_steps_on_one_batch_bring_the_distillation_loss_down(name):
+    student, teacher = detectors_for(name)
+    method = methods.build({"method": name}, student, teacher)
+    optimizer = torch.optim.Adam([*student.parameters(), *method.parameters()], lr=2e-3)
+    totals = []
+    for _ in range(8):
+        losses = method(one_pass(student), teacher, START)
+        totals.append(sum(losses.values()).item())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert totals[-1] < totals[0]
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_a_missing_teacher_and_unlike_strides_are_refused(name):
+    student, teacher = detectors_for(name)
+    with pytest.raises(RunError) as caught:
+        methods.build({"method": name}, student, None)
+    assert caught.value.code == "teacher_missing"
+    assert f"the method {name} needs a teacher" in caught.value.detail
+    teacher.strides = (32, 64)
+    with pytest.raises(RunError) as caught:
+        methods.build({"method": name}, student, teacher)
+    assert caught.value.code == "pyramids_do_not_pair"
+    assert "[8, 16], the teacher's [32, 64]" in caught.value.detail
