@@ -10,6 +10,7 @@ from worker.methods.base import Clock, Method
 from worker.methods.baseline import Baseline, BaselineConfig
 from worker.methods.cwd import CWD, CWDConfig
 from worker.methods.defeat import Defeat, DefeatConfig
+from worker.methods.fgd import FGD, FGDConfig
 from worker.methods.fitnet import FitNet, FitNetConfig
 from worker.methods.pkd import PKD, PKDConfig
 from worker.report import RunError
@@ -66,6 +67,14 @@ METHODS: dict[str, Entry] = {
         summary="Where each channel of the neck looks, as distributions over its cells (Shu et al., ICCV 2021).",
         config=CWDConfig,
         build=CWD,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+    "fgd": Entry(
+        summary="The neck where the teacher's attention lies, objects and background apart, and its global relations "
+        "(Yang et al., CVPR 2022).",
+        config=FGDConfig,
+        build=FGD,
         needs_teacher=True,
         needs=("neck",),
     ),

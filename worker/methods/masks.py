@@ -1,4 +1,7 @@
-"""Which cells of a pyramid level belong to objects: the masks of DeFeat (authors' code, and a covering variant)."""
+"""Which cells of a pyramid level belong to objects.
+
+The masks of DeFeat (authors' code, and a covering variant), and the weights of FGD.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -47,6 +50,16 @@ def cell_ranges(boxes: Tensor, *, stride: int, height: int, width: int, mode: Ma
     return torch.cat([first, last], dim=1)
 
 
+def _inside(ranges: Tensor, *, height: int, width: int) -> Tensor:
+    """Return which cells lie in each of the ranges (N, 4): (N, H, W) bool."""
+    x1, y1, x2, y2 = ranges.unbind(1)
+    columns = torch.arange(width, device=ranges.device)
+    rows = torch.arange(height, device=ranges.device)
+    in_x = (columns >= x1[:, None]) & (columns < x2[:, None])  # (N, W)
+    in_y = (rows >= y1[:, None]) & (rows < y2[:, None])  # (N, H)
+    return in_y[:, :, None] & in_x[:, None, :]
+
+
 def object_masks(
     boxes: Sequence[Tensor],
     *,
@@ -77,13 +90,37 @@ def object_masks(
     level_of = assign_levels(flat, levels=len(sizes), base_size=base_size)
     masks = []
     for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
-        x1, y1, x2, y2 = cell_ranges(flat, stride=stride, height=height, width=width, mode=mode).unbind(1)
-        columns = torch.arange(width, device=device)
-        rows = torch.arange(height, device=device)
-        in_x = (columns >= x1[:, None]) & (columns < x2[:, None])  # (N, W)
-        in_y = (rows >= y1[:, None]) & (rows < y2[:, None])  # (N, H)
-        inside = in_y[:, :, None] & in_x[:, None, :] & (level_of == level)[:, None, None]  # (N, H, W)
+        ranges = cell_ranges(flat, stride=stride, height=height, width=width, mode=mode)
+        inside = _inside(ranges, height=height, width=width) & (level_of == level)[:, None, None]  # (N, H, W)
         mask = torch.zeros(len(boxes), height, width, dtype=torch.int32, device=device)
         mask.index_add_(0, picture, inside.int())
         masks.append((mask > 0)[:, None])
     return masks
+
+
+def focal_weights(boxes: Sequence[Tensor], *, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+    """Return FGD's weights of the cells of one level, of objects and of background.
+
+    A cell in a box weighs 1 over the cells of that box, of the smallest where there are several: small boxes count as
+    much as large ones. A cell of the background weighs 1 over the background's cells in its picture. A box marks each
+    cell that it touches, on every level.
+
+    Args:
+        boxes: for each picture (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        size: height and width of the level's map.
+        stride: its stride in pixels.
+
+    Returns:
+        Two of (B, H, W) float32; the one is 0 where the other is not.
+    """
+    height, width = size
+    foreground = torch.zeros(len(boxes), height, width, device=boxes[0].device)
+    # A loop over pictures, not over boxes: a level's maps of all boxes of a batch at once would be large.
+    for weights, of_picture in zip(foreground, boxes, strict=True):
+        if len(of_picture):
+            ranges = cell_ranges(of_picture, stride=stride, height=height, width=width, mode="cover")
+            cells = (ranges[:, 2:] - ranges[:, :2]).prod(dim=1)  # (N_i,)
+            inside = _inside(ranges, height=height, width=width)
+            weights.copy_((inside / cells[:, None, None]).amax(dim=0))
+    outside = foreground == 0
+    return foreground, outside / outside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
