@@ -12,6 +12,7 @@ from worker.methods.cwd import CWD, CWDConfig
 from worker.methods.defeat import Defeat, DefeatConfig
 from worker.methods.fgd import FGD, FGDConfig
 from worker.methods.fitnet import FitNet, FitNetConfig
+from worker.methods.mgd import MGD, MGDConfig
 from worker.methods.pkd import PKD, PKDConfig
 from worker.report import RunError
 
@@ -75,6 +76,13 @@ METHODS: dict[str, Entry] = {
         "(Yang et al., CVPR 2022).",
         config=FGDConfig,
         build=FGD,
+        needs_teacher=True,
+        needs=("neck",),
+    ),
+    "mgd": Entry(
+        summary="Generating the teacher's neck from the student's with most cells blanked (Yang et al., ECCV 2022).",
+        config=MGDConfig,
+        build=MGD,
         needs_teacher=True,
         needs=("neck",),
     ),
