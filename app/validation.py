@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from app.bodies import Problem, pointer, problem, show
+from app.bodies import MAX_ERRORS, Problem, pointer, problem, show
 from app.catalog import Catalog
 
 Path = tuple[object, ...]
@@ -32,8 +33,12 @@ def unknown_choice(path: Path, value: object, choices: Collection[object]) -> Pr
 
 
 def check(schema: Mapping[str, Any], value: object, path: Path) -> list[Problem]:
-    """Return every mistake in `value`, whose place in the body is `path`; empty if it is valid."""
-    errors = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))
+    """Return the mistakes in `value`, whose place in the body is `path`; empty if it is valid.
+
+    All of them, unless there are more than `MAX_ERRORS`: then a few more than that.
+    """
+    first = islice(Draft202012Validator(schema).iter_errors(value), MAX_ERRORS + 1)
+    errors = sorted(first, key=lambda error: list(map(str, error.path)))
     found = [item for error in errors for item in _explain(error, path)]
     mistyped = {item["pointer"] for item in found if item["code"] == "wrong_type"}
     # What else is wrong with a value of the wrong type goes without saying.
@@ -48,7 +53,7 @@ def _explain(error: ValidationError, path: Path) -> Iterator[Problem]:
     schema: Any = error.schema
     if kind == "additionalProperties":
         known = sorted(schema.get("properties", {}))
-        for key in sorted(set(value) - set(known)):
+        for key in sorted(set(value) - set(known))[: MAX_ERRORS + 1]:
             yield problem(pointer((*at, key)), "unknown_key", f"unknown key; known keys: {', '.join(known)}")
     elif kind == "required":
         # jsonschema gives one error for each missing key, and names it in the message alone.
