@@ -141,7 +141,27 @@ class Section:
 def check_section(schema: Mapping[str, Any], value: object, path: Path) -> Section:
     """Check one object against its schema and fill in its defaults."""
     problems = check(schema, value, path)
-    return Section(None, problems) if problems else Section(complete(schema, value))
+    if problems:
+        return Section(None, problems)
+    whole = complete(schema, value)
+    problems = list(_check_rules(schema, whole, path))
+    return Section(None, problems) if problems else Section(whole)
+
+
+def _check_rules(schema: Mapping[str, Any], value: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """Check what JSON Schema cannot say, how one key's value bounds another's: see `worker.config.Rule`."""
+    for rule in schema.get("x-rules", ()):
+        key, other = rule["key"], rule["other"]
+        given, bound = value[key], value[other]
+        numbers = given if isinstance(given, list) else [given]
+        at = pointer((*path, key))
+        if rule["rule"] == "below" and any(number >= bound for number in numbers):
+            yield problem(at, "out_of_range", f"it must be below {other}, which is {bound}; got {show(given)}")
+        elif rule["rule"] == "at_most" and any(number > bound for number in numbers):
+            yield problem(at, "out_of_range", f"it must be at most {other}, which is {bound}; got {show(given)}")
+        elif rule["rule"] == "only_with" and given and bound != rule["value"]:
+            wanted = f"{other}: {rule['value']}"
+            yield problem(at, "out_of_range", f"it belongs to {wanted}, and {other} is {bound}; got {show(given)}")
 
 
 def _check_chosen(entries: Mapping[str, Any], key: str, value: object, path: Path) -> Section:

@@ -34,6 +34,9 @@ from tests.app.conftest import ONE_DATABASE, RecordingQueue
 from tests.worker.data.builders import put, tar_with, voc, zip_of
 from tests.worker.support_engine import CLASSES, TINY
 from worker import detectors
+from worker.detectors.faster_rcnn import FasterRCNNConfig
+from worker.engine.config import ScheduleConfig
+from worker.report import RunError
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Context
@@ -160,6 +163,45 @@ def test_an_unknown_name_lists_the_choices(
     assert [choice for choice in choices if choice not in mistake["detail"]] == []
     assert front.client.get("/v1/jobs").json()["data"] == []
     assert front.queue.sent == []
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize(
+    ("path", "value", "pointer", "says"),
+    [
+        ("schedule", {"epochs": 8, "decay_epochs": [6, 8]}, "/schedule/decay_epochs", "below epochs, which is 8"),
+        ("schedule", {"decay_epochs": [2], "decay": "cosine"}, "/schedule/decay_epochs", "belongs to decay: step"),
+        ("student.detector.min_size", 1500, "/student/detector/min_size", "at most max_size, which is 1333"),
+        ("student.detector.strides", [8, 4], "/student/detector/strides", "known: [4], [4, 8], "),
+        ("student.detector.strides", [4, 16], "/student/detector/strides", "[8, 16, 32]"),
+    ],
+)
+def test_what_the_engine_would_refuse_starts_no_job(
+    front: Front, spec: dict[str, Any], path: str, value: Any, pointer: str, says: str
+) -> None:
+    body = _changed(spec, path, value)
+    answer = front.client.post("/v1/jobs", json=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+    (mistake,) = answer.json()["errors"]
+    assert mistake["pointer"] == pointer
+    assert says in mistake["detail"]
+    config, part = (
+        (ScheduleConfig, body["schedule"]) if path == "schedule" else (FasterRCNNConfig, body["student"]["detector"])
+    )
+    with pytest.raises(RunError):
+        config.parse(part, where=path)
+
+
+@ONE_DATABASE
+def test_what_the_engine_takes_is_taken(front: Front, spec: dict[str, Any]) -> None:
+    good = [
+        ("schedule", {"epochs": 9, "decay_epochs": [6, 8]}),
+        ("schedule", {"decay": "cosine"}),
+        ("student.detector.strides", [8, 16]),
+    ]
+    for path, value in good:
+        answer = front.client.post("/v1/jobs/validate", json=_changed(spec, path, value))
+        assert answer.status_code == 200, answer.text
 
 
 # ---- archives ----
