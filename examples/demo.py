@@ -66,7 +66,7 @@ def run(out: Output) -> dict[str, Any]:
     with running_stack() as address, Client(address["url"], address["api_key"]) as client:
         out.say(f"the service runs at {address['url']}")
         with tempfile.TemporaryDirectory() as directory:
-            dataset = client.datasets.add(digits.build(Path(directory)), name="digits")
+            dataset = client.datasets.add(digits.build(Path(directory), val_scenes=60), name="digits")
         dataset = client.datasets.wait(dataset["id"])
         if dataset["status"] != "ready":
             raise DemoFailed(f"the dataset is {dataset['status']}: {dataset['failure']}")

@@ -14,21 +14,33 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
-from worker.config import Config
+from worker.config import Config, with_rules
 from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 
 ROI_SIZE = 7
 
 
+_CONSECUTIVE: list[Any] = [
+    list(STRIDES[first:last]) for first in range(len(STRIDES)) for last in range(first + 1, len(STRIDES) + 1)
+]
+
+
 class FasterRCNNConfig(Config):
     """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
+
+    model_config = with_rules({"key": "min_size", "rule": "at_most", "other": "max_size"})
 
     architecture: Literal["faster_rcnn"] = "faster_rcnn"
     backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
     strides: Annotated[
         tuple[Literal[4, 8, 16, 32], ...],
-        Field(description="Strides of the pyramid's levels in pixels, consecutive.", min_length=1, max_length=4),
+        Field(
+            description="Strides of the pyramid's levels in pixels, consecutive.",
+            min_length=1,
+            max_length=4,
+            json_schema_extra={"enum": _CONSECUTIVE},
+        ),
     ] = (4, 8, 16, 32)
     pool_level: Annotated[
         bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
