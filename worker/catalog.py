@@ -26,7 +26,7 @@ def _schema(config: type[Config]) -> dict[str, Any]:
 def _backbone(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         pyramid = build_pyramid(
-            name, strides=STRIDES, channels=8, pool_level=False, pretrained=False, frozen_batch_norm=False
+            name, strides=STRIDES, channels=8, extra_levels="none", pretrained=False, frozen_batch_norm=False
         )
     return {
         "strides": list(STRIDES),

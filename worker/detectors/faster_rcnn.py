@@ -1,10 +1,10 @@
 """Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
@@ -13,35 +13,24 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
-from worker.config import Config
-from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
+from worker.detectors.backbones import build_pyramid
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
 
 ROI_SIZE = 7
 
 
-class FasterRCNNConfig(Config):
+class FasterRCNNConfig(PyramidConfig):
     """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
 
     architecture: Literal["faster_rcnn"] = "faster_rcnn"
-    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
-    strides: Annotated[
-        tuple[Literal[4, 8, 16, 32], ...],
-        Field(description="Strides of the pyramid's levels in pixels, consecutive.", min_length=1, max_length=4),
-    ] = (4, 8, 16, 32)
     pool_level: Annotated[
         bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
     ] = True
-    pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
     anchor_scale: Annotated[
         float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
     ] = 8.0
-    anchor_ratios: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=20)], ...],
-        Field(description="Height over width of the anchors.", min_length=1, max_length=9),
-    ] = (0.5, 1.0, 2.0)
-    min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
-    max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
+    anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
     head_channels: Annotated[int, Field(description="Width of the box head's two layers.", ge=16, le=4096)] = 1024
     train_proposals: Annotated[
         int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
@@ -52,25 +41,9 @@ class FasterRCNNConfig(Config):
     box_samples: Annotated[
         int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
     ] = 512
-    score_threshold: Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)] = 0.05
-    nms_threshold: Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)] = 0.5
-    max_detections: Annotated[int, Field(description="Most detections per picture.", ge=1, le=1000)] = 100
-    frozen_batch_norm: Annotated[
-        bool, Field(description="Fix the backbone's batch norm; for pretrained weights and small batches.")
-    ] = False
-    batch_norm_epsilon: Annotated[
-        float | None,
-        Field(description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights need 0.", ge=0, le=0.1),
-    ] = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        first = STRIDES.index(self.strides[0])
-        if self.strides != STRIDES[first : first + len(self.strides)]:
-            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {self.strides}")
-        if self.max_size < self.min_size:
-            raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
-        return self
+    score_threshold: ScoreThreshold = 0.05
+    nms_threshold: NmsThreshold = 0.5
+    max_detections: MaxDetections = 100
 
 
 class FasterRCNNDetector(FasterRCNN, Detector):
@@ -85,18 +58,17 @@ class FasterRCNNDetector(FasterRCNN, Detector):
 
     def __init__(self, config: FasterRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        strides = config.strides + ((2 * config.strides[-1],) if config.pool_level else ())
         pyramid = build_pyramid(
             config.backbone,
             strides=config.strides,
             channels=config.pyramid_channels,
-            pool_level=config.pool_level,
+            extra_levels="pool" if config.pool_level else "none",
             pretrained=pretrained_backbone,
             frozen_batch_norm=config.frozen_batch_norm,
         )
         anchors = AnchorGenerator(
-            sizes=tuple((round(config.anchor_scale * stride),) for stride in strides),
-            aspect_ratios=(config.anchor_ratios,) * len(strides),
+            sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
+            aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
         )
         super().__init__(
             pyramid,
@@ -121,7 +93,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             overwrite_eps(self, config.batch_norm_epsilon)
         self.config = config
         self.classes = list(classes)
-        self.strides = strides
+        self.strides = pyramid.strides
         self.channels = config.pyramid_channels
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
