@@ -32,7 +32,12 @@ class PyramidConfig(Config):
     ] = False
     batch_norm_epsilon: Annotated[
         float | None,
-        Field(description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights need 0.", ge=0, le=0.1),
+        Field(
+            description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights of Faster R-CNN and "
+            "RetinaNet need 0.",
+            ge=0,
+            le=0.1,
+        ),
     ] = None
 
     @model_validator(mode="after")

@@ -49,7 +49,7 @@ class FasterRCNNConfig(PyramidConfig):
 class FasterRCNNDetector(FasterRCNN, Detector):
     """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
 
-    head: HeadKind = "two_stage"
+    head_kind: HeadKind = "two_stage"
     # What torchvision sets without saying the types.
     transform: Any
     backbone: Any

@@ -11,15 +11,15 @@ from worker.detectors.pretrained import PRETRAINED
 from worker.report import RunError
 
 
-def freeze(module):
-    """Replace batch norm by a frozen one with epsilon 0, by hand."""
+def freeze(module, epsilon=0.0):
+    """Replace batch norm by a frozen one, by hand."""
     for name, child in module.named_children():
         if isinstance(child, torch.nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=0.0)
+            frozen = FrozenBatchNorm2d(child.num_features, eps=epsilon)
             frozen.load_state_dict(child.state_dict())
             module.add_module(name, frozen)
         else:
-            freeze(child)
+            freeze(child, epsilon)
     return module
 
 
