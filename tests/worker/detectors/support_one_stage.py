@@ -20,7 +20,16 @@ RETINANET: dict[str, Any] = {
     "min_size": 64,
     "max_size": 96,
 }
-FAMILIES = {"retinanet": RETINANET}
+FCOS: dict[str, Any] = {
+    "architecture": "fcos",
+    "backbone": "timm/mobilenetv3_small_050",
+    "strides": [8, 16],
+    "extra_levels": "none",
+    "pyramid_channels": 32,
+    "min_size": 64,
+    "max_size": 96,
+}
+FAMILIES = {"fcos": FCOS, "retinanet": RETINANET}
 
 
 def build(family: str, classes: tuple[str, ...] = CLASSES, **changes: Any) -> Detector:

@@ -20,9 +20,12 @@ from worker import detectors
 from worker.detectors.pretrained import PRETRAINED, load_pretrained
 from worker.report import RunError
 
-OWN_LOSSES = {"retinanet": {"classification", "bbox_regression"}}
+OWN_LOSSES = {
+    "fcos": {"classification", "bbox_regression", "bbox_ctrness"},
+    "retinanet": {"classification", "bbox_regression"},
+}
 # Each preset, with the epsilon of frozen batch norm that torchvision gives its weights.
-PRESETS = {"retinanet_resnet50_fpn": 0.0}
+PRESETS = {"fcos_resnet50_fpn": 1e-5, "retinanet_resnet50_fpn": 0.0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,6 +166,9 @@ def test_a_saved_detector_comes_back_the_same(family, tmp_path):
         ("retinanet", {"extra_levels": "p6"}, "detector.extra_levels"),
         ("retinanet", {"pool_level": True}, "detector.pool_level"),
         ("retinanet", {"strides": [4, 16]}, "consecutive"),
+        ("fcos", {"pyramid_channels": 48}, "multiple of 32"),
+        ("fcos", {"anchor_ratios": [1.0]}, "detector.anchor_ratios"),
+        ("fcos", {"strides": [8, 32]}, "consecutive"),
         ("retinanet", {"anchor_octaves": 0}, "greater than or equal to 1"),
         ("retinanet", {"min_size": 100, "max_size": 50}, "max_size 50 is less"),
     ],
