@@ -22,7 +22,11 @@ Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class DefeatConfig(Config):
-    """DeFeat's parameters. The defaults are the paper's for COCO; a weight of 0 switches its part off."""
+    """DeFeat's parameters. The defaults are the paper's for COCO; a weight of 0 switches its part off.
+
+    The head part compares class logits of proposals: where student or teacher is a one-stage detector, which has none,
+    both head weights must be 0.
+    """
 
     method: Literal["defeat"] = "defeat"
     neck_object_weight: Annotated[Weight, Field(description="Weight of the neck's object cells.")] = 4.0
@@ -58,6 +62,19 @@ class DefeatConfig(Config):
         return self.head_object_weight > 0 or self.head_background_weight > 0
 
 
+def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
+    """Raise `RunError` if the head part is asked for and a detector has no proposals to compare."""
+    detectors = {"student": student, "teacher": teacher}
+    without = [who for who, detector in detectors.items() if detector and detector.head_kind != "two_stage"]
+    if config.uses_head and without:
+        raise RunError(
+            "user",
+            "head_does_not_pair",
+            "the head part compares proposals, and a one-stage detector, as this job's "
+            f"{' and '.join(without)}, has none: set head_object_weight and head_background_weight to 0",
+        )
+
+
 class Adapter(nn.Conv2d):
     """One level's adapter: 3x3, student's channels to teacher's, weights near zero as the authors' code starts them."""
 
@@ -71,7 +88,8 @@ class Defeat(Method):
     """The method's losses and adapters. Levels are paired by stride.
 
     Raises:
-        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride.
+        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride; `head_does_not_pair` if
+            a head weight is above 0 and one of the two detectors is a one-stage detector.
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
@@ -88,6 +106,7 @@ class Defeat(Method):
                 f"the student's pyramid has strides {list(student.strides)}, the teacher's {list(teacher.strides)}: "
                 "none in common",
             )
+        _require_heads(config, student, teacher)
         self.adapters = nn.ModuleList(
             Adapter(student.channels, teacher.channels) for _ in self.pairs if config.uses_neck
         )
