@@ -58,6 +58,6 @@ def backward(detector: Detector, losses: Callable[[], dict[str, torch.Tensor]], 
     torch.manual_seed(seed)
     detector.zero_grad()
     values = losses()
-    sum(values.values()).backward()  # type: ignore[union-attr]
+    torch.stack(list(values.values())).sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in detector.named_parameters()}
     return values, gradients, torch.get_rng_state()
