@@ -20,7 +20,10 @@ class Clock:
 
 
 class Method(nn.Module):
-    """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run."""
+    """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run.
+
+    A method is built before a teacher that the run trains itself is trained: read the teacher's weights in `forward`.
+    """
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""
