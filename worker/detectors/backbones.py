@@ -106,11 +106,14 @@ class Pyramid(nn.Module):
         *,
         strides: Sequence[int],
         extra_levels: ExtraLevels,
+        batch_norm: bool,
     ) -> None:
         super().__init__()
         blocks, factors = _extra_blocks(extra_levels, out_channels)
         self.body = body
-        self.fpn = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks=blocks)
+        self.fpn = FeaturePyramidNetwork(
+            list(in_channels), out_channels, extra_blocks=blocks, norm_layer=nn.BatchNorm2d if batch_norm else None
+        )
         self.strides = (*strides, *(factor * strides[-1] for factor in factors))
         self.out_channels = out_channels
 
@@ -137,6 +140,7 @@ def build_pyramid(
     extra_levels: ExtraLevels,
     pretrained: bool,
     frozen_batch_norm: bool,
+    pyramid_batch_norm: bool = False,
 ) -> Pyramid:
     """Build a backbone with its pyramid.
 
@@ -146,7 +150,8 @@ def build_pyramid(
         channels: channels of each pyramid level.
         extra_levels: levels to add above the coarsest, see `ExtraLevels`.
         pretrained: load ImageNet weights, from the local cache or the network.
-        frozen_batch_norm: replace batch norm by its frozen form (statistics and affine part fixed).
+        frozen_batch_norm: replace the backbone's batch norm by its frozen form (statistics and affine part fixed).
+        pyramid_batch_norm: put batch norm behind each convolution of the pyramid; never frozen.
 
     Raises:
         RunError: `unknown_backbone`; `weights_unavailable` if the ImageNet weights cannot be had.
@@ -166,7 +171,9 @@ def build_pyramid(
             f"ImageNet weights of {backbone} could not be downloaded ({error}); give the worker network access, put "
             "the file into its torch or Hugging Face cache, or use initial_weights: random",
         ) from error
-    return Pyramid(body, in_channels, channels, strides=strides, extra_levels=extra_levels)
+    return Pyramid(
+        body, in_channels, channels, strides=strides, extra_levels=extra_levels, batch_norm=pyramid_batch_norm
+    )
 
 
 def _torchvision_body(

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from worker.detectors.backbones import build_pyramid
@@ -31,7 +32,18 @@ class FasterRCNNConfig(PyramidConfig):
         float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
     ] = 8.0
     anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
-    head_channels: Annotated[int, Field(description="Width of the box head's two layers.", ge=16, le=4096)] = 1024
+    pyramid_batch_norm: Annotated[bool, Field(description="Batch norm behind the pyramid's convolutions.")] = False
+    rpn_convolutions: Annotated[
+        int, Field(description="3x3 convolutions of the proposal network, before its outputs.", ge=1, le=4)
+    ] = 1
+    box_head: Annotated[
+        Literal["linear", "convolutional"],
+        Field(
+            description="`linear`: two linear layers. `convolutional`: four 3x3 convolutions with batch norm, then one "
+            "linear layer; slower and more accurate."
+        ),
+    ] = "linear"
+    head_channels: Annotated[int, Field(description="Width of the box head's linear layers.", ge=16, le=4096)] = 1024
     train_proposals: Annotated[
         int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
     ] = 2000
@@ -65,6 +77,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             extra_levels="pool" if config.pool_level else "none",
             pretrained=pretrained_backbone,
             frozen_batch_norm=config.frozen_batch_norm,
+            pyramid_batch_norm=config.pyramid_batch_norm,
         )
         anchors = AnchorGenerator(
             sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
@@ -82,8 +95,11 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             box_roi_pool=MultiScaleRoIAlign(
                 [str(level) for level in range(len(config.strides))], output_size=ROI_SIZE, sampling_ratio=2
             ),
-            box_head=TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels),
+            box_head=_box_head(config),
             box_predictor=FastRCNNPredictor(config.head_channels, len(classes) + 1),
+            rpn_head=RPNHead(
+                config.pyramid_channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convolutions
+            ),
             box_score_thresh=config.score_threshold,
             box_nms_thresh=config.nms_threshold,
             box_detections_per_img=config.max_detections,
@@ -149,6 +165,17 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         predictor.cls_score = _select_rows(predictor.cls_score, rows)
         predictor.bbox_pred = _select_rows(predictor.bbox_pred, box_rows)
         self.classes = list(classes)
+
+
+def _box_head(config: FasterRCNNConfig) -> nn.Module:
+    """Return the layers between pooled features (P, C, 7, 7) and predictor: (P, head_channels)."""
+    if config.box_head == "linear":
+        return cast(nn.Module, TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels))
+    channels = config.pyramid_channels
+    head = FastRCNNConvFCHead(
+        (channels, ROI_SIZE, ROI_SIZE), [channels] * 4, [config.head_channels], norm_layer=nn.BatchNorm2d
+    )
+    return cast(nn.Module, head)
 
 
 def _select_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:

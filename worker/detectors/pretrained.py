@@ -6,6 +6,7 @@ from urllib.error import URLError
 
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_V2_Weights,
     FasterRCNN_ResNet50_FPN_Weights,
     FCOS_ResNet50_FPN_Weights,
     RetinaNet_ResNet50_FPN_Weights,
@@ -32,6 +33,12 @@ PRETRAINED: dict[str, Pretrained] = {
     "fasterrcnn_resnet50_fpn": Pretrained(
         config=FasterRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
         weights={"COCO_V1": FasterRCNN_ResNet50_FPN_Weights.COCO_V1},
+    ),
+    "fasterrcnn_resnet50_fpn_v2": Pretrained(
+        config=FasterRCNNConfig(
+            backbone="torchvision/resnet50", pyramid_batch_norm=True, rpn_convolutions=2, box_head="convolutional"
+        ),
+        weights={"COCO_V1": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1},
     ),
     "fcos_resnet50_fpn": Pretrained(
         # torchvision leaves the epsilon alone when it loads these.
