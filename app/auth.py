@@ -86,14 +86,18 @@ def read_session(settings: Settings, token: str) -> str | None:
 
 
 def start_session(response: Response, request: Request, settings: Settings, key_id: str) -> None:
-    """Set the session cookie: for this site's own requests only, and out of reach of scripts."""
+    """Set the session cookie: out of reach of scripts.
+
+    Lax, so that a link to a job in a mail opens it. Another site's page can thereby read nothing, and change nothing:
+    unsafe methods go through `check_same_origin`.
+    """
     response.set_cookie(
         SESSION_COOKIE,
         make_session(settings, key_id),
         max_age=SESSION_S,
         path="/",
         httponly=True,
-        samesite="strict",
+        samesite="lax",
         secure=request.url.scheme == "https",
     )
 

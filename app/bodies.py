@@ -10,6 +10,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, V
 from app.errors import Invalid
 
 MAX_DEPTH = 32
+MAX_ERRORS = 100
+"""How many mistakes one answer tells: a body of a megabyte can hold hundreds of thousands."""
 
 Problem = dict[str, str]
 
@@ -46,11 +48,12 @@ def pointer(tokens: Iterable[object]) -> str:
 
 
 def invalid(errors: list[Problem], *, code: str | None = None) -> Invalid:
-    """Return the error for these mistakes; its detail tells a single one in full."""
+    """Return the error for these mistakes; its detail tells a single one in full. At most `MAX_ERRORS` are listed."""
     first = errors[0]
     told = f"{first['pointer']}: {first['detail']}" if first["pointer"] else first["detail"]
-    detail = told if len(errors) == 1 else f"the request has {len(errors)} mistakes; see errors. The first: {told}"
-    return Invalid(detail, code=code, errors=errors)
+    count = str(len(errors)) if len(errors) <= MAX_ERRORS else f"more than {MAX_ERRORS}"
+    detail = told if len(errors) == 1 else f"the request has {count} mistakes; see errors. The first: {told}"
+    return Invalid(detail, code=code, errors=errors[:MAX_ERRORS])
 
 
 def show(value: object) -> str:
@@ -72,7 +75,7 @@ def explain(item: Mapping[str, Any], *, known: Iterable[str] = ()) -> tuple[str,
     if kind == "union_tag_invalid":
         return (
             "unknown_choice",
-            f"unknown {context['discriminator']} '{context['tag']}'; known: {context['expected_tags']}",
+            f"unknown {context['discriminator']} {show(context['tag'])}; known: {context['expected_tags']}",
         )
     if kind == "extra_forbidden":
         return "unknown_key", f"unknown key; known keys: {', '.join(sorted(known))}"
@@ -95,11 +98,12 @@ _BUILTIN_TYPES = frozenset(
 def unfit(value: object) -> list[tuple[tuple[object, ...], str]]:
     """Return (path, reason) for what JSON parsers let through and neither the database nor JSON itself can hold.
 
-    That is: NaN and infinity, NUL, halves of surrogate pairs, and nesting deeper than `MAX_DEPTH`.
+    That is: NaN and infinity, NUL, halves of surrogate pairs, and nesting deeper than `MAX_DEPTH`. The search ends
+    once it has found more than `MAX_ERRORS`.
     """
     found: list[tuple[tuple[object, ...], str]] = []
     todo: list[tuple[tuple[object, ...], object]] = [((), value)]
-    while todo:
+    while todo and len(found) <= MAX_ERRORS:
         path, item = todo.pop()
         if isinstance(item, str) and not _storable(item):
             found.append((path, f"text may hold neither NUL nor halves of surrogate pairs; got {show(item)}"))
@@ -137,7 +141,7 @@ class Body(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            lines = [cls._line(item) for item in error.errors(include_url=False)]
+            lines = [cls._line(item) for item in error.errors(include_url=False)[: MAX_ERRORS + 1]]
             raise ValidationError.from_exception_data(cls.__name__, lines) from None
 
     @classmethod
@@ -171,10 +175,16 @@ def problems_of(error: ValidationError) -> list[Problem]:
 def _printable(text: str) -> str:
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise PydanticCustomError("wrong_format", "control characters are not allowed")
+    return text
+
+
+def _not_blank(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("wrong_format", "it must not be blank")
     return text
 
 
-Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Line = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+"""What people type into a field: at most 200 characters, none of them control characters."""
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable), AfterValidator(_not_blank)]
 """What people call something: 1 to 200 printable characters."""

@@ -39,6 +39,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("defeat-service"),
         description="Trains small object detectors with the help of large ones.",
         lifespan=_lifespan,
+        # The stock pages run a script of somebody else's host on the origin that holds the dashboard's session.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings = settings
     app.add_middleware(Boundary)

@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Query
@@ -61,11 +61,13 @@ def decode_cursor(cursor: str) -> tuple[datetime, str]:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         created_at, row_id = json.loads(text)
         moment = datetime.fromisoformat(created_at)
-    except (binascii.Error, ValueError, TypeError) as error:
+        # In UTC at once: next to the first and the last year, the database's own conversion would overflow.
+        here = moment.astimezone(UTC)
+    except (binascii.Error, ValueError, TypeError, OverflowError) as error:
         raise bad_cursor(cursor) from error
     if moment.tzinfo is None or not isinstance(row_id, str) or not row_id.replace("_", "").isalnum():
         raise bad_cursor(cursor)
-    return moment, row_id
+    return here, row_id
 
 
 def page_of(

@@ -121,7 +121,10 @@ def _disk_full(error: Exception) -> bool:
 
 def _from_http(error: HTTPException) -> ServiceError:
     kind = _BY_STATUS.get(error.status_code)
-    details = {404: "there is nothing at this path; see /docs", 405: "this path does not take this method; see /docs"}
+    details = {
+        404: "there is nothing at this path; /openapi.json describes them all",
+        405: "this path does not take this method; /openapi.json describes them all",
+    }
     if kind is None:
         known = ServiceError(str(error.detail))
         known.status, known.code, known.title = error.status_code, f"http_{error.status_code}", str(error.detail)

@@ -6,11 +6,12 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+_LEAST_SECRET = 16
 
 
 class Settings(BaseSettings):
@@ -20,7 +21,9 @@ class Settings(BaseSettings):
     (`home` is `DEFEAT_HOME`). What is not set lies under `DEFEAT_HOME`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="DEFEAT_", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="DEFEAT_", extra="ignore", populate_by_name=True, hide_input_in_errors=True
+    )
 
     home: Path = Field(
         default=Path(".defeat"),
@@ -43,7 +46,8 @@ class Settings(BaseSettings):
     )
     secret: SecretStr = Field(
         default=SecretStr(""),
-        description="Secret that keys API-key hashes and dashboard sessions. Default: made once under home.",
+        description="Secret that keys API-key hashes and dashboard sessions, at least 16 characters. Default: made "
+        "once under home.",
     )
     dataset_roots: list[Path] = Field(
         default=[],
@@ -67,6 +71,17 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
     log_level: str = Field(default="INFO", description="Least level that is logged.")
+
+    @field_validator("secret")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr) -> SecretStr:
+        # Empty is not set. The value itself must not get into the message.
+        if 0 < len(secret) < _LEAST_SECRET:
+            raise ValueError(
+                f"it has {len(secret)} characters, and sessions can be forged with a secret that is guessed: give at "
+                f"least {_LEAST_SECRET} random ones, or leave it out and one is made"
+            )
+        return secret
 
     @model_validator(mode="after")
     def _fill_from_home(self) -> "Settings":

@@ -28,6 +28,7 @@ BUFFER_BYTES = 1 * MIB
 IDLE_S = 60.0
 """A client that sends nothing for so long has gone."""
 ABANDONED_S = 60 * 60.0
+_MAX_DIGITS = 20
 _DIGEST = re.compile(r"\s*([a-z0-9*._-]+)=:([A-Za-z0-9+/=]*):\s*")
 
 
@@ -82,6 +83,8 @@ def announced_length(request: Request, limit: int) -> int | None:
     header = request.headers.get("content-length", "")
     if not header.isdecimal():
         return None
+    if len(header) > _MAX_DIGITS:
+        raise UploadTooLarge(f"Content-Length has {len(header)} digits; at most {limit} bytes are taken")
     length = int(header)
     if length > limit:
         raise UploadTooLarge(f"the body has {length} bytes; at most {limit} are taken")

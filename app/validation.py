@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from app.bodies import Problem, pointer, problem, show
+from app.bodies import MAX_ERRORS, Problem, pointer, problem, show
 from app.catalog import Catalog
 
 Path = tuple[object, ...]
@@ -32,8 +33,12 @@ def unknown_choice(path: Path, value: object, choices: Collection[object]) -> Pr
 
 
 def check(schema: Mapping[str, Any], value: object, path: Path) -> list[Problem]:
-    """Return every mistake in `value`, whose place in the body is `path`; empty if it is valid."""
-    errors = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))
+    """Return the mistakes in `value`, whose place in the body is `path`; empty if it is valid.
+
+    All of them, unless there are more than `MAX_ERRORS`: then a few more than that.
+    """
+    first = islice(Draft202012Validator(schema).iter_errors(value), MAX_ERRORS + 1)
+    errors = sorted(first, key=lambda error: list(map(str, error.path)))
     found = [item for error in errors for item in _explain(error, path)]
     mistyped = {item["pointer"] for item in found if item["code"] == "wrong_type"}
     # What else is wrong with a value of the wrong type goes without saying.
@@ -48,7 +53,7 @@ def _explain(error: ValidationError, path: Path) -> Iterator[Problem]:
     schema: Any = error.schema
     if kind == "additionalProperties":
         known = sorted(schema.get("properties", {}))
-        for key in sorted(set(value) - set(known)):
+        for key in sorted(set(value) - set(known))[: MAX_ERRORS + 1]:
             yield problem(pointer((*at, key)), "unknown_key", f"unknown key; known keys: {', '.join(known)}")
     elif kind == "required":
         # jsonschema gives one error for each missing key, and names it in the message alone.
@@ -136,7 +141,27 @@ class Section:
 def check_section(schema: Mapping[str, Any], value: object, path: Path) -> Section:
     """Check one object against its schema and fill in its defaults."""
     problems = check(schema, value, path)
-    return Section(None, problems) if problems else Section(complete(schema, value))
+    if problems:
+        return Section(None, problems)
+    whole = complete(schema, value)
+    problems = list(_check_rules(schema, whole, path))
+    return Section(None, problems) if problems else Section(whole)
+
+
+def _check_rules(schema: Mapping[str, Any], value: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """Check what JSON Schema cannot say, how one key's value bounds another's: see `worker.config.Rule`."""
+    for rule in schema.get("x-rules", ()):
+        key, other = rule["key"], rule["other"]
+        given, bound = value[key], value[other]
+        numbers = given if isinstance(given, list) else [given]
+        at = pointer((*path, key))
+        if rule["rule"] == "below" and any(number >= bound for number in numbers):
+            yield problem(at, "out_of_range", f"it must be below {other}, which is {bound}; got {show(given)}")
+        elif rule["rule"] == "at_most" and any(number > bound for number in numbers):
+            yield problem(at, "out_of_range", f"it must be at most {other}, which is {bound}; got {show(given)}")
+        elif rule["rule"] == "only_with" and given and bound != rule["value"]:
+            wanted = f"{other}: {rule['value']}"
+            yield problem(at, "out_of_range", f"it belongs to {wanted}, and {other} is {bound}; got {show(given)}")
 
 
 def _check_chosen(entries: Mapping[str, Any], key: str, value: object, path: Path) -> Section:

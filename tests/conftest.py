@@ -15,6 +15,10 @@ from app.migrate import upgrade
 from app.models import Base
 from tests import postgres
 
+# One thread for torch, here and in every run that a test starts: on tensors this small a second thread costs more than
+# it brings, and beside another busy process it waits for it, by spinning, for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

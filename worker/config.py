@@ -1,11 +1,30 @@
 """What every engine config is: frozen, keyword-only, refusing unknown keys, and writing its own JSON Schema."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from worker.report import RunError
+
+
+class Rule(TypedDict):
+    """How the value of one key bounds another's: a schema's `x-rules`, which the API checks when a job is sent.
+
+    `below` and `at_most` compare a number, or each number of a list, with the other key's number; `only_with` wants the
+    other key to have `value` unless this one is empty. The config's own validator says the same.
+    """
+
+    key: str
+    rule: Literal["below", "at_most", "only_with"]
+    other: str
+    value: NotRequired[str]
+
+
+def with_rules(*rules: Rule) -> ConfigDict:
+    """Return the model config that publishes these rules."""
+    listed: list[JsonValue] = [{name: str(value) for name, value in rule.items()} for rule in rules]
+    return ConfigDict(json_schema_extra={"x-rules": listed})
 
 
 class Config(BaseModel):

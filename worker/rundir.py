@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from app.storage import check_key
 
@@ -18,6 +18,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 64 * 1024
 _MAX_LOG_LINE = 500
+_MAX_DETAIL = 20_000
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -87,7 +88,8 @@ class Failure(BaseModel):
 
     failure_class: Literal["user", "data", "oom", "infra"] = Field(alias="class")
     code: str = Field(max_length=60)
-    detail: str = Field(max_length=20_000)
+    # Cut rather than refused: a reason that quotes too much of a hostile file is still the reason.
+    detail: Annotated[str, AfterValidator(lambda detail: detail[:_MAX_DETAIL])]
 
 
 class ResultArtifact(BaseModel):

@@ -1,13 +1,22 @@
 """Bodies and responses of checkpoints."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
 
 from app.bodies import Body, Name
 from app.models import Leased
 from app.schemas import AssetStatus, Resource
+
+
+def _distinct(classes: list[str] | None) -> list[str] | None:
+    twice = next((name for name, count in Counter(classes).items() if count > 1), None)
+    if twice is not None:
+        raise PydanticCustomError("duplicate_class", "class {name} is named twice", {"name": repr(twice)})
+    return classes
 
 
 class CheckpointCreate(Body):
@@ -21,6 +30,7 @@ class CheckpointCreate(Body):
     classes: Annotated[
         list[Name] | None,
         Field(min_length=1, max_length=10_000, description="Class names in the order of the weights' labels, or null."),
+        AfterValidator(_distinct),
     ] = None
 
 

@@ -14,6 +14,7 @@ from app.auth import (
     find_caller,
     start_session,
 )
+from app.bodies import Line
 from app.dashboard import assets
 from app.dashboard.pages import HOME, PageRoute, own_page, redirect, render
 from app.datasets.endpoints import get_dataset, list_datasets
@@ -74,7 +75,7 @@ def log_out(request: Request) -> Response:
     """End this browser's session."""
     check_same_origin(request)
     response = redirect("/login")
-    response.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="strict")
+    response.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="lax")
     return response
 
 
@@ -99,7 +100,7 @@ def jobs_page(
     caller: CurrentCaller,
     database: DatabaseDep,
     page: PageQueryDep,
-    name: Annotated[str, Query(max_length=200)] = "",
+    name: Annotated[Line, Query()] = "",
     status: JobStatus | Literal[""] = "",
 ) -> Response:
     """List jobs. Without scripts the filter's form sends its empty fields too: they filter nothing."""

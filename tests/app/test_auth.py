@@ -70,6 +70,15 @@ def test_a_session_reads(client: TestClient, settings: Settings, alice: Tenant):
     assert client.get("/v1/jobs").status_code == 200
 
 
+def test_a_link_from_elsewhere_opens_a_page(client: TestClient, alice: Tenant):
+    signed_in = client.post("/login", data={"key": alice.key}, headers=SAME_ORIGIN, follow_redirects=False)
+    attributes = signed_in.headers["set-cookie"].lower().split("; ")
+    assert {"httponly", "samesite=lax", "path=/"} <= set(attributes)
+    assert client.get("/jobs", headers={"Sec-Fetch-Site": "cross-site"}, follow_redirects=False).status_code == 200
+    ended = client.post("/logout", headers={"Sec-Fetch-Site": "cross-site"}, follow_redirects=False)
+    assert (ended.status_code, "set-cookie" in ended.headers) == (403, False)
+
+
 @ONE_DATABASE
 @pytest.mark.parametrize(
     ("headers", "status"),

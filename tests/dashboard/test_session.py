@@ -22,7 +22,7 @@ def test_signing_in_leads_to_the_page_that_was_asked_for(visitor: BrowserContext
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("cells-mobilenet-seed-1")
     (cookie,) = visitor.cookies()
-    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (SESSION_COOKIE, True, "Strict")
+    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (SESSION_COOKIE, True, "Lax")
     assert service.key not in cookie["value"]
 
 

@@ -16,16 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
-from worker.detectors.config import PyramidConfig
+from worker.detectors.config import PyramidConfig, Strides
 
 
 class OneStageConfig(PyramidConfig):
     """What one-stage detectors have in common."""
 
-    strides: Annotated[
-        tuple[Literal[4, 8, 16, 32], ...],
-        Field(description="Strides of the backbone's levels in pixels, consecutive.", min_length=1, max_length=4),
-    ] = (8, 16, 32)
+    strides: Strides = (8, 16, 32)
     extra_levels: Annotated[
         Literal["none", "p6p7"],
         Field(description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions."),

@@ -35,6 +35,7 @@ class TrainingState:
         best: the best detector so far, if any was evaluated.
         teacher: tensors of a teacher that this job trained, once the student is being trained.
         teacher_metrics: the teacher's evaluation, likewise.
+        done: how much of the whole run is done, as `train.Plan` counts it.
         history: everything logged so far, for `metrics.json`.
     """
 
@@ -46,6 +47,7 @@ class TrainingState:
     best: Best | None
     teacher: dict[str, Tensor] | None
     teacher_metrics: dict[str, Any] | None
+    done: float
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:

@@ -4,11 +4,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from worker.config import Config
+from worker.config import Config, with_rules
 
 
 class ScheduleConfig(Config):
     """How one detector is trained."""
+
+    model_config = with_rules(
+        {"key": "decay_epochs", "rule": "below", "other": "epochs"},
+        {"key": "decay_epochs", "rule": "only_with", "other": "decay", "value": "step"},
+    )
 
     epochs: Annotated[int, Field(description="Passes over the training split.", ge=1, le=1000)] = 12
     batch_size: Annotated[int, Field(description="Pictures per optimiser step.", ge=1, le=1024)] = 8
@@ -21,7 +26,8 @@ class ScheduleConfig(Config):
         Literal["step", "cosine"], Field(description="`step`: x 0.1 at each of decay_epochs; `cosine`: down to 0.")
     ] = "step"
     decay_epochs: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(description="Epochs after which `step` multiplies by 0.1.")
+        tuple[Annotated[int, Field(ge=1, le=999)], ...],
+        Field(description="Epochs after which `step` multiplies by 0.1.", max_length=100),
     ] = ()
     gradient_clip: Annotated[
         float, Field(description="Largest norm of the whole gradient; 0: no clipping.", ge=0, le=1e6)

@@ -40,6 +40,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
     context = _context(config, dataset, Path(inputs["dataset"]), device, reporter)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
+        context.plan.done = resume.done
         reporter.message("info", "resumed", f"going on after epoch {resume.epoch} of the {resume.subject}'s training")
     checkpoint = reporter.directory / "checkpoints" / "last.pt"
 

@@ -197,6 +197,7 @@ def train(
                 best=best,
                 teacher=None,
                 teacher_metrics=None,
+                done=context.plan.done,
                 history=context.history.state(),
             )
             save(state)

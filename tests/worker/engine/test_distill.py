@@ -124,6 +124,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bytes(finished, dataset, tmp_
     second = write_run(tmp_path / "second", dataset[1], spec(), resume=str(checkpoint))
     result = run(second)
     assert result["results"] == finished[1]["results"]
+    assert events(second, "progress")[1]["fraction"] > 0.2  # the bar goes on where it was
     for name in ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors"):
         assert artifact(second, name).read_bytes() == artifact(finished[0], name).read_bytes()
     # Nothing is logged twice by the two together, and nothing is missing.
