@@ -166,6 +166,21 @@ def test_an_unknown_name_lists_the_choices(
 
 
 @ONE_DATABASE
+def test_a_one_stage_student_has_no_proposals_to_compare(front: Front, spec: dict[str, Any]) -> None:
+    student = {"architecture": "retinanet", "backbone": "timm/mobilenetv3_small_050"}
+    spec = _changed(spec, "student.detector", student)
+    answer = front.client.post("/v1/jobs", json=spec)
+    assert (answer.status_code, answer.json()["code"]) == (422, "head_does_not_pair")
+    pointers = [mistake["pointer"] for mistake in answer.json()["errors"]]
+    assert pointers == ["/distillation/head_object_weight", "/distillation/head_background_weight"]
+    for key in ("head_object_weight", "head_background_weight"):
+        spec = _changed(spec, f"distillation.{key}", 0)
+    assert front.client.post("/v1/jobs/validate", json=spec).status_code == 200
+    neck_only = _changed(spec, "distillation", {"method": "pkd"})
+    assert front.client.post("/v1/jobs/validate", json=neck_only).status_code == 200
+
+
+@ONE_DATABASE
 @pytest.mark.parametrize(
     ("path", "value", "pointer", "says"),
     [

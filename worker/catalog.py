@@ -26,7 +26,7 @@ def _schema(config: type[Config]) -> dict[str, Any]:
 def _backbone(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         pyramid = build_pyramid(
-            name, strides=STRIDES, channels=8, pool_level=False, pretrained=False, frozen_batch_norm=False
+            name, strides=STRIDES, channels=8, extra_levels="none", pretrained=False, frozen_batch_norm=False
         )
     return {
         "strides": list(STRIDES),
@@ -55,6 +55,7 @@ def catalog() -> dict[str, Any]:
             name: {
                 "summary": entry.summary,
                 "needs": list(entry.needs),
+                "head_weights": list(entry.head_weights),
                 "needs_teacher": entry.needs_teacher,
                 "schema": _schema(entry.config),
             }

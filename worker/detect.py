@@ -18,11 +18,14 @@ from worker.data.loader import read_picture
 from worker.engine.evaluate import to_float
 from worker.report import RunError
 
+READABLE = 640  # pixels of the longer side below which a picture is enlarged before boxes are drawn
+
 
 def detect(weights: Path, picture: Path, *, output: Path | None, least_score: float) -> list[dict[str, Any]]:
     """Return the detections in a picture as `{"class", "box": [x1, y1, x2, y2], "score"}`, best first.
 
-    With `output`, the picture is saved there as PNG with the boxes drawn. Raises `RunError` as `detectors.load`.
+    With `output`, the picture is saved there as PNG with the boxes drawn, a small one enlarged. Raises `RunError` as
+    `detectors.load`.
     """
     detector = detectors.load(weights)
     pixels = read_picture(picture)
@@ -31,9 +34,14 @@ def detect(weights: Path, picture: Path, *, output: Path | None, least_score: fl
     names = [detector.classes[label - 1] for label in found["labels"][keep].tolist()]
     boxes, scores = found["boxes"][keep], found["scores"][keep].tolist()
     if output is not None:
+        # Small pictures are enlarged, so that boxes leave room for their labels.
+        factor = max(1, READABLE // max(pixels.shape[-2:]))
+        pixels = pixels.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
         labels = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
         if len(boxes):
-            pixels = draw_bounding_boxes(pixels, boxes, labels, colors="#ffb000", label_colors="#ffb000", width=1)
+            pixels = draw_bounding_boxes(
+                pixels, boxes * factor, labels, colors="#ffb000", label_colors="#ffb000", width=1
+            )
         write_png(pixels, str(output))
     return [
         {"class": name, "box": [round(value, 2) for value in box], "score": round(score, 4)}

@@ -29,6 +29,7 @@ RULES = frozenset(
         "teacher_classes_differ",
         "teacher_detector_differs",
         "pyramids_do_not_pair",
+        "head_does_not_pair",
     }
 )
 
@@ -86,6 +87,7 @@ class Resolver:
         self._check_splits(dataset, parts["evaluation"])
         self._check_classes(dataset, teacher)
         self._check_pyramids(method, student, teacher)
+        self._check_heads(method, student, teacher)
         self._raise()
         assert outer is not None
         assert dataset is not None
@@ -253,6 +255,17 @@ class Resolver:
                 f"the student's strides {ours} and the teacher's {theirs} have none in common; their levels must pair"
             )
             self._error(("student", "detector", "strides"), "pyramids_do_not_pair", detail)
+
+    def _check_heads(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if method is None or student is None or teacher.detector is None:
+            return
+        heads = [self._catalog.detectors[one["architecture"]]["head"] for one in (student, teacher.detector)]
+        if heads == ["two_stage", "two_stage"]:
+            return
+        for key in self._catalog.methods[method["method"]]["head_weights"]:
+            if method[key] > 0:
+                detail = f"{key} compares proposals, and a one-stage detector has none: set it to 0"
+                self._error(("distillation", key), "head_does_not_pair", detail)
 
 
 def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> Resolved:

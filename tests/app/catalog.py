@@ -51,6 +51,7 @@ CATALOG: dict[str, Any] = {
             "summary": "Decoupled features.",
             "needs": ["neck"],
             "needs_teacher": True,
+            "head_weights": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,
@@ -66,6 +67,7 @@ CATALOG: dict[str, Any] = {
             "summary": "No distillation.",
             "needs": [],
             "needs_teacher": False,
+            "head_weights": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,

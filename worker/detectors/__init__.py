@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from worker.config import Config
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 from worker.detectors.faster_rcnn import FasterRCNNConfig, FasterRCNNDetector
+from worker.detectors.fcos import FCOSConfig, FCOSDetector
+from worker.detectors.retinanet import RetinaNetConfig, RetinaNetDetector
 from worker.report import RunError, write_atomically
 
 __all__ = [
@@ -49,6 +51,18 @@ DETECTORS: dict[str, Family] = {
         head="two_stage",
         config=FasterRCNNConfig,
         build=FasterRCNNDetector,
+    ),
+    "fcos": Family(
+        summary="One-stage detector with a feature pyramid and no anchors (Tian et al. 2019), torchvision's.",
+        head="one_stage",
+        config=FCOSConfig,
+        build=FCOSDetector,
+    ),
+    "retinanet": Family(
+        summary="One-stage detector with a feature pyramid and the focal loss (Lin et al. 2017), torchvision's.",
+        head="one_stage",
+        config=RetinaNetConfig,
+        build=RetinaNetDetector,
     ),
 }
 

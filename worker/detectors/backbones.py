@@ -6,7 +6,7 @@ built and run; a name is added by adding a line.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.error import URLError
 
 import timm
@@ -15,11 +15,15 @@ from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from worker.report import RunError
 
 STRIDES = (4, 8, 16, 32)
+
+# Levels above the coarsest of the backbone's, each at twice the stride before: `pool` one by subsampling, `p6p7` two by
+# strided convolutions.
+ExtraLevels = Literal["none", "pool", "p6p7"]
 
 TORCHVISION_RESNETS = (
     "resnet18",
@@ -90,20 +94,42 @@ class Pyramid(nn.Module):
     """Backbone and FPN. Parameter names are torchvision's (`body`, `fpn`), so its released weights fit.
 
     Attributes:
+        strides: the stride of each level in pixels, extra levels too, finest first.
         out_channels: channels of every level.
     """
 
-    def __init__(self, body: nn.Module, in_channels: Sequence[int], out_channels: int, *, pool_level: bool) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        strides: Sequence[int],
+        extra_levels: ExtraLevels,
+        batch_norm: bool,
+    ) -> None:
         super().__init__()
+        blocks, factors = _extra_blocks(extra_levels, out_channels)
         self.body = body
         self.fpn = FeaturePyramidNetwork(
-            list(in_channels), out_channels, extra_blocks=LastLevelMaxPool() if pool_level else None
+            list(in_channels), out_channels, extra_blocks=blocks, norm_layer=nn.BatchNorm2d if batch_norm else None
         )
+        self.strides = (*strides, *(factor * strides[-1] for factor in factors))
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, 3, H, W) -> `out_channels` maps named "0", "1", … (and "pool"), finest first."""
+        """(B, 3, H, W) -> `out_channels` maps named "0", "1", … (and "pool", or "p6" and "p7"), finest first."""
         return cast(OrderedDict[str, Tensor], self.fpn(self.body(images)))
+
+
+def _extra_blocks(extra_levels: ExtraLevels, channels: int) -> tuple[ExtraFPNBlock | None, tuple[int, ...]]:
+    """Return the module that adds the extra levels, and their strides as multiples of the coarsest one."""
+    if extra_levels == "pool":
+        return LastLevelMaxPool(), (2,)
+    if extra_levels == "p6p7":
+        # As many channels in as out: it then starts from the pyramid's coarsest level, not from the backbone's.
+        return LastLevelP6P7(channels, channels), (2, 4)
+    return None, ()
 
 
 def build_pyramid(
@@ -111,9 +137,10 @@ def build_pyramid(
     *,
     strides: Sequence[int],
     channels: int,
-    pool_level: bool,
+    extra_levels: ExtraLevels,
     pretrained: bool,
     frozen_batch_norm: bool,
+    pyramid_batch_norm: bool = False,
 ) -> Pyramid:
     """Build a backbone with its pyramid.
 
@@ -121,9 +148,10 @@ def build_pyramid(
         backbone: a name from `BACKBONES`.
         strides: consecutive strides out of 4, 8, 16, 32, in pixels.
         channels: channels of each pyramid level.
-        pool_level: add a level at twice the coarsest stride by subsampling.
+        extra_levels: levels to add above the coarsest, see `ExtraLevels`.
         pretrained: load ImageNet weights, from the local cache or the network.
-        frozen_batch_norm: replace batch norm by its frozen form (statistics and affine part fixed).
+        frozen_batch_norm: replace the backbone's batch norm by its frozen form (statistics and affine part fixed).
+        pyramid_batch_norm: put batch norm behind each convolution of the pyramid; never frozen.
 
     Raises:
         RunError: `unknown_backbone`; `weights_unavailable` if the ImageNet weights cannot be had.
@@ -143,7 +171,9 @@ def build_pyramid(
             f"ImageNet weights of {backbone} could not be downloaded ({error}); give the worker network access, put "
             "the file into its torch or Hugging Face cache, or use initial_weights: random",
         ) from error
-    return Pyramid(body, in_channels, channels, pool_level=pool_level)
+    return Pyramid(
+        body, in_channels, channels, strides=strides, extra_levels=extra_levels, batch_norm=pyramid_batch_norm
+    )
 
 
 def _torchvision_body(

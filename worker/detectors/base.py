@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from worker.config import Config
 
-HeadKind = Literal["two_stage"]
+HeadKind = Literal["two_stage", "one_stage"]
 
 
 class Target(TypedDict):
@@ -67,14 +67,14 @@ class Detector(nn.Module):
     Attributes:
         config: the spec that rebuilds it.
         classes: the names of the labels 1, 2, ….
-        head: its kind of head.
+        head_kind: two-stage heads score proposals, one-stage heads every cell of the pyramid.
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
         channels: channels of each pyramid level.
     """
 
     config: Config
     classes: list[str]
-    head: HeadKind
+    head_kind: HeadKind
     strides: tuple[int, ...]
     channels: int
 
@@ -89,7 +89,10 @@ class Detector(nn.Module):
     def score(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """Class logits (sum of P_i, classes + 1) of proposals, by this detector's head on its own features."""
+        """Class logits (sum of P_i, classes + 1) of proposals, by this detector's head on its own features.
+
+        Two-stage detectors only: a one-stage head knows no proposals, and this raises `NotImplementedError`.
+        """
         raise NotImplementedError
 
     def sample(

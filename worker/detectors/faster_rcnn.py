@@ -1,61 +1,50 @@
 """Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from worker.config import Config, with_rules
-from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
+from worker.detectors.backbones import build_pyramid
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
 
 ROI_SIZE = 7
 
 
-_CONSECUTIVE: list[Any] = [
-    list(STRIDES[first:last]) for first in range(len(STRIDES)) for last in range(first + 1, len(STRIDES) + 1)
-]
-
-
-class FasterRCNNConfig(Config):
+class FasterRCNNConfig(PyramidConfig):
     """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
 
-    model_config = with_rules({"key": "min_size", "rule": "at_most", "other": "max_size"})
-
     architecture: Literal["faster_rcnn"] = "faster_rcnn"
-    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
-    strides: Annotated[
-        tuple[Literal[4, 8, 16, 32], ...],
-        Field(
-            description="Strides of the pyramid's levels in pixels, consecutive.",
-            min_length=1,
-            max_length=4,
-            json_schema_extra={"enum": _CONSECUTIVE},
-        ),
-    ] = (4, 8, 16, 32)
     pool_level: Annotated[
         bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
     ] = True
-    pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
     anchor_scale: Annotated[
         float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
     ] = 8.0
-    anchor_ratios: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=20)], ...],
-        Field(description="Height over width of the anchors.", min_length=1, max_length=9),
-    ] = (0.5, 1.0, 2.0)
-    min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
-    max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
-    head_channels: Annotated[int, Field(description="Width of the box head's two layers.", ge=16, le=4096)] = 1024
+    anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
+    pyramid_batch_norm: Annotated[bool, Field(description="Batch norm behind the pyramid's convolutions.")] = False
+    rpn_convolutions: Annotated[
+        int, Field(description="3x3 convolutions of the proposal network, before its outputs.", ge=1, le=4)
+    ] = 1
+    box_head: Annotated[
+        Literal["linear", "convolutional"],
+        Field(
+            description="`linear`: two linear layers. `convolutional`: four 3x3 convolutions with batch norm, then one "
+            "linear layer; slower and more accurate."
+        ),
+    ] = "linear"
+    head_channels: Annotated[int, Field(description="Width of the box head's linear layers.", ge=16, le=4096)] = 1024
     train_proposals: Annotated[
         int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
     ] = 2000
@@ -65,31 +54,15 @@ class FasterRCNNConfig(Config):
     box_samples: Annotated[
         int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
     ] = 512
-    score_threshold: Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)] = 0.05
-    nms_threshold: Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)] = 0.5
-    max_detections: Annotated[int, Field(description="Most detections per picture.", ge=1, le=1000)] = 100
-    frozen_batch_norm: Annotated[
-        bool, Field(description="Fix the backbone's batch norm; for pretrained weights and small batches.")
-    ] = False
-    batch_norm_epsilon: Annotated[
-        float | None,
-        Field(description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights need 0.", ge=0, le=0.1),
-    ] = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        first = STRIDES.index(self.strides[0])
-        if self.strides != STRIDES[first : first + len(self.strides)]:
-            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {self.strides}")
-        if self.max_size < self.min_size:
-            raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
-        return self
+    score_threshold: ScoreThreshold = 0.05
+    nms_threshold: NmsThreshold = 0.5
+    max_detections: MaxDetections = 100
 
 
 class FasterRCNNDetector(FasterRCNN, Detector):
     """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
 
-    head: HeadKind = "two_stage"
+    head_kind: HeadKind = "two_stage"
     # What torchvision sets without saying the types.
     transform: Any
     backbone: Any
@@ -98,18 +71,18 @@ class FasterRCNNDetector(FasterRCNN, Detector):
 
     def __init__(self, config: FasterRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        strides = config.strides + ((2 * config.strides[-1],) if config.pool_level else ())
         pyramid = build_pyramid(
             config.backbone,
             strides=config.strides,
             channels=config.pyramid_channels,
-            pool_level=config.pool_level,
+            extra_levels="pool" if config.pool_level else "none",
             pretrained=pretrained_backbone,
             frozen_batch_norm=config.frozen_batch_norm,
+            pyramid_batch_norm=config.pyramid_batch_norm,
         )
         anchors = AnchorGenerator(
-            sizes=tuple((round(config.anchor_scale * stride),) for stride in strides),
-            aspect_ratios=(config.anchor_ratios,) * len(strides),
+            sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
+            aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
         )
         super().__init__(
             pyramid,
@@ -123,8 +96,11 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             box_roi_pool=MultiScaleRoIAlign(
                 [str(level) for level in range(len(config.strides))], output_size=ROI_SIZE, sampling_ratio=2
             ),
-            box_head=TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels),
+            box_head=_box_head(config),
             box_predictor=FastRCNNPredictor(config.head_channels, len(classes) + 1),
+            rpn_head=RPNHead(
+                config.pyramid_channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convolutions
+            ),
             box_score_thresh=config.score_threshold,
             box_nms_thresh=config.nms_threshold,
             box_detections_per_img=config.max_detections,
@@ -134,7 +110,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             overwrite_eps(self, config.batch_norm_epsilon)
         self.config = config
         self.classes = list(classes)
-        self.strides = strides
+        self.strides = pyramid.strides
         self.channels = config.pyramid_channels
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
@@ -203,6 +179,17 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         predictor.cls_score = _select_rows(predictor.cls_score, rows)
         predictor.bbox_pred = _select_rows(predictor.bbox_pred, box_rows)
         self.classes = list(classes)
+
+
+def _box_head(config: FasterRCNNConfig) -> nn.Module:
+    """Return the layers between pooled features (P, C, 7, 7) and predictor: (P, head_channels)."""
+    if config.box_head == "linear":
+        return cast(nn.Module, TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels))
+    channels = config.pyramid_channels
+    head = FastRCNNConvFCHead(
+        (channels, ROI_SIZE, ROI_SIZE), [channels] * 4, [config.head_channels], norm_layer=nn.BatchNorm2d
+    )
+    return cast(nn.Module, head)
 
 
 def _select_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:

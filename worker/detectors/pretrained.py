@@ -5,12 +5,19 @@ from typing import Any, cast
 from urllib.error import URLError
 
 from torchvision.models import WeightsEnum
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_V2_Weights,
+    FasterRCNN_ResNet50_FPN_Weights,
+    FCOS_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+)
 
 from worker.config import Config
 from worker.detectors import build
 from worker.detectors.base import Detector
 from worker.detectors.faster_rcnn import FasterRCNNConfig
+from worker.detectors.fcos import FCOSConfig
+from worker.detectors.retinanet import RetinaNetConfig
 from worker.report import RunError
 
 
@@ -26,6 +33,21 @@ PRETRAINED: dict[str, Pretrained] = {
     "fasterrcnn_resnet50_fpn": Pretrained(
         config=FasterRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
         weights={"COCO_V1": FasterRCNN_ResNet50_FPN_Weights.COCO_V1},
+    ),
+    "fasterrcnn_resnet50_fpn_v2": Pretrained(
+        config=FasterRCNNConfig(
+            backbone="torchvision/resnet50", pyramid_batch_norm=True, rpn_convolutions=2, box_head="convolutional"
+        ),
+        weights={"COCO_V1": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1},
+    ),
+    "fcos_resnet50_fpn": Pretrained(
+        # torchvision leaves the epsilon alone when it loads these.
+        config=FCOSConfig(backbone="torchvision/resnet50", frozen_batch_norm=True),
+        weights={"COCO_V1": FCOS_ResNet50_FPN_Weights.COCO_V1},
+    ),
+    "retinanet_resnet50_fpn": Pretrained(
+        config=RetinaNetConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
+        weights={"COCO_V1": RetinaNet_ResNet50_FPN_Weights.COCO_V1},
     ),
 }
 

@@ -44,11 +44,15 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         reporter.message("info", "resumed", f"going on after epoch {resume.epoch} of the {resume.subject}'s training")
     checkpoint = reporter.directory / "checkpoints" / "last.pt"
 
-    teacher, teacher_metrics = _teacher(config, inputs, context, resume, checkpoint)
+    # All three are built before the teacher is trained: what cannot be paired is said at once, not hours later.
+    teacher = _build_teacher(config, inputs, context)
     student = _build(config.student, dataset.classes, inputs["student"], seed=config.seed, subject="student").to(device)
     reseed(config.seed, "student", "method")
     method = methods.build(config.distillation, student, teacher).to(device)
 
+    teacher_metrics = None
+    if teacher is not None and config.teacher is not None:
+        teacher_metrics = _ready_teacher(config.teacher, teacher, context, resume, checkpoint)
     trained_here = teacher is not None and config.teacher is not None and config.teacher.source == "train"
 
     def _save(state: TrainingState) -> None:
@@ -155,21 +159,13 @@ def _require_classes(detector: Detector, classes: Sequence[str], subject: Subjec
         )
 
 
-def _teacher(
-    config: JobConfig, inputs: Mapping[str, Any], context: Context, resume: TrainingState | None, checkpoint: Path
-) -> tuple[Detector | None, dict[str, Any] | None]:
-    """Return the teacher, frozen and in eval mode, with exactly the dataset's classes, and its metrics."""
+def _build_teacher(config: JobConfig, inputs: Mapping[str, Any], context: Context) -> Detector | None:
+    """Return the teacher with exactly the dataset's classes, and untrained where it is to be trained here."""
     if config.teacher is None:
-        return None, None
+        return None
     classes, source = context.dataset.classes, config.teacher.source
-    metrics = resume.teacher_metrics if resume and resume.subject == "student" else None
     if source == "train":
         teacher = _build(config.teacher, classes, inputs["teacher_initial"], seed=config.seed, subject="teacher")
-        teacher.to(context.device)
-        if resume and resume.teacher is not None:
-            teacher.load_state_dict(resume.teacher)
-        else:
-            metrics = _train_teacher(config.teacher, teacher, context, resume, checkpoint).metrics
     else:
         if source == "checkpoint":
             teacher = detectors.load(inputs["teacher"])
@@ -177,12 +173,24 @@ def _teacher(
             teacher = load_pretrained(str(config.teacher.detector), str(config.teacher.weights))
         _require_classes(teacher, classes, "teacher")
         teacher.select_classes(classes)
-        teacher.to(context.device)
+    return teacher.to(context.device)
+
+
+def _ready_teacher(
+    config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None, checkpoint: Path
+) -> dict[str, Any]:
+    """Train the teacher if that is asked for, freeze it in eval mode, and return its metrics."""
+    metrics = resume.teacher_metrics if resume and resume.subject == "student" else None
+    if config.source == "train":
+        if resume and resume.teacher is not None:
+            teacher.load_state_dict(resume.teacher)
+        else:
+            metrics = _train_teacher(config, teacher, context, resume, checkpoint).metrics
     teacher.eval().requires_grad_(False)
     if metrics is None:
         metrics = evaluate(context, teacher, subject="teacher", epoch=0)
     context.reporter.message("info", "teacher_ready", f"the teacher reaches {summary(metrics)}")
-    return teacher, metrics
+    return metrics
 
 
 def _train_teacher(

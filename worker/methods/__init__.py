@@ -25,6 +25,7 @@ class Entry:
 
     Attributes:
         needs: parts that student and teacher must have in common; "neck" means pyramid levels of equal stride.
+        head_weights: parameters that must be 0 unless both detectors are two-stage.
     """
 
     summary: str
@@ -32,6 +33,7 @@ class Entry:
     build: Callable[[Any, Detector, Detector | None], Method]
     needs_teacher: bool
     needs: tuple[str, ...] = ()
+    head_weights: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Entry] = {
@@ -48,6 +50,7 @@ METHODS: dict[str, Entry] = {
         build=Defeat,
         needs_teacher=True,
         needs=("neck",),
+        head_weights=("head_object_weight", "head_background_weight"),
     ),
     "fitnet": Entry(
         summary="The whole neck alike, squared differences (Romero et al., ICLR 2015).",

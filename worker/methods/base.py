@@ -22,7 +22,10 @@ class Clock:
 
 
 class Method(nn.Module):
-    """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run."""
+    """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run.
+
+    A method is built before a teacher that the run trains itself is trained: read the teacher's weights in `forward`.
+    """
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""
@@ -54,7 +57,7 @@ def paper_value(given: float | None, student: Detector, *, two_stage: float, one
     """Return `given`, or where it is None what a method's authors take for students with this kind of head."""
     if given is not None:
         return given
-    return two_stage if student.head == "two_stage" else one_stage
+    return two_stage if student.head_kind == "two_stage" else one_stage
 
 
 class NeckMethod(Method):

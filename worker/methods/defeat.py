@@ -16,13 +16,18 @@ from worker.methods.base import Clock, NeckMethod
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from worker.methods.masks import MaskMode, object_masks
 from worker.methods.strength import Decay, strength
+from worker.report import RunError
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class DefeatConfig(Config):
-    """DeFeat's parameters. The defaults are the paper's for COCO; a weight of 0 switches its part off."""
+    """DeFeat's parameters. The defaults are the paper's for COCO; a weight of 0 switches its part off.
+
+    The head part compares class logits of proposals: where student or teacher is a one-stage detector, which has none,
+    both head weights must be 0.
+    """
 
     method: Literal["defeat"] = "defeat"
     neck_object_weight: Annotated[Weight, Field(description="Weight of the neck's object cells.")] = 4.0
@@ -69,6 +74,19 @@ class DefeatConfig(Config):
         return self.head_object_weight > 0 or self.head_background_weight > 0
 
 
+def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
+    """Raise `RunError` if the head part is asked for and a detector has no proposals to compare."""
+    detectors = {"student": student, "teacher": teacher}
+    without = [who for who, detector in detectors.items() if detector and detector.head_kind != "two_stage"]
+    if config.uses_head and without:
+        raise RunError(
+            "user",
+            "head_does_not_pair",
+            "the head part compares proposals, and a one-stage detector, as this job's "
+            f"{' and '.join(without)}, has none: set head_object_weight and head_background_weight to 0",
+        )
+
+
 class Adapter(nn.Conv2d):
     """One level's adapter: 3x3, student's channels to teacher's, weights near zero as the authors' code starts them."""
 
@@ -85,12 +103,14 @@ class Defeat(NeckMethod):
     and so without a trace in the student's own losses of the same step.
 
     Raises:
-        RunError: see `NeckMethod`.
+        RunError: see `NeckMethod`; `head_does_not_pair` if a head weight is above 0 and one of the two detectors is a
+            one-stage detector.
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
         super().__init__("defeat", student, teacher, Adapter if config.uses_neck else lambda *_: nn.Identity())
         self.config = config
+        _require_heads(config, student, teacher)
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """See `Method.forward`: `neck_object`, `neck_background`, `head_object`, `head_background`."""

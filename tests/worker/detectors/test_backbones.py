@@ -14,7 +14,7 @@ HEAVY = {name for name in BACKBONES if any(part in name for part in ("101", "152
 def test_pyramid(name):
     with torch.device("meta" if name in HEAVY else "cpu"):
         pyramid = build_pyramid(
-            name, strides=STRIDES, channels=8, pool_level=True, pretrained=False, frozen_batch_norm=False
+            name, strides=STRIDES, channels=8, extra_levels="pool", pretrained=False, frozen_batch_norm=False
         ).eval()
         with torch.no_grad():
             features = pyramid(torch.zeros(1, 3, 64, 96))
@@ -25,9 +25,32 @@ def test_pyramid(name):
 
 def test_a_part_of_the_strides():
     pyramid = build_pyramid(
-        "torchvision/resnet18", strides=(8, 16), channels=8, pool_level=False, pretrained=False, frozen_batch_norm=False
+        "torchvision/resnet18",
+        strides=(8, 16),
+        channels=8,
+        extra_levels="none",
+        pretrained=False,
+        frozen_batch_norm=False,
     )
     assert [tuple(one.shape) for one in pyramid(torch.zeros(2, 3, 64, 64)).values()] == [(2, 8, 8, 8), (2, 8, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("extra_levels", "strides"), [("none", (8, 16)), ("pool", (8, 16, 32)), ("p6p7", (8, 16, 32, 64))]
+)
+def test_extra_levels(extra_levels, strides):
+    pyramid = build_pyramid(
+        "torchvision/resnet18",
+        strides=(8, 16),
+        channels=8,
+        extra_levels=extra_levels,
+        pretrained=False,
+        frozen_batch_norm=False,
+    )
+    assert pyramid.strides == strides
+    # 80 is no multiple of 32 and 64: extra levels round up, as every family's do, so that levels of a stride pair.
+    sizes = [tuple(one.shape) for one in pyramid(torch.zeros(1, 3, 80, 96)).values()]
+    assert sizes == [(1, 8, -(-80 // stride), -(-96 // stride)) for stride in strides]
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/lcnet_050"])
@@ -41,6 +64,6 @@ def test_imagenet_weights_that_cannot_be_had_say_what_to_do(name, monkeypatch, t
 
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
     with pytest.raises(RunError) as caught:
-        build_pyramid(name, strides=STRIDES, channels=8, pool_level=False, pretrained=True, frozen_batch_norm=True)
+        build_pyramid(name, strides=STRIDES, channels=8, extra_levels="none", pretrained=True, frozen_batch_norm=True)
     assert (caught.value.failure_class, caught.value.code) == ("infra", "weights_unavailable")
     assert "initial_weights: random" in caught.value.detail

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 from torchvision.ops import FrozenBatchNorm2d
 
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
@@ -11,15 +11,15 @@ from worker.detectors.pretrained import PRETRAINED
 from worker.report import RunError
 
 
-def freeze(module):
-    """Replace batch norm by a frozen one with epsilon 0, by hand."""
+def freeze(module, epsilon=0.0):
+    """Replace batch norm by a frozen one, by hand."""
     for name, child in module.named_children():
         if isinstance(child, torch.nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=0.0)
+            frozen = FrozenBatchNorm2d(child.num_features, eps=epsilon)
             frozen.load_state_dict(child.state_dict())
             module.add_module(name, frozen)
         else:
-            freeze(child)
+            freeze(child, epsilon)
     return module
 
 
@@ -46,6 +46,24 @@ def test_losses_and_gradients_are_those_of_the_plain_call(seed):
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
     assert torch.equal(plain_state, our_state)  # the same random numbers were drawn
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_so_they_are_with_batch_norm_in_pyramid_and_head(seed):
+    changes = {"pyramid_batch_norm": True, "rpn_convolutions": 2, "box_head": "convolutional"}
+    images, targets = images_and_targets(seed=seed)
+    results = []
+    for call in (lambda one: one(images, targets), lambda one: one.train_pass(images, targets).losses):
+        detector = build(**changes).train()
+        torch.manual_seed(seed)
+        losses = call(detector)
+        sum(losses.values()).backward()
+        gradients = {name: parameter.grad for name, parameter in detector.named_parameters()}
+        results.append({**losses, **gradients, **detector.state_dict(prefix="state."), "random": torch.get_rng_state()})
+    plain, ours = results
+    assert plain.keys() == ours.keys()
+    # The running statistics too: the head ran once, on the same proposals.
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
 
 
 def test_a_pass_shows_what_was_sampled():
@@ -76,6 +94,24 @@ def test_the_pretrained_preset_is_torchvisions_model():
         model.roi_heads.score_thresh = 0.0
     with torch.no_grad():
         mine, plain = ours([image])[0], theirs([image])[0]
+    assert all(torch.equal(mine[key], plain[key]) for key in ("boxes", "labels", "scores"))
+
+
+def test_the_v2_preset_is_torchvisions_model():
+    config = PRETRAINED["fasterrcnn_resnet50_fpn_v2"].config.model_dump(mode="json")
+    ours = detectors.build(config, [str(number) for number in range(90)]).eval()
+    torch.manual_seed(0)
+    theirs = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).eval()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
+    for model in (ours, theirs):
+        model.transform.min_size, model.transform.max_size = (96,), 128
+        model.roi_heads.score_thresh = 0.0
+        model.rpn._post_nms_top_n["testing"] = 40  # a convolutional head takes its time
+    with torch.no_grad():
+        mine, plain = ours([image])[0], theirs([image])[0]
+    assert len(plain["boxes"]) > 0
     assert all(torch.equal(mine[key], plain[key]) for key in ("boxes", "labels", "scores"))
 
 

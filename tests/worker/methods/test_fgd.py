@@ -131,7 +131,7 @@ def test_weights_equal_the_restatement():
 def test_the_weights_of_the_losses_are_the_authors_unless_given():
     student, teacher = pair()
     assert list(methods.build({"method": "fgd"}, student, teacher).weights.values()) == [5e-5, 2.5e-5, 5e-5, 5e-7]
-    student.head = "one_stage"
+    student.head_kind = "one_stage"
     given = {"method": "fgd", "background_weight": 0.25}
     assert list(methods.build(given, student, teacher).weights.values()) == [1e-3, 0.25, 1e-3, 5e-6]
 

@@ -85,7 +85,7 @@ def test_weight_and_share_are_the_authors_unless_given():
     student, teacher = pair()
     method = methods.build({"method": "mgd"}, student, teacher)
     assert (method.weight, method.masked_fraction) == (5e-7, 0.45)
-    student.head = "one_stage"
+    student.head_kind = "one_stage"
     method = methods.build({"method": "mgd"}, student, teacher)
     assert (method.weight, method.masked_fraction) == (2e-5, 0.65)
     method = methods.build({"method": "mgd", "masked_fraction": 0.5}, student, teacher)

@@ -54,7 +54,7 @@ def test_a_constant_channel_has_finite_gradients():
 def test_its_weight_is_the_authors_unless_given():
     student, teacher = pair(student_channels=16)
     assert methods.build({"method": "pkd"}, student, teacher).weight == 6
-    student.head = "one_stage"
+    student.head_kind = "one_stage"
     assert methods.build({"method": "pkd"}, student, teacher).weight == 10
     assert methods.build({"method": "pkd", "weight": 0.5}, student, teacher).weight == 0.5
 

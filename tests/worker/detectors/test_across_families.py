@@ -1,0 +1,79 @@
+"""Whole runs whose teacher and student are of different families, or both one-stage: they share the neck alone."""
+
+import pytest
+import torch
+
+from tests.worker.detectors.support_one_stage import FAMILIES, FCOS, RETINANET, build
+from tests.worker.support_engine import CLASSES, TINY, events, images_and_targets, run, shapes, spec, write_run
+from worker import detectors, methods
+from worker.report import RunError
+
+SCHEDULE = {"epochs": 1, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 2}
+NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0, "warmup_steps": 2}
+ONE_STAGE_LOSSES = {"loss/classification", "loss/bbox_regression"}
+TWO_STAGE_LOSSES = {"loss/classifier", "loss/box_reg", "loss/objectness", "loss/rpn_box_reg"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    shapes(root, train=12, val=4)
+    return root / "canonical"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "own_losses"),
+    [
+        pytest.param(TINY, RETINANET, ONE_STAGE_LOSSES, id="faster_rcnn-to-retinanet"),
+        pytest.param(RETINANET, RETINANET, ONE_STAGE_LOSSES, id="retinanet-to-retinanet"),
+        pytest.param(RETINANET, TINY, TWO_STAGE_LOSSES, id="retinanet-to-faster_rcnn"),
+        pytest.param(TINY, FCOS, ONE_STAGE_LOSSES | {"loss/bbox_ctrness"}, id="faster_rcnn-to-fcos"),
+    ],
+)
+def test_a_student_learns_from_the_neck_of_another_family(teacher, student, own_losses, dataset, tmp_path):
+    # The student's pyramid is wider than the teacher's, and longer: the pairs are at strides 8 and 16.
+    longer = {"pool_level": True} if student is TINY else {"extra_levels": "p6p7"}
+    student = {**student, **longer, "pyramid_channels": 32, "score_threshold": 0.0}
+    job = spec(
+        teacher={"source": "train", "detector": teacher, "initial_weights": "random", "schedule": SCHEDULE},
+        student={"detector": student, "initial_weights": "random"},
+        distillation=NECK_ONLY,
+        schedule=SCHEDULE,
+    )
+    directory = write_run(tmp_path / "run", dataset, job)
+    result = run(directory)
+    assert result["status"] == "succeeded", result
+    assert {"teacher", "student"} == result["results"].keys()
+
+    logged = [one["values"] for one in events(directory, "metrics") if one["subject"] == "student"]
+    losses = {name for name in logged[-1] if name.startswith("loss/")}
+    assert losses == own_losses | {"loss/total", "loss/neck_object", "loss/neck_background"}
+    assert logged[-1]["loss/neck_object"] > 0
+    assert logged[-1]["loss/neck_background"] > 0
+
+    loaded = detectors.load(directory / "artifacts" / "student-best.safetensors")
+    assert type(loaded) is type(detectors.build(student, CLASSES))
+    assert loaded.classes == list(CLASSES)
+    found = loaded.detect(images_and_targets()[0])
+    assert all(len(one["boxes"]) > 0 and set(one["labels"].tolist()) <= {1, 2} for one in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("who", ["student", "teacher", "student and teacher"])
+def test_the_head_part_is_refused_where_a_detector_has_no_proposals(family, who):
+    torch.manual_seed(0)
+    pair = {name: build(family) if name in who else detectors.build(TINY, CLASSES) for name in ("student", "teacher")}
+    for weights in ({}, {"head_object_weight": 0}, {"head_background_weight": 0}):
+        with pytest.raises(RunError) as caught:
+            methods.build({"method": "defeat", **weights}, pair["student"], pair["teacher"])
+        assert (caught.value.failure_class, caught.value.code) == ("user", "head_does_not_pair")
+        assert f"this job's {who}, has none: set head_object_weight" in caught.value.detail
+    methods.build(NECK_ONLY, pair["student"], pair["teacher"])
+
+
+def test_a_run_refuses_a_head_part_before_it_trains_the_teacher(dataset, tmp_path):
+    directory = write_run(tmp_path / "run", dataset, spec(student={"detector": RETINANET}))
+    failure = run(directory)["failure"]
+    assert (failure["class"], failure["code"]) == ("user", "head_does_not_pair")
+    assert "head_background_weight to 0" in failure["detail"]
+    assert not events(directory, "metrics")

@@ -1,0 +1,61 @@
+"""What the configs of all families share: the pyramid, the size of pictures, and how detections are kept."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from worker.config import Config, with_rules
+from worker.detectors.backbones import BACKBONES, STRIDES
+
+_CONSECUTIVE: list[Any] = [
+    list(STRIDES[first:last]) for first in range(len(STRIDES)) for last in range(first + 1, len(STRIDES) + 1)
+]
+Strides = Annotated[
+    tuple[Literal[4, 8, 16, 32], ...],
+    Field(
+        description="Strides of the backbone's levels in the pyramid in pixels, consecutive.",
+        min_length=1,
+        max_length=4,
+        json_schema_extra={"enum": _CONSECUTIVE},
+    ),
+]
+AnchorRatios = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=20)], ...],
+    Field(description="Height over width of the anchors.", min_length=1, max_length=9),
+]
+ScoreThreshold = Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)]
+NmsThreshold = Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)]
+MaxDetections = Annotated[int, Field(description="Most detections per picture.", ge=1, le=1000)]
+
+
+class PyramidConfig(Config):
+    """A detector on a backbone with a feature pyramid. A default that is not the same in all families is theirs."""
+
+    model_config = with_rules({"key": "min_size", "rule": "at_most", "other": "max_size"})
+
+    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
+    strides: Strides = (4, 8, 16, 32)
+    pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
+    min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
+    max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
+    frozen_batch_norm: Annotated[
+        bool, Field(description="Fix the backbone's batch norm; for pretrained weights and small batches.")
+    ] = False
+    batch_norm_epsilon: Annotated[
+        float | None,
+        Field(
+            description="Epsilon of frozen batch norm; null: the library's. COCO_V1 weights of Faster R-CNN and "
+            "RetinaNet need 0.",
+            ge=0,
+            le=0.1,
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first = STRIDES.index(self.strides[0])
+        if self.strides != STRIDES[first : first + len(self.strides)]:
+            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {self.strides}")
+        if self.max_size < self.min_size:
+            raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
+        return self

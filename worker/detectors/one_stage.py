@@ -1,0 +1,110 @@
+"""What one-stage families share: dense heads over the pyramid, taken apart for distillation.
+
+Labels. torchvision's one-stage heads give each class a column of its own and score it by a sigmoid; a label is the
+index of its column, and there is no background class. Its published weights were trained on labels from 1 all the same:
+they have 91 columns for 90 classes, and column 0 is never a target. So do detectors here: labels count from 1
+everywhere, the head has one column more than there are classes, and column 0 is no class: it is never a target and
+never detected. A detector that someone trained so with torchvision can be uploaded as it is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.config import PyramidConfig, Strides
+
+
+class OneStageConfig(PyramidConfig):
+    """What one-stage detectors have in common."""
+
+    strides: Strides = (8, 16, 32)
+    extra_levels: Annotated[
+        Literal["none", "p6p7"],
+        Field(description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions."),
+    ] = "p6p7"
+    candidates: Annotated[
+        int, Field(description="Boxes kept per level and picture in detection, before suppression.", ge=1, le=10_000)
+    ] = 1000
+
+
+class OneStageDetector(Detector):
+    """The methods of a one-stage detector. A family derives from this and, after it, from its torchvision class."""
+
+    head_kind: HeadKind = "one_stage"
+    # What torchvision sets without saying the types.
+    transform: Any
+    backbone: Any
+    head: Any
+    anchor_generator: Any
+    compute_loss: Any
+
+    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
+        """See `Detector.trunk`."""
+        return cast(Mapping[str, Tensor], self.backbone(images))
+
+    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.train_pass`.
+
+        torchvision's forward, step by step, so that features can be seen: the losses are its losses (held by a test).
+        """
+        batch, scaled = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        levels = list(features.values())
+        losses = self.match_and_compare(scaled, self.head(levels), self.anchor_generator(batch, levels), levels)
+        return TrainPass(
+            images=batch.tensors,
+            image_sizes=batch.image_sizes,
+            targets=scaled,
+            features=features,
+            losses=losses,
+        )
+
+    def match_and_compare(
+        self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Match each picture's anchors (A, 4) with its targets; return the losses of the head's outputs (B, A, …)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """See `Detector.detect`."""
+        return cast(list[Detections], self(images))
+
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
+    ) -> list[Detections]:
+        """Turn the outputs of each level into detections as torchvision does, column 0 left out."""
+        zero = torch.zeros(1, dtype=torch.long, device=head_outputs["cls_logits"][0].device)
+        logits = [level.index_fill(-1, zero, -math.inf) for level in head_outputs["cls_logits"]]  # a score of 0
+        torchvisions = cast(Any, super())
+        found = torchvisions.postprocess_detections({**head_outputs, "cls_logits": logits}, anchors, image_shapes)
+        return cast(list[Detections], found)
+
+    def select_classes(self, classes: Sequence[str]) -> None:
+        """See `Detector.select_classes`. Scores do not change: a sigmoid knows no other classes."""
+        head = self.head.classification_head
+        columns = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
+        # The outputs of a cell: every class of its first anchor, then of its second, …
+        rows = (torch.arange(head.num_anchors)[:, None] * head.num_classes + columns).flatten()
+        head.cls_logits = _select_outputs(head.cls_logits, rows)
+        head.num_classes = len(columns)
+        self.classes = list(classes)
+
+
+def _select_outputs(layer: nn.Conv2d, rows: Tensor) -> nn.Conv2d:
+    """Return a 3x3 convolution with only these of the output channels, in this order."""
+    weight = layer.weight[rows.to(layer.weight.device)]
+    selected = nn.Conv2d(
+        layer.in_channels, len(rows), kernel_size=3, padding=1, device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        selected.weight.copy_(weight)
+        assert layer.bias is not None
+        assert selected.bias is not None
+        selected.bias.copy_(layer.bias[rows.to(weight.device)])
+    return selected

@@ -1,0 +1,81 @@
+"""RetinaNet with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, cast
+
+from pydantic import Field
+from torch import Tensor
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from worker.detectors.backbones import build_pyramid
+from worker.detectors.base import Target
+from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
+from worker.detectors.one_stage import OneStageConfig, OneStageDetector
+
+
+class RetinaNetConfig(OneStageConfig):
+    """A RetinaNet. The defaults are torchvision's `retinanet_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["retinanet"] = "retinanet"
+    anchor_scale: Annotated[
+        float, Field(description="Side of a level's smallest anchors, as a multiple of its stride.", ge=0.5, le=64)
+    ] = 4.0
+    anchor_octaves: Annotated[
+        int, Field(description="Anchor sizes of a level, in equal ratios from anchor_scale to its double.", ge=1, le=6)
+    ] = 3
+    anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
+    score_threshold: ScoreThreshold = 0.05
+    nms_threshold: NmsThreshold = 0.5
+    max_detections: MaxDetections = 300
+
+
+class RetinaNetDetector(OneStageDetector, RetinaNet):
+    """torchvision's RetinaNet (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    def __init__(self, config: RetinaNetConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone."""
+        pyramid = build_pyramid(
+            config.backbone,
+            strides=config.strides,
+            channels=config.pyramid_channels,
+            extra_levels=config.extra_levels,
+            pretrained=pretrained_backbone,
+            frozen_batch_norm=config.frozen_batch_norm,
+        )
+        octaves = [2 ** (octave / config.anchor_octaves) for octave in range(config.anchor_octaves)]
+        anchors = AnchorGenerator(
+            # Whole pixels, cut off as torchvision does: its weights were trained on these.
+            sizes=tuple(
+                tuple(int(config.anchor_scale * stride * octave) for octave in octaves) for stride in pyramid.strides
+            ),
+            aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
+        )
+        super().__init__(
+            pyramid,
+            len(classes) + 1,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            anchor_generator=anchors,
+            score_thresh=config.score_threshold,
+            nms_thresh=config.nms_threshold,
+            detections_per_img=config.max_detections,
+            topk_candidates=config.candidates,
+        )
+        if config.batch_norm_epsilon is not None:
+            overwrite_eps(self, config.batch_norm_epsilon)
+        self.config = config
+        self.classes = list(classes)
+        self.strides = pyramid.strides
+        self.channels = config.pyramid_channels
+
+    def match_and_compare(
+        self,
+        targets: list[Target],
+        outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        levels: list[Tensor],  # noqa: ARG002 - where a level's anchors end is nothing to RetinaNet
+    ) -> dict[str, Tensor]:
+        """See `OneStageDetector.match_and_compare`: `classification` and `bbox_regression`."""
+        return cast(dict[str, Tensor], self.compute_loss(targets, outputs, anchors))
