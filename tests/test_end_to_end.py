@@ -1,7 +1,6 @@
 """The main job as its users do it: `defeat up`, the command, HTTP, and the downloaded student on its own."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ import psycopg
 import pytest
 import torch
 import yaml
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from app.stack import broker_binary
 from examples import digits
 from tests.postgres import driver_url
+from tests.reference import coco_evaluation
 from worker.data.loader import read_picture
 from worker.detectors import load
 from worker.engine.evaluate import to_float
@@ -89,15 +87,7 @@ def average_precision(truth: dict[str, Any], student: Path, pictures: dict[int, 
             ):
                 box = [x1, y1, x2 - x1, y2 - y1]
                 results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground = COCO()
-        ground.dataset = truth
-        ground.createIndex()
-        evaluation = COCOeval(ground, ground.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
+    return float(coco_evaluation(truth, results).stats[0])
 
 
 def small(spec: dict[str, Any], epochs: int) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
+from torchvision.models.detection._utils import overwrite_eps
 
 from worker.config import Config
+from worker.detectors.config import PyramidConfig
 
 HeadKind = Literal["two_stage", "one_stage"]
 
@@ -77,6 +79,15 @@ class Detector(nn.Module):
     head_kind: HeadKind
     strides: tuple[int, ...]
     channels: int
+
+    def introduce(self, config: PyramidConfig, classes: Sequence[str], *, strides: tuple[int, ...]) -> None:
+        """Set the attributes above, and frozen batch norm's epsilon; a family calls it once its modules stand."""
+        if config.batch_norm_epsilon is not None:
+            overwrite_eps(self, config.batch_norm_epsilon)
+        self.config = config
+        self.classes = list(classes)
+        self.strides = strides
+        self.channels = config.pyramid_channels
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from worker.config import Config, with_rules
-from worker.detectors.backbones import BACKBONES, STRIDES
+from worker.detectors.backbones import BACKBONES, STRIDES, ExtraLevels, Pyramid, build_pyramid
 
 _CONSECUTIVE: list[Any] = [
     list(STRIDES[first:last]) for first in range(len(STRIDES)) for last in range(first + 1, len(STRIDES) + 1)
@@ -59,3 +59,15 @@ class PyramidConfig(Config):
         if self.max_size < self.min_size:
             raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
         return self
+
+    def build_pyramid(self, extra_levels: ExtraLevels, *, pretrained: bool, batch_norm: bool = False) -> Pyramid:
+        """Build the backbone and its pyramid, see `backbones.build_pyramid`; `batch_norm`: of the pyramid's own."""
+        return build_pyramid(
+            self.backbone,
+            strides=self.strides,
+            channels=self.pyramid_channels,
+            extra_levels=extra_levels,
+            pretrained=pretrained,
+            frozen_batch_norm=self.frozen_batch_norm,
+            pyramid_batch_norm=batch_norm,
+        )

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -15,7 +14,6 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from worker.detectors.backbones import build_pyramid
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
 
@@ -71,14 +69,10 @@ class FasterRCNNDetector(FasterRCNN, Detector):
 
     def __init__(self, config: FasterRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        pyramid = build_pyramid(
-            config.backbone,
-            strides=config.strides,
-            channels=config.pyramid_channels,
-            extra_levels="pool" if config.pool_level else "none",
+        pyramid = config.build_pyramid(
+            "pool" if config.pool_level else "none",
             pretrained=pretrained_backbone,
-            frozen_batch_norm=config.frozen_batch_norm,
-            pyramid_batch_norm=config.pyramid_batch_norm,
+            batch_norm=config.pyramid_batch_norm,
         )
         anchors = AnchorGenerator(
             sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
@@ -106,12 +100,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             box_detections_per_img=config.max_detections,
             box_batch_size_per_image=config.box_samples,
         )
-        if config.batch_norm_epsilon is not None:
-            overwrite_eps(self, config.batch_norm_epsilon)
-        self.config = config
-        self.classes = list(classes)
-        self.strides = pyramid.strides
-        self.channels = config.pyramid_channels
+        self.introduce(config, classes, strides=pyramid.strides)
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """See `Detector.trunk`."""

@@ -6,10 +6,8 @@ from typing import Annotated, Literal, cast
 from pydantic import Field
 from torch import Tensor
 from torchvision.models.detection import FCOS
-from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from worker.detectors.backbones import build_pyramid
 from worker.detectors.base import Target
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, OneStageDetector
@@ -44,14 +42,7 @@ class FCOSDetector(OneStageDetector, FCOS):
 
     def __init__(self, config: FCOSConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        pyramid = build_pyramid(
-            config.backbone,
-            strides=config.strides,
-            channels=config.pyramid_channels,
-            extra_levels=config.extra_levels,
-            pretrained=pretrained_backbone,
-            frozen_batch_norm=config.frozen_batch_norm,
-        )
+        pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
         anchors = AnchorGenerator(
             sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
             aspect_ratios=((1.0,),) * len(pyramid.strides),
@@ -68,12 +59,7 @@ class FCOSDetector(OneStageDetector, FCOS):
             detections_per_img=config.max_detections,
             topk_candidates=config.candidates,
         )
-        if config.batch_norm_epsilon is not None:
-            overwrite_eps(self, config.batch_norm_epsilon)
-        self.config = config
-        self.classes = list(classes)
-        self.strides = pyramid.strides
-        self.channels = config.pyramid_channels
+        self.introduce(config, classes, strides=pyramid.strides)
 
     def match_and_compare(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]

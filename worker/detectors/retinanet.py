@@ -6,10 +6,8 @@ from typing import Annotated, Literal, cast
 from pydantic import Field
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from worker.detectors.backbones import build_pyramid
 from worker.detectors.base import Target
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, OneStageDetector
@@ -36,14 +34,7 @@ class RetinaNetDetector(OneStageDetector, RetinaNet):
 
     def __init__(self, config: RetinaNetConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        pyramid = build_pyramid(
-            config.backbone,
-            strides=config.strides,
-            channels=config.pyramid_channels,
-            extra_levels=config.extra_levels,
-            pretrained=pretrained_backbone,
-            frozen_batch_norm=config.frozen_batch_norm,
-        )
+        pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
         octaves = [2 ** (octave / config.anchor_octaves) for octave in range(config.anchor_octaves)]
         anchors = AnchorGenerator(
             # Whole pixels, cut off as torchvision does: its weights were trained on these.
@@ -63,12 +54,7 @@ class RetinaNetDetector(OneStageDetector, RetinaNet):
             detections_per_img=config.max_detections,
             topk_candidates=config.candidates,
         )
-        if config.batch_norm_epsilon is not None:
-            overwrite_eps(self, config.batch_norm_epsilon)
-        self.config = config
-        self.classes = list(classes)
-        self.strides = pyramid.strides
-        self.channels = config.pyramid_channels
+        self.introduce(config, classes, strides=pyramid.strides)
 
     def match_and_compare(
         self,

@@ -1,28 +1,12 @@
 """Our metrics against pycocotools, the reference."""
 
-import contextlib
-import io
-
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from tests.reference import coco_evaluation
 from worker.data.canonical import Box, CanonicalDataset, Picture, to_coco
 from worker.engine.evaluate import STATS, coco_metrics, to_results
-
-
-def reference(truth, results):
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground = COCO()
-        ground.dataset = truth
-        ground.createIndex()
-        evaluation = COCOeval(ground, ground.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
 
 
 def random_case(seed, pictures=30, classes=3):
@@ -53,7 +37,7 @@ def random_case(seed, pictures=30, classes=3):
 def test_all_numbers_equal_pycocotools(seed):
     dataset, found = random_case(seed)
     ours = coco_metrics(dataset, "val", found)
-    theirs = reference(to_coco(dataset, "val"), to_results(found))
+    theirs = coco_evaluation(to_coco(dataset, "val"), to_results(found))
     for name, value in zip(STATS, theirs.stats, strict=True):
         assert (ours[name] if ours[name] is not None else -1) == pytest.approx(value, abs=1e-9), name
     precision = theirs.eval["precision"][:, :, :, 0, -1]
