@@ -7,12 +7,12 @@ writes goes through `fenced`, which matches the attempt, so that a worker whose 
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db import update_count, utcnow
 from app.models import Checkpoint, Dataset, Job, Leased
-from app.states import FAILED
+from app.states import CANCELLING, FAILED
 
 LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
 Row = TypeVar("Row", Dataset, Checkpoint, Job)
@@ -34,13 +34,10 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
         "lease_owner": owner,
         "lease_expires_at": now + timedelta(seconds=lease_s),
         "started_at": func.coalesce(model.started_at, now),
+        # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
+        "status": case((model.status == CANCELLING, CANCELLING), else_=model.CLAIMED),
     }
-    # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
-    statement = update(model).where(model.id == row_id, free, model.status != "cancelling")
-    claimed = update_count(session, statement.values(status=model.CLAIMED, **values))
-    if not claimed:
-        claimed = update_count(session, update(model).where(model.id == row_id, free).values(**values))
-    if not claimed:
+    if not update_count(session, update(model).where(model.id == row_id, free).values(**values)):
         return None
     return session.get(model, row_id, populate_existing=True)
 
@@ -83,7 +80,7 @@ def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> lis
     lost: list[tuple[type[Leased], str]] = []
     for model in LEASED:
         expired = and_(model.status.in_(model.HELD), model.lease_expires_at < now)
-        exhausted = update(model).where(expired, model.attempt >= max_attempts, model.status != "cancelling")
+        exhausted = update(model).where(expired, model.attempt >= max_attempts, model.status != CANCELLING)
         update_count(
             session,
             exhausted.values(

@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db import UTCDateTime, utcnow
-from app.states import CHECKING, PREPARING, QUEUED, RUNNING
+from app.states import CANCELLING, CHECKING, PREPARING, QUEUED, RUNNING
 
 # `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
 Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
@@ -138,7 +138,7 @@ class Job(Leased, Base):
         Index("ix_jobs_lease", "status", "lease_expires_at"),
     )
     CLAIMED = PREPARING
-    HELD = frozenset({PREPARING, RUNNING, "cancelling"})
+    HELD = frozenset({PREPARING, RUNNING, CANCELLING})
     TASK = "worker.tasks.run_job"
     QUEUE = "jobs"
 

@@ -85,3 +85,8 @@ class JobConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the run trains its teacher first, and so leaves it as an artifact."""
+        return self.teacher is not None and self.teacher.source == "train"

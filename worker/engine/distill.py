@@ -42,7 +42,6 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
         context.plan.done = resume.done
         reporter.message("info", "resumed", f"going on after epoch {resume.epoch} of the {resume.subject}'s training")
-    checkpoint = reporter.directory / "checkpoints" / "last.pt"
 
     # All three are built before the teacher is trained: what cannot be paired is said at once, not hours later.
     teacher = _build_teacher(config, inputs, context)
@@ -52,15 +51,13 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
 
     teacher_metrics = None
     if teacher is not None and config.teacher is not None:
-        teacher_metrics = _ready_teacher(config.teacher, teacher, context, resume, checkpoint)
-    trained_here = teacher is not None and config.teacher is not None and config.teacher.source == "train"
+        teacher_metrics = _ready_teacher(config.teacher, teacher, context, resume)
 
     def _save(state: TrainingState) -> None:
-        if trained_here and teacher is not None:
+        if teacher is not None and config.trains_teacher:
             state.teacher = teacher.state_dict()
         state.teacher_metrics = teacher_metrics
-        state.save(checkpoint)
-        reporter.checkpoint(checkpoint)
+        _keep(context, state)
 
     best = train(
         context,
@@ -73,6 +70,13 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         save=_save,
     )
     return _finish(config, context, teacher, teacher_metrics, student, best)
+
+
+def _keep(context: Context, state: TrainingState) -> None:
+    """Write the one training checkpoint that the run keeps, and offer it for another attempt."""
+    path = context.reporter.directory / "checkpoints" / "last.pt"
+    state.save(path)
+    context.reporter.checkpoint(path)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -177,7 +181,7 @@ def _build_teacher(config: JobConfig, inputs: Mapping[str, Any], context: Contex
 
 
 def _ready_teacher(
-    config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None, checkpoint: Path
+    config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None
 ) -> dict[str, Any]:
     """Train the teacher if that is asked for, freeze it in eval mode, and return its metrics."""
     metrics = resume.teacher_metrics if resume and resume.subject == "student" else None
@@ -185,7 +189,7 @@ def _ready_teacher(
         if resume and resume.teacher is not None:
             teacher.load_state_dict(resume.teacher)
         else:
-            metrics = _train_teacher(config, teacher, context, resume, checkpoint).metrics
+            metrics = _train_teacher(config, teacher, context, resume).metrics
     teacher.eval().requires_grad_(False)
     if metrics is None:
         metrics = evaluate(context, teacher, subject="teacher", epoch=0)
@@ -193,13 +197,7 @@ def _ready_teacher(
     return metrics
 
 
-def _train_teacher(
-    config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None, checkpoint: Path
-) -> Best:
-    def _save(state: TrainingState) -> None:
-        state.save(checkpoint)
-        context.reporter.checkpoint(checkpoint)
-
+def _train_teacher(config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None) -> Best:
     best = train(
         context,
         teacher,
@@ -208,7 +206,7 @@ def _train_teacher(
         method=methods.build({"method": "baseline"}, teacher, None),
         schedule=config.schedule,
         resume=resume,
-        save=_save,
+        save=lambda state: _keep(context, state),
     )
     teacher.load_state_dict(best.model)
     return best
@@ -225,28 +223,13 @@ def _finish(
     """Write the artifacts and return the results."""
     reporter = context.reporter
     reporter.progress("finishing", fraction=context.plan.fraction)
-    tensors = "application/octet-stream"
     student.eval()
-    detectors.save(
-        student,
-        reporter.artifact(
-            "student-last.safetensors",
-            kind="student",
-            content_type=tensors,
-            details={"epoch": config.schedule.epochs, **_describe(student)},
-        ),
-    )
+    _leave(reporter, student, "student-last.safetensors", kind="student", epoch=config.schedule.epochs)
     student.load_state_dict(best.model)
-    details = {"epoch": best.epoch, "ap": best.metrics["ap"], "ap50": best.metrics["ap50"], **_describe(student)}
-    detectors.save(
-        student,
-        reporter.artifact("student-best.safetensors", kind="student", content_type=tensors, details=details),
-    )
-    if teacher is not None and config.teacher is not None and config.teacher.source == "train":
-        detectors.save(
-            teacher,
-            reporter.artifact("teacher.safetensors", kind="teacher", content_type=tensors, details=_describe(teacher)),
-        )
+    measured = {name: best.metrics[name] for name in ("ap", "ap50")}
+    _leave(reporter, student, "student-best.safetensors", kind="student", epoch=best.epoch, **measured)
+    if teacher is not None and config.trains_teacher:
+        _leave(reporter, teacher, "teacher.safetensors", kind="teacher")
     write_gallery(
         reporter,
         context.eval_pictures,
@@ -262,10 +245,13 @@ def _finish(
     return {"teacher": teacher_metrics, "student": {**best.metrics, "epoch": best.epoch}}
 
 
-def _describe(detector: Detector) -> dict[str, Any]:
-    return {
+def _leave(reporter: Reporter, detector: Detector, name: str, *, kind: Subject, **details: Any) -> None:
+    """Save a detector as an artifact; `details` stand beside what describes any detector."""
+    details |= {
         "detector": detector.config.model_dump(mode="json"),
         "classes": detector.classes,
         "coverage": full_coverage(len(detector.state_dict())),
         "parameters": sum(parameter.numel() for parameter in detector.parameters()),
     }
+    path = reporter.artifact(name, kind=kind, content_type="application/octet-stream", details=details)
+    detectors.save(detector, path)

@@ -110,19 +110,22 @@ def train_step(
     targets = batch.targets_on(device)
     passed = student.train_pass(images, targets)
     losses: dict[str, Tensor] = {**passed.losses, **method(passed, teacher, clock)}
-    total = torch.stack([loss.float() for loss in losses.values()]).sum()
-    values = {f"loss/{name.removeprefix('loss_')}": loss.item() for name, loss in losses.items()}
-    if not math.isfinite(total.item()):
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    parts = torch.stack([loss.float() for loss in losses.values()])
+    total = parts.sum()
+    # All numbers in one copy: each copy of its own would wait for the device.
+    *numbers, whole = torch.cat([parts.detach(), total.detach()[None]]).tolist()
+    values = {f"loss/{name.removeprefix('loss_')}": value for name, value in zip(losses, numbers, strict=True)}
+    if not math.isfinite(whole):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise RunError(
-            "user", "loss_not_finite", f"the loss is not finite at step {clock.step} ({parts}); lower the learning_rate"
+            "user", "loss_not_finite", f"the loss is not finite at step {clock.step} ({shown}); lower the learning_rate"
         )
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
     optimizer.step()
-    return {"loss/total": total.item(), **values, "gradient_norm": norm.item()}
+    return {"loss/total": whole, **values, "gradient_norm": norm.item()}
 
 
 def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
