@@ -71,14 +71,14 @@ class Detector(nn.Module):
         classes: the names of the labels 1, 2, ….
         head_kind: two-stage heads score proposals, one-stage heads every cell of the pyramid.
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
-        channels: channels of each pyramid level.
+        channels: the channels of each pyramid level, likewise.
     """
 
     config: Config
     classes: list[str]
     head_kind: HeadKind
     strides: tuple[int, ...]
-    channels: int
+    channels: tuple[int, ...]
 
     def introduce(self, config: PyramidConfig, classes: Sequence[str], *, strides: tuple[int, ...]) -> None:
         """Set the attributes above, and frozen batch norm's epsilon; a family calls it once its modules stand."""
@@ -87,7 +87,7 @@ class Detector(nn.Module):
         self.config = config
         self.classes = list(classes)
         self.strides = strides
-        self.channels = config.pyramid_channels
+        self.channels = (config.pyramid_channels,) * len(strides)
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""

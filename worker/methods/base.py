@@ -88,7 +88,9 @@ class NeckMethod(Method):
                 f"the student's pyramid has strides {list(student.strides)}, the teacher's {list(teacher.strides)}: "
                 "none in common",
             )
-        self.adapters = nn.ModuleList(adapter(student.channels, teacher.channels) for _ in self.pairs)
+        self.adapters = nn.ModuleList(
+            adapter(student.channels[ours], teacher.channels[theirs]) for ours, theirs in self.pairs
+        )
 
     @torch.no_grad()
     def teacher_features(self, student: TrainPass, teacher: Detector | None) -> Mapping[str, Tensor]:

@@ -125,8 +125,8 @@ class FGD(NeckMethod):
             "neck_attention": paper_value(config.attention_weight, student, two_stage=5e-5, one_stage=1e-3),
             "neck_relation": paper_value(config.relation_weight, student, two_stage=5e-7, one_stage=5e-6),
         }
-        self.student_relations = nn.ModuleList(Relation(teacher.channels) for _ in self.pairs)
-        self.teacher_relations = nn.ModuleList(Relation(teacher.channels) for _ in self.pairs)
+        self.student_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
+        self.teacher_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.forward`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`."""

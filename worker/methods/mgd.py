@@ -83,7 +83,7 @@ class MGD(NeckMethod):
         assert teacher is not None
         self.weight = paper_value(config.weight, student, two_stage=5e-7, one_stage=2e-5)
         self.masked_fraction = paper_value(config.masked_fraction, student, two_stage=0.45, one_stage=0.65)
-        self.generations = nn.ModuleList(Generation(teacher.channels) for _ in self.pairs)
+        self.generations = nn.ModuleList(Generation(teacher.channels[theirs]) for _, theirs in self.pairs)
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.forward`: `neck`."""

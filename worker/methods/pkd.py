@@ -67,13 +67,16 @@ class PKD(NeckMethod):
 
     def __init__(self, config: PKDConfig, student: Detector, teacher: Detector | None) -> None:
         super().__init__("pkd", student, teacher, lambda *_: nn.Identity())
-        if teacher is not None and student.channels != teacher.channels:
-            raise RunError(
-                "user",
-                "channels_differ",
-                f"the student's pyramid has {student.channels} channels, the teacher's {teacher.channels}: pkd "
-                "compares channel by channel and needs equally many; give the student as many, or take another method",
-            )
+        assert teacher is not None
+        for ours, theirs in self.pairs:
+            if student.channels[ours] != teacher.channels[theirs]:
+                raise RunError(
+                    "user",
+                    "channels_differ",
+                    f"at stride {student.strides[ours]} the student's pyramid has {student.channels[ours]} channels, "
+                    f"the teacher's {teacher.channels[theirs]}: pkd compares channel by channel and needs equally "
+                    "many; give the student as many, or take another method",
+                )
         self.weight = paper_value(config.weight, student, two_stage=6.0, one_stage=10.0)
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
