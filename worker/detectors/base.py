@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import overwrite_eps
 
 from worker.config import Config
+from worker.detectors.backbones import Pyramid
 from worker.detectors.config import PyramidConfig
 
 HeadKind = Literal["two_stage", "one_stage"]
@@ -74,6 +75,7 @@ class Detector(nn.Module):
         channels: the channels of each pyramid level, likewise.
     """
 
+    backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
     classes: list[str]
     head_kind: HeadKind
@@ -88,6 +90,13 @@ class Detector(nn.Module):
         self.classes = list(classes)
         self.strides = strides
         self.channels = (config.pyramid_channels,) * len(strides)
+
+    def compile_trunk(self) -> None:
+        """Compile the trunk in place by torch.compile; the names of its parameters stay."""
+        for module in (
+            (self.backbone.body, self.backbone.fpn) if isinstance(self.backbone, Pyramid) else (self.backbone,)
+        ):
+            module.compile()
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
