@@ -42,7 +42,7 @@ class PyramidConfig(Config):
         bool,
         Field(
             description="Fix the backbone's batch norm; for pretrained weights and small batches. Of no effect on "
-            "backbones that have none: ConvNeXt and Swin."
+            "backbones that have none, such as ConvNeXt and Swin."
         ),
     ] = False
     batch_norm_epsilon: Annotated[
