@@ -76,6 +76,7 @@ class Detector(nn.Module):
         channels: the channels of each pyramid level, likewise.
     """
 
+    backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
     classes: list[str]
     head_kind: HeadKind
@@ -108,6 +109,13 @@ class Detector(nn.Module):
                 f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
                 "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
             )
+
+    def compile_trunk(self) -> None:
+        """Compile the trunk in place by torch.compile; the names of its parameters stay."""
+        for module in (
+            (self.backbone.body, self.backbone.fpn) if isinstance(self.backbone, Pyramid) else (self.backbone,)
+        ):
+            module.compile()
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
