@@ -40,7 +40,12 @@ def catalog() -> dict[str, Any]:
     return {
         "format_version": 1,
         "detectors": {
-            name: {"summary": family.summary, "head": family.head, "schema": _schema(family.config)}
+            name: {
+                "summary": family.summary,
+                "head": family.head,
+                "provides": list(family.provides),
+                "schema": _schema(family.config),
+            }
             for name, family in DETECTORS.items()
         },
         "pretrained": {
