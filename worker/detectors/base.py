@@ -128,9 +128,7 @@ class Detector(nn.Module):
             return Maps(features=self.trunk(images), backbone=None)
         stages = pyramid.body(images)
         # The strides of the backbone's maps come first; those of the extra levels have no map there.
-        return Maps(
-            features=pyramid.fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False))
-        )
+        return Maps(features=pyramid.fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False)))
 
     @property
     def backbone_channels(self) -> dict[int, int]:
