@@ -24,7 +24,8 @@ class Entry:
     """One method: its config, how it is made, and what it needs of the two detectors.
 
     Attributes:
-        needs: parts that student and teacher must have in common; "neck" means pyramid levels of equal stride.
+        needs: what student and teacher must have in common; "neck" means pyramid levels of equal stride,
+            "equal_channels" as many channels on these.
         head_weights: parameters that must be 0 unless both detectors are two-stage.
     """
 
@@ -65,7 +66,7 @@ METHODS: dict[str, Entry] = {
         config=PKDConfig,
         build=PKD,
         needs_teacher=True,
-        needs=("neck",),
+        needs=("neck", "equal_channels"),
     ),
     "cwd": Entry(
         summary="Where each channel of the neck looks, as distributions over its cells (Shu et al., ICCV 2021).",
