@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from worker.data.canonical import CanonicalDataset
-from worker.data.loader import Batch, PictureReader, training_batches
+from worker.data.loader import Batch, PictureReader, TrainingBatches
+from worker.data.resize import InputSize
 from worker.detectors.base import Detector
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
@@ -172,7 +173,7 @@ def train(
         save: called with the state after each epoch but the last.
 
     Raises:
-        RunError: `loss_not_finite`, `too_few_images`.
+        RunError: `loss_not_finite`, and what `TrainingBatches` raises.
         Cancelled: the run was asked to end; the last epoch's checkpoint stands.
     """
     optimizer = build_optimizer([*detector.parameters(), *method.parameters()], schedule)
@@ -182,8 +183,15 @@ def train(
         method.load_state_dict(resume.method)
         optimizer.load_state_dict(resume.optimizer)
         best, first_epoch = resume.best, resume.epoch
+    batches = TrainingBatches(
+        context.train_pictures,
+        batch_size=schedule.batch_size,
+        size=InputSize.taken_from(detector),
+        augmentation=context.augmentation,
+        device=context.device,
+    )
     for epoch in range(first_epoch, schedule.epochs):
-        _train_epoch(context, detector, subject, teacher, method, schedule, optimizer, epoch)
+        _train_epoch(context, detector, subject, teacher, method, schedule, optimizer, batches, epoch)
         done = epoch + 1
         if done % context.evaluation.every_epochs == 0 or done == schedule.epochs:
             metrics = evaluate(context, detector, subject=subject, epoch=done)
@@ -216,23 +224,17 @@ def _train_epoch(
     method: Method,
     schedule: ScheduleConfig,
     optimizer: torch.optim.Optimizer,
+    batches: TrainingBatches,
     epoch: int,
 ) -> None:
     reseed(context.seed, subject, "epoch", epoch)
-    batches = training_batches(
-        context.train_pictures,
-        batch_size=schedule.batch_size,
-        horizontal_flip=context.augmentation.horizontal_flip,
-        seed=seed_for(context.seed, subject, "order", epoch),
-        device=context.device,
-    )
     steps = len(batches)
     detector.train()
     method.train()
     watch, images_per_s = Stopwatch(), 0.0
     sums: dict[str, float] = {}
     counted = 0
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches.epoch(seed_for(context.seed, subject, "order", epoch))):
         context.reporter.check_cancelled()
         step = epoch * steps + index
         rate = learning_rate(schedule, step=step, steps_per_epoch=steps)
