@@ -51,14 +51,14 @@ class PictureReader:
         """Return picture `index` as (3, H, W) uint8."""
         return read_picture(self.root / self.images[index].file)
 
-    def read_all(self, *, ahead: int = 0) -> Iterator[Tensor]:
-        """Yield every picture in order; threads decode up to `ahead` of them before they are asked for."""
+    def read_all(self, indices: Sequence[int], *, ahead: int = 0) -> Iterator[Tensor]:
+        """Yield pictures in this order; threads decode up to `ahead` of them before they are asked for."""
         if not ahead:
-            yield from map(self.read, range(len(self)))
+            yield from map(self.read, indices)
             return
         with ThreadPoolExecutor(max_workers=min(ahead, _processors())) as pool:
             waiting: deque[Future[Tensor]] = deque()
-            for index in range(len(self)):
+            for index in indices:
                 waiting.append(pool.submit(self.read, index))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
@@ -173,7 +173,7 @@ class TrainingBatches:
 
         Args:
             pictures: the training split.
-            batch_size: pictures of a whole batch, over all ranks.
+            batch_size: pictures of a whole batch, over all ranks: a multiple of `world`.
             size: the detector's, which was told not to resize: `InputSize.taken_from`.
             augmentation: random changes.
             device: where batches will go.
@@ -182,10 +182,10 @@ class TrainingBatches:
             world: how many shares there are.
 
         Raises:
-            RunError: `too_few_images` if there is not one whole batch; `batch_not_divisible` among the ranks;
-                `fixed_input_size` if the input size is to vary and cannot.
+            RunError: `too_few_images` if there is not one whole batch; `fixed_input_size` if the input size is to
+                vary and cannot.
         """
-        _check(len(pictures), batch_size=batch_size, size=size, augmentation=augmentation, world=world)
+        _check(len(pictures), batch_size=batch_size, size=size, augmentation=augmentation)
         self.batch_size, self._pictures = batch_size, len(pictures)
         sizes = [size.of(image.height, image.width, scale=augmentation.scale_max) for image in pictures.images]
         self.cache = PictureCache(sizes, limit=default_limit(world) if cache_bytes is None else cache_bytes)
@@ -216,19 +216,13 @@ class TrainingBatches:
         return iter(self._loader)
 
 
-def _check(pictures: int, *, batch_size: int, size: InputSize, augmentation: AugmentationConfig, world: int) -> None:
+def _check(pictures: int, *, batch_size: int, size: InputSize, augmentation: AugmentationConfig) -> None:
     if pictures < batch_size:
         raise RunError(
             "user",
             "too_few_images",
             f"the training split has {pictures} pictures, schedule.batch_size is {batch_size}: "
             "lower it to that at most",
-        )
-    if batch_size % world:
-        raise RunError(
-            "user",
-            "batch_not_divisible",
-            f"schedule.batch_size is {batch_size}, which {world} GPUs cannot share evenly: take a multiple of {world}",
         )
     scale = (augmentation.scale_min, augmentation.scale_max)
     if size.fixed is not None and scale != (1.0, 1.0):

@@ -24,16 +24,21 @@ def detect_split(
     batch_size: int,
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[int, Detections]:
     """Detect in every picture of a split; return the detections by picture id, on the CPU.
+
+    Of `world` processes, number `rank` does its share: every `world`-th picture.
 
     `on_batch` is called with the number of pictures after each batch; it may raise to stop.
     """
     detector.eval()
     found: dict[int, Detections] = {}
-    decoded = pictures.read_all(ahead=2 * batch_size if device.type == "cuda" else 0)
-    for start in range(0, len(pictures), batch_size):
-        indices = range(start, min(start + batch_size, len(pictures)))
+    mine = range(rank, len(pictures), world)
+    decoded = pictures.read_all(mine, ahead=2 * batch_size if device.type == "cuda" else 0)
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
         images = [to_float(image, device) for image in itertools.islice(decoded, len(indices))]
         for index, detections in zip(indices, detector.detect(images), strict=True):
             found[pictures.images[index].id] = Detections(

@@ -144,7 +144,6 @@ def test_a_picture_is_read_as_it_is_stored(tmp_path):
     ("changes", "code", "message"),
     [
         ({"batch_size": 12}, "too_few_images", "has 11 pictures, schedule.batch_size is 12"),
-        ({"world": 3}, "batch_not_divisible", "batch_size is 4, which 3 GPUs cannot share evenly"),
         (
             {"size": InputSize(min_size=1, max_size=1, fixed=(32, 32)), "augmentation": EVERYTHING},
             "fixed_input_size",
