@@ -199,7 +199,7 @@ class JobConfig(Config):
 
     teacher: TeacherConfig | None = None
     student: StudentConfig
-    distillation: dict[str, Any]
+    distillation: dict[str, Any] | list[dict[str, Any]]
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
