@@ -65,7 +65,9 @@ def test_extra_levels(extra_levels, strides):
     assert sizes == [(1, 8, -(-80 // stride), -(-96 // stride)) for stride in strides]
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/lcnet_050"])
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/regnet_y_400mf", "torchvision/swin_t", "timm/lcnet_050"]
+)
 def test_imagenet_weights_that_cannot_be_had_say_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
