@@ -47,7 +47,7 @@ def _distill(
 ) -> dict[str, Any]:
     dataset = canonical.read(Path(inputs["dataset"]))
     resume = TrainingState.load(Path(inputs["resume"]), device=device) if inputs["resume"] else None
-    context = _context(config, dataset, Path(inputs["dataset"]), device, reporter, world)
+    context = _context(config, dataset, inputs, device, reporter, world)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
         context.plan.done = resume.done
@@ -93,7 +93,7 @@ def _keep(context: Context, state: TrainingState) -> None:
 def _context(
     config: JobConfig,
     dataset: CanonicalDataset,
-    root: Path,
+    inputs: Mapping[str, Any],
     device: torch.device,
     reporter: Reporter,
     world: World,
@@ -103,7 +103,7 @@ def _context(
         if not images:
             splits = ", ".join(dataset.counts())
             raise RunError("user", "split_missing", f"the dataset has no {name} split; it has: {splits}")
-        return PictureReader(root, images)
+        return PictureReader(Path(inputs["dataset"]), images)
 
     train_pictures, eval_pictures = _split("train"), _split(config.evaluation.split)
     every, evaluated = config.evaluation.every_epochs, len(eval_pictures) * EVALUATION_COST
@@ -126,6 +126,7 @@ def _context(
         history=History(reporter=reporter),
         plan=Plan(total=total),
         world=world,
+        picture_memory_bytes=inputs["picture_memory_bytes"],
     )
 
 
