@@ -14,10 +14,11 @@ from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
+from app.jobs.methods import Chosen, check_methods, part_problems
 from app.jobs.spec import JobSpec
 from app.models import Checkpoint, Dataset
 from app.states import AWAITING_UPLOAD, READY
-from app.validation import Path, Section, check_detector, check_method, check_section, unknown_choice
+from app.validation import Path, Section, check_detector, check_section, unknown_choice
 
 # An error with one of these codes that comes alone gives the whole answer its code.
 RULES = frozenset(
@@ -30,6 +31,11 @@ RULES = frozenset(
         "teacher_detector_differs",
         "pyramids_do_not_pair",
         "head_does_not_pair",
+        "backbones_do_not_pair",
+        "logits_do_not_pair",
+        "anchors_missing",
+        "logits_missing",
+        "bad_combination",
     }
 )
 
@@ -81,17 +87,21 @@ class Resolver:
         dataset = self._dataset()
         student = self._detector(("student", "detector"))
         self._initial_weights(("student", "initial_weights"))
-        method = self._section(lambda value, path: check_method(self._catalog, value, path), ("distillation",))
-        teacher = self._teacher(method)
+        methods = self._methods()
+        teacher = self._teacher(methods)
         parts = {name: self._parameters(name, (name,)) for name in ("schedule", "evaluation", "augmentation")}
         self._check_splits(dataset, parts["evaluation"])
         self._check_classes(dataset, teacher)
-        self._check_pyramids(method, student, teacher)
-        self._check_heads(method, student, teacher)
+        for method in methods:
+            self._check_pyramids(method.value, student, teacher)
+            self._check_heads(method, student, teacher)
+            self._check_parts(method, student, teacher)
         self._raise()
         assert outer is not None
         assert dataset is not None
-        spec = outer.model_dump() | parts | {"distillation": method}
+        distillation = [method.value for method in methods]
+        is_list = isinstance(outer.distillation, list)
+        spec = outer.model_dump() | parts | {"distillation": distillation if is_list else distillation[0]}
         spec["student"]["detector"] = student
         if spec["teacher"] is not None and spec["teacher"]["source"] != "pretrained":
             spec["teacher"]["detector"] = teacher.detector
@@ -100,7 +110,9 @@ class Resolver:
         return Resolved(spec, dataset)
 
     def _error(self, path: Path, code: str, detail: str) -> None:
-        self._errors.append(problem(pointer(path), code, detail))
+        error = problem(pointer(path), code, detail)
+        if error not in self._errors:  # two methods may want the same
+            self._errors.append(error)
 
     def _raise(self) -> None:
         if self._errors:
@@ -178,10 +190,15 @@ class Resolver:
         if isinstance(value, str) and value.startswith("ckpt_"):
             self._checkpoint(path, value)
 
-    def _teacher(self, method: dict[str, Any] | None) -> _Teacher:
-        teacher = self._given(("teacher",))
-        if teacher is None and method is not None and self._catalog.methods[method["method"]]["needs_teacher"]:
-            detail = f"method {method['method']} needs a teacher: give `teacher`, or take a method that needs none"
+    def _methods(self) -> list[Chosen]:
+        chosen, problems = check_methods(self._catalog, self._given(("distillation",)), ("distillation",))
+        self._errors.extend(problems)
+        return chosen
+
+    def _teacher(self, methods: list[Chosen]) -> _Teacher:
+        needing = [method.name for method in methods if self._catalog.methods[method.name]["needs_teacher"]]
+        if self._given(("teacher",)) is None and needing:
+            detail = f"method {needing[0]} needs a teacher: give `teacher`, or take a method that needs none"
             self._error(("teacher",), "teacher_required", detail)
         source = self._given(("teacher", "source"))
         if source == "train":
@@ -244,8 +261,8 @@ class Resolver:
             )
             self._error(("teacher",), "teacher_classes_differ", detail)
 
-    def _check_pyramids(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if method is None or student is None or teacher.detector is None:
+    def _check_pyramids(self, method: dict[str, Any], student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is None or teacher.detector is None:
             return
         if "neck" not in self._catalog.methods[method["method"]]["needs"]:
             return
@@ -256,16 +273,20 @@ class Resolver:
             )
             self._error(("student", "detector", "strides"), "pyramids_do_not_pair", detail)
 
-    def _check_heads(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if method is None or student is None or teacher.detector is None:
+    def _check_parts(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is not None and teacher.detector is not None:
+            self._errors.extend(part_problems(self._catalog, method, student, teacher.detector))
+
+    def _check_heads(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is None or teacher.detector is None:
             return
         heads = [self._catalog.detectors[one["architecture"]]["head"] for one in (student, teacher.detector)]
         if heads == ["two_stage", "two_stage"]:
             return
-        for key in self._catalog.methods[method["method"]]["head_weights"]:
-            if method[key] > 0:
+        for key in self._catalog.methods[method.name]["head_weights"]:
+            if method.value[key] > 0:
                 detail = f"{key} compares proposals, and a one-stage detector has none: set it to 0"
-                self._error(("distillation", key), "head_does_not_pair", detail)
+                self._error((*method.path, key), "head_does_not_pair", detail)
 
 
 def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> Resolved:
