@@ -32,7 +32,7 @@ class Catalog:
         return dict(self.document["pretrained"])
 
     def schema(self, section: str) -> dict[str, Any]:
-        """Return the JSON Schema of `schedule`, `evaluation`, `augmentation` or `combination`."""
+        """Return the JSON Schema of `schedule`, `evaluation`, `augmentation`, `resources` or `combination`."""
         return dict(self.document[section]["schema"])
 
 

@@ -15,7 +15,7 @@ from worker.data import FORMATS
 from worker.detectors import DETECTORS
 from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
 from worker.detectors.pretrained import PRETRAINED, classes_of
-from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
+from worker.engine.config import AugmentationConfig, EvaluationConfig, ResourcesConfig, ScheduleConfig
 from worker.methods import METHODS
 from worker.methods.combined import MemberConfig
 
@@ -73,6 +73,7 @@ def catalog() -> dict[str, Any]:
         "schedule": {"schema": _schema(ScheduleConfig)},
         "evaluation": {"schema": _schema(EvaluationConfig)},
         "augmentation": {"schema": _schema(AugmentationConfig)},
+        "resources": {"schema": _schema(ResourcesConfig)},
         "dataset_formats": {name: {"summary": f"{entry.title}: {entry.layout}"} for name, entry in FORMATS.items()},
     }
 

@@ -10,6 +10,7 @@ from torchvision.models.detection._utils import overwrite_eps
 from worker.config import Config
 from worker.detectors.backbones import Pyramid
 from worker.detectors.config import PyramidConfig
+from worker.report import RunError
 
 HeadKind = Literal["two_stage", "one_stage"]
 Part = Literal["backbone", "anchors", "logits"]
@@ -102,6 +103,7 @@ class Detector(nn.Module):
 
     provides: tuple[Part, ...] = ()
 
+    backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
     classes: list[str]
     head_kind: HeadKind
@@ -116,6 +118,31 @@ class Detector(nn.Module):
         self.classes = list(classes)
         self.strides = strides
         self.channels = (config.pyramid_channels,) * len(strides)
+
+    def freeze_stages(self, stages: int) -> None:
+        """Fix the first `stages` (0 to 4) of the backbone, see `Pyramid.freeze`; before an optimiser is built.
+
+        Raises:
+            RunError: `stages_cannot_freeze` if the detector has no backbone with a pyramid, unless `stages` is 0.
+            ValueError: `stages` is out of range.
+        """
+        backbone = getattr(self, "backbone", None)
+        if isinstance(backbone, Pyramid):
+            backbone.freeze(stages)
+        elif stages:
+            raise RunError(
+                "user",
+                "stages_cannot_freeze",
+                f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
+                "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
+            )
+
+    def compile_trunk(self) -> None:
+        """Compile the trunk in place by torch.compile; the names of its parameters stay."""
+        for module in (
+            (self.backbone.body, self.backbone.fpn) if isinstance(self.backbone, Pyramid) else (self.backbone,)
+        ):
+            module.compile()
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
