@@ -18,12 +18,12 @@ class Catalog:
 
     @property
     def detectors(self) -> dict[str, Any]:
-        """Detector families by architecture: summary, head, schema."""
+        """Detector families by architecture: summary, head, provides, schema."""
         return dict(self.document["detectors"])
 
     @property
     def methods(self) -> dict[str, Any]:
-        """Distillation methods by name: summary, needs, needs_teacher, schema."""
+        """Distillation methods by name: summary, needs, needs_teacher, weights that need more, schema."""
         return dict(self.document["methods"])
 
     @property
@@ -32,7 +32,7 @@ class Catalog:
         return dict(self.document["pretrained"])
 
     def schema(self, section: str) -> dict[str, Any]:
-        """Return the JSON Schema of `schedule`, `evaluation`, `augmentation` or `resources`."""
+        """Return the JSON Schema of `schedule`, `evaluation`, `augmentation`, `resources` or `combination`."""
         return dict(self.document[section]["schema"])
 
 

@@ -166,8 +166,10 @@ def _check_rules(schema: Mapping[str, Any], value: Mapping[str, Any], path: Path
             yield problem(at, "out_of_range", f"it belongs to {wanted}, and {other} is {bound}; got {show(given)}")
 
 
-def _check_chosen(entries: Mapping[str, Any], key: str, value: object, path: Path) -> Section:
-    """Check an object whose schema hangs on `value[key]`."""
+def _check_chosen(
+    entries: Mapping[str, Any], key: str, value: object, path: Path, *, also: Mapping[str, Any] | None = None
+) -> Section:
+    """Check an object whose schema hangs on `value[key]`; it may have the keys of the schema `also` besides."""
     if not isinstance(value, dict):
         return Section(None, [problem(pointer(path), "wrong_type", f"it must be an object; got {show(value)}")])
     if key not in value:
@@ -176,7 +178,10 @@ def _check_chosen(entries: Mapping[str, Any], key: str, value: object, path: Pat
     chosen = value[key]
     if not isinstance(chosen, str) or chosen not in entries:
         return Section(None, [unknown_choice((*path, key), chosen, list(entries))])
-    return check_section(entries[chosen]["schema"], value, path)
+    schema = entries[chosen]["schema"]
+    if also:
+        schema = schema | {"properties": schema["properties"] | also["properties"]}
+    return check_section(schema, value, path)
 
 
 def check_detector(catalog: Catalog, value: object, path: Path) -> Section:
@@ -184,6 +189,7 @@ def check_detector(catalog: Catalog, value: object, path: Path) -> Section:
     return _check_chosen(catalog.detectors, "architecture", value, path)
 
 
-def check_method(catalog: Catalog, value: object, path: Path) -> Section:
-    """Check a `distillation` section: `method` picks the schema."""
-    return _check_chosen(catalog.methods, "method", value, path)
+def check_method(catalog: Catalog, value: object, path: Path, *, combined: bool = False) -> Section:
+    """Check a method's spec: `method` picks the schema; one that is combined with others has a `weight` besides."""
+    also = catalog.schema("combination") if combined else None
+    return _check_chosen(catalog.methods, "method", value, path, also=also)

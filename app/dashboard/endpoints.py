@@ -119,13 +119,19 @@ def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> Respo
         section="jobs",
         initial=job,
         job=job,
-        method=spec["distillation"]["method"],
+        method=_methods(spec["distillation"]),
         teacher=spec["teacher"] and _detector(spec["teacher"]),
         student=_detector(spec["student"]),
         spec_yaml=yaml.safe_dump(spec, sort_keys=False, allow_unicode=True),
         plotly=assets.url(assets.PLOTLY),
         plotly_map_style_id=assets.PLOTLY_MAP_STYLE_ID,
     )
+
+
+def _methods(distillation: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """Name a method, or all that are combined: "defeat + pkd"."""
+    chosen = distillation if isinstance(distillation, list) else [distillation]
+    return " + ".join(one["method"] for one in chosen)
 
 
 def _detector(side: dict[str, Any]) -> str:

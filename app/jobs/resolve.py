@@ -14,11 +14,12 @@ from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
+from app.jobs.methods import Chosen, check_methods, part_problems
 from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_apart, strides_apart
 from app.jobs.spec import JobSpec
 from app.models import Checkpoint, Dataset
 from app.states import AWAITING_UPLOAD, READY
-from app.validation import Path, Section, check_detector, check_method, check_section, unknown_choice
+from app.validation import Path, Section, check_detector, check_section, unknown_choice
 
 # An error with one of these codes that comes alone gives the whole answer its code.
 RULES = frozenset(
@@ -34,6 +35,11 @@ RULES = frozenset(
         "pyramids_do_not_pair",
         "channels_differ",
         "head_does_not_pair",
+        "backbones_do_not_pair",
+        "logits_do_not_pair",
+        "anchors_missing",
+        "logits_missing",
+        "bad_combination",
     }
 )
 
@@ -88,19 +94,23 @@ class Resolver:
         dataset = self._dataset()
         student = self._detector(("student", "detector"))
         self._initial_weights(("student", "initial_weights"))
-        method = self._section(lambda value, path: check_method(self._catalog, value, path), ("distillation",))
-        teacher = self._teacher(method)
+        methods = self._methods()
+        teacher = self._teacher(methods)
         parts = {name: self._parameters(name, (name,)) for name in SECTIONS}
         self._check_splits(dataset, parts["evaluation"])
         self._check_shares(("schedule",), parts["schedule"], parts["resources"])
         self._check_shares(("teacher", "schedule"), teacher.schedule, parts["resources"])
         self._check_classes(dataset, teacher)
-        self._check_pyramids(method, student, teacher)
-        self._check_heads(method, student, teacher)
+        for method in methods:
+            self._check_pyramids(method.value, student, teacher)
+            self._check_heads(method, student, teacher)
+            self._check_parts(method, student, teacher)
         self._raise()
         assert outer is not None
         assert dataset is not None
-        spec = outer.model_dump() | parts | {"distillation": method}
+        distillation = [method.value for method in methods]
+        is_list = isinstance(outer.distillation, list)
+        spec = outer.model_dump() | parts | {"distillation": distillation if is_list else distillation[0]}
         spec["student"]["detector"] = student
         if spec["teacher"] is not None and spec["teacher"]["source"] != "pretrained":
             spec["teacher"]["detector"] = teacher.detector
@@ -109,7 +119,9 @@ class Resolver:
         return Resolved(spec, dataset)
 
     def _error(self, path: Path, code: str, detail: str) -> None:
-        self._errors.append(problem(pointer(path), code, detail))
+        error = problem(pointer(path), code, detail)
+        if error not in self._errors:  # two methods may want the same
+            self._errors.append(error)
 
     def _raise(self) -> None:
         if self._errors:
@@ -187,10 +199,15 @@ class Resolver:
         if isinstance(value, str) and value.startswith("ckpt_"):
             self._checkpoint(path, value)
 
-    def _teacher(self, method: dict[str, Any] | None) -> _Teacher:
-        teacher = self._given(("teacher",))
-        if teacher is None and method is not None and self._catalog.methods[method["method"]]["needs_teacher"]:
-            detail = f"method {method['method']} needs a teacher: give `teacher`, or take a method that needs none"
+    def _methods(self) -> list[Chosen]:
+        chosen, problems = check_methods(self._catalog, self._given(("distillation",)), ("distillation",))
+        self._errors.extend(problems)
+        return chosen
+
+    def _teacher(self, methods: list[Chosen]) -> _Teacher:
+        needing = [method.name for method in methods if self._catalog.methods[method.name]["needs_teacher"]]
+        if self._given(("teacher",)) is None and needing:
+            detail = f"method {needing[0]} needs a teacher: give `teacher`, or take a method that needs none"
             self._error(("teacher",), "teacher_required", detail)
         source = self._given(("teacher", "source"))
         if source == "train":
@@ -259,8 +276,8 @@ class Resolver:
         if all(isinstance(name, str) for name in class_map.values()):  # else the outer model has said so
             self._errors.extend(class_problems(dataset.classes, teacher.classes, class_map))
 
-    def _check_pyramids(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if method is None or student is None or teacher.detector is None:
+    def _check_pyramids(self, method: dict[str, Any], student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is None or teacher.detector is None:
             return
         needs = self._catalog.methods[method["method"]]["needs"]
         is_free = self._given(("teacher", "source")) == "train"
@@ -272,13 +289,17 @@ class Resolver:
             if need in needs and detail:
                 self._error(("student", "detector", key), code, detail)
 
-    def _check_heads(self, method: dict[str, Any] | None, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if method is None or student is None or teacher.detector is None:
+    def _check_parts(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is not None and teacher.detector is not None:
+            self._errors.extend(part_problems(self._catalog, method, student, teacher.detector))
+
+    def _check_heads(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
+        if student is None or teacher.detector is None:
             return
-        for key in self._catalog.methods[method["method"]]["head_weights"]:
+        for key in self._catalog.methods[method.name]["head_weights"]:
             detail = heads_apart(self._catalog, key, student, teacher.detector)
-            if method[key] > 0 and detail:
-                self._error(("distillation", key), "head_does_not_pair", detail)
+            if method.value[key] > 0 and detail:
+                self._error((*method.path, key), "head_does_not_pair", detail)
 
 
 def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> Resolved:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from app.bodies import Body, Name
+from app.bodies import Body, Name, show
 
 Parameters = Annotated[dict[str, Any], Field(default_factory=dict)]
 
@@ -26,6 +26,24 @@ def _initial_weights(value: str) -> str:
         )
     return value
 
+
+def _object_or_list(value: Any) -> Any:
+    # Said here: as a union, pydantic would say it once for each of its types.
+    if not isinstance(value, (dict, list)):
+        raise PydanticCustomError(
+            "wrong_type", "it must be an object, or a list of objects; got {given}", {"given": show(value)}
+        )
+    return value
+
+
+Distillation = Annotated[
+    dict[str, Any] | list[Annotated[Any, WithJsonSchema({"type": "object"})]],
+    Field(
+        description="`method` and its parameters, see `methods` in the catalog; or a list of at least two of these, "
+        "each with a `weight` besides, see `combination` there."
+    ),
+    BeforeValidator(_object_or_list),
+]
 
 InitialWeights = Annotated[
     str,
@@ -91,7 +109,7 @@ class JobSpec(Body):
         None, discriminator="source", description="Null for methods that need none."
     )
     student: StudentSpec
-    distillation: dict[str, Any] = Field(description="`method` and its parameters; see `methods` in the catalog.")
+    distillation: Distillation
     schedule: Parameters
     evaluation: Parameters
     augmentation: Parameters

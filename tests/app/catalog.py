@@ -36,7 +36,14 @@ TEACHER_DETECTOR = {
 
 CATALOG: dict[str, Any] = {
     "format_version": 1,
-    "detectors": {"faster_rcnn": {"summary": "Two stages.", "head": "two_stage", "schema": DETECTOR}},
+    "detectors": {
+        "faster_rcnn": {
+            "summary": "Two stages.",
+            "head": "two_stage",
+            "provides": ["backbone", "anchors"],
+            "schema": DETECTOR,
+        }
+    },
     "pretrained": {
         "fasterrcnn_resnet50_fpn": {
             "detector": TEACHER_DETECTOR,
@@ -52,6 +59,8 @@ CATALOG: dict[str, Any] = {
             "needs": ["neck"],
             "needs_teacher": True,
             "head_weights": [],
+            "backbone_weights": [],
+            "logit_weights": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,
@@ -63,17 +72,42 @@ CATALOG: dict[str, Any] = {
                 },
             },
         },
+        "hints": {
+            "summary": "Two parts.",
+            "needs": ["neck", "student.anchors"],
+            "needs_teacher": True,
+            "head_weights": [],
+            "backbone_weights": [],
+            "logit_weights": ["logits_weight"],
+            "schema": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "method": {"const": "hints", "default": "hints", "type": "string"},
+                    "logits_weight": {"type": "number", "minimum": 0, "default": 0.0},
+                },
+            },
+        },
         "baseline": {
             "summary": "No distillation.",
             "needs": [],
             "needs_teacher": False,
             "head_weights": [],
+            "backbone_weights": [],
+            "logit_weights": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,
                 "properties": {"method": {"const": "baseline", "default": "baseline", "type": "string"}},
             },
         },
+    },
+    "combination": {
+        "schema": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"weight": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000, "default": 1.0}},
+        }
     },
     "schedule": {
         "schema": {

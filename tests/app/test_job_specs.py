@@ -7,12 +7,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.bodies import pointer, show
-from app.catalog import load_catalog
+from app.catalog import Catalog, load_catalog
 from app.db import Database
 from app.models import Dataset, Job
 from app.validation import check, check_detector, complete, unknown_choice
 from tests.app import seed
-from tests.app.catalog import BACKBONES, TEACHER_DETECTOR
+from tests.app.catalog import BACKBONES, CATALOG, TEACHER_DETECTOR
 from tests.app.conftest import ONE_DATABASE, RecordingQueue, Tenant
 
 
@@ -110,6 +110,52 @@ def test_the_checkpoints_detector_becomes_the_teachers(api: TestClient, database
     other = teacher | {"detector": TEACHER_DETECTOR | {"pyramid_channels": 8}}
     answer = api.post("/v1/jobs/validate", json=_with(spec, "teacher", other))
     assert (answer.status_code, answer.json()["code"]) == (422, "teacher_detector_differs")
+
+
+HINTS = {"method": "hints"}
+
+
+def test_methods_are_combined_each_with_a_weight(api: TestClient, spec):
+    body = _with(spec, "distillation", [{"method": "defeat", "mask": "cover"}, HINTS | {"weight": 0.5}])
+    resolved = api.post("/v1/jobs/validate", json=body).json()["spec"]
+    first = {"method": "defeat", "neck_object_weight": 4.0, "temperature": 1.0, "mask": "cover", "weight": 1.0}
+    assert resolved["distillation"] == [first, {"method": "hints", "logits_weight": 0.0, "weight": 0.5}]
+    assert api.post("/v1/jobs/validate", json=resolved).json()["spec"] == resolved
+    assert _errors(api, _with(body, "teacher", None)) == [("/teacher", "teacher_required")]
+
+
+@pytest.mark.parametrize(
+    ("given", "errors"),
+    [
+        ([], [("", "bad_combination")]),
+        ([HINTS], [("", "bad_combination")]),
+        ([HINTS, {"method": "defeat"}, HINTS], [("/2/method", "bad_combination")]),
+        ([{"method": "baseline"}, HINTS], [("/0/method", "bad_combination")]),
+        ([HINTS, {"method": "defeat", "weight": 0}], [("/1/weight", "out_of_range")]),
+        ([HINTS, {"method": "defeat", "weight": 1001}], [("/1/weight", "out_of_range")]),
+        ([HINTS, {"method": "defeat", "wieght": 1}], [("/1/wieght", "unknown_key")]),
+        ([HINTS, {"weight": 1}], [("/1/method", "missing_key")]),
+        ([HINTS, {"method": "magic"}], [("/1/method", "unknown_method")]),
+        ([HINTS, 5], [("/1", "wrong_type")]),
+        ([HINTS] * 50, [(f"/{index}/method", "bad_combination") for index in (1, 2, 3)]),
+        ("defeat", [("", "wrong_type")]),
+    ],
+)
+def test_what_cannot_be_combined_says_where(api: TestClient, spec, given: Any, errors: list):
+    found = _errors(api, _with(spec, "distillation", given))
+    assert found == [(f"/distillation{at}", code) for at, code in errors]
+
+
+def test_parts_that_a_detector_has_not_are_refused(api: TestClient, client: TestClient, spec):
+    without = copy.deepcopy(CATALOG)
+    without["detectors"]["faster_rcnn"]["provides"] = []
+    client.app.dependency_overrides[load_catalog] = lambda: Catalog(without)  # type: ignore[attr-defined]
+    assert _errors(api, _with(spec, "distillation", HINTS)) == [("/distillation/method", "anchors_missing")]
+    body = _with(spec, "distillation", [{"method": "defeat"}, HINTS | {"logits_weight": 1}])
+    assert _errors(api, body) == [
+        ("/distillation/1/logits_weight", "logits_do_not_pair"),
+        ("/distillation/1/method", "anchors_missing"),
+    ]
 
 
 def test_the_baseline_needs_no_teacher(api: TestClient, spec):

@@ -88,6 +88,23 @@ def test_turns_pages_and_comes_back(page: Page) -> None:
     expect(page).to_have_url(re.compile("/jobs$"))
 
 
+def test_combined_methods_are_named_together(page: Page, service: Service) -> None:
+    with service.database.write() as session:
+        dataset = session.get_one(Dataset, service.seeded.dataset)
+        job = Seeder(session, service.storage, service.seeded.tenant_id).job(
+            "combined", dataset, status="queued", age=timedelta(0)
+        )
+        members = [{"method": "defeat", "weight": 1.0}, {"method": "pkd", "weight": 0.5}]
+        job.spec = {**job.spec, "distillation": members}
+    page.goto("/jobs")
+    expect(row(page, job.id)).to_contain_text("defeat + pkd")
+    row(page, job.id).get_by_role("link").click()
+    expect(page.locator(".facts-line")).to_contain_text("defeat + pkd")
+    page.goto("about:blank")  # the page asks for its job again and again
+    with service.database.write() as session:
+        session.delete(session.get_one(Job, job.id))
+
+
 def test_hostile_names_are_shown_as_text(page: Page, service: Service) -> None:
     with service.database.write() as session:
         dataset = session.get_one(Dataset, service.seeded.dataset)

@@ -38,10 +38,12 @@ function fillTime(cell, job) {
   setText(cell.children[1], eta == null ? "" : `${format.duration(eta)} left`);
 }
 
+const methods = ({ distillation }) => [distillation].flat().map((one) => one.method).join(" + ");
+
 function fillRow(row, job) {
   const [name, status, progress, time, ap, ap50, created] = row.children;
   const labels = Object.entries(job.labels).map(([key, value]) => `${key}: ${value}`);
-  setText(name.children[1], [job.spec.distillation.method, ...labels].join(" · "));
+  setText(name.children[1], [methods(job.spec), ...labels].join(" · "));
   setBadge(status.firstElementChild, job.status, format.words(job.status));
   const { fraction, text } = describeProgress(job);
   setAttribute(progress.children[0], "value", fraction);

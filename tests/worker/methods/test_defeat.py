@@ -6,9 +6,10 @@ from torchvision.ops import box_iou
 
 from tests.worker.methods.support import START, one_pass, pair
 from tests.worker.methods.test_losses import restated_logit_loss
-from tests.worker.support_engine import images_and_targets
-from worker import methods
+from tests.worker.support_engine import CLASSES, TINY, images_and_targets
+from worker import detectors, methods
 from worker.methods import Clock
+from worker.report import RunError
 
 HEAD_ONLY = {"method": "defeat", "neck_object_weight": 0, "neck_background_weight": 0}
 TEMPERATURES = {"head_object_temperature": 2.0, "head_background_temperature": 3.0}
@@ -120,3 +121,72 @@ def test_warmup_and_decay_scale_every_loss():
     assert full.keys() == {"neck_object", "neck_background", "head_object", "head_background"}
     for name, loss in full.items():
         assert part[name].item() == pytest.approx(loss.item() * (4 / 8) * (3 / 4), rel=1e-6)
+
+
+BACKBONE_ONLY = {
+    "method": "defeat",
+    **dict.fromkeys([f"{part}_{kind}_weight" for part in ("neck", "head") for kind in ("object", "background")], 0),
+    "backbone_object_weight": 3.0,
+    "backbone_background_weight": 5.0,
+}
+
+
+def restated_backbone_masks(boxes, height, width, sizes):
+    """Every box on one map at stride 4, truncated; then each level takes the cell that lies at its own cell's place."""
+    finest = torch.zeros(len(boxes), -(-height // 4), -(-width // 4), dtype=torch.bool)
+    for picture, of_picture in enumerate(boxes):
+        for x1, y1, x2, y2 in of_picture.tolist():
+            left, top, right, bottom = (int(value / 4) for value in (x1, y1, x2, y2))
+            if right <= left or bottom <= top:
+                right, bottom = left + 1, top + 1
+            finest[picture, top:bottom, left:right] = True
+    masks = []
+    for rows, columns in sizes:
+        mask = torch.zeros(len(boxes), 1, rows, columns, dtype=torch.bool)
+        for y in range(rows):
+            for x in range(columns):
+                mask[:, 0, y, x] = finest[:, y * finest.shape[1] // rows, x * finest.shape[2] // columns]
+        masks.append(mask)
+    return masks
+
+
+def test_the_backbone_part_is_the_necks_loss_on_c3_to_c5_with_every_box_on_each():
+    torch.manual_seed(0)
+    detector = {**TINY, "strides": [4, 8, 16, 32]}
+    student = detectors.build({**detector, "pyramid_channels": 8}, CLASSES).train()
+    teacher = detectors.build({**detector, "backbone": "timm/resnet10t"}, CLASSES).eval().requires_grad_(False)
+    method = methods.build(BACKBONE_ONLY, student, teacher)
+    with torch.no_grad():  # as they start, differences between the students' maps would not show
+        for adapter in method.backbone_adapters:
+            adapter[0].weight.normal_(std=0.1)
+    passed = one_pass(student)
+    losses = method(passed, teacher, START)
+    assert losses.keys() == {"backbone_object", "backbone_background"}
+    assert method.backbone_strides == [8, 16, 32]
+    assert list(passed.backbone) == [4, 8, 16, 32]
+    theirs = teacher.backbone.body(passed.images)
+    adapted = []
+    for (convolution, _), stride in zip(method.backbone_adapters, (8, 16, 32), strict=True):
+        assert convolution.weight.shape[2:] == (3, 3)
+        adapted.append(convolution(passed.backbone[stride]).clamp(min=0).detach().double())
+    boxes, sizes = [target["boxes"] for target in passed.targets], [tuple(one.shape[-2:]) for one in adapted]
+    masks = restated_backbone_masks(boxes, *passed.images.shape[-2:], sizes)
+    others = [one.double() for one in list(theirs.values())[1:]]
+    for name, weight, mine in (("backbone_object", 3.0, True), ("backbone_background", 5.0, False)):
+        total = 0.0
+        for one, other, mask in zip(adapted, others, masks, strict=True):
+            chosen = (mask == mine).expand_as(one)
+            total += ((one - other)[chosen] ** 2).sum().item() / max(1, 2 * chosen.sum().item())
+        assert losses[name].item() == pytest.approx(weight * total / 3, rel=1e-5)
+    sum(losses.values()).backward()
+    assert any(parameter.grad is not None for parameter in student.backbone.body.parameters())
+    assert all(parameter.grad is None for parameter in student.backbone.fpn.parameters())
+
+
+def test_backbones_without_a_common_stride_or_without_a_pyramid_are_refused():
+    student, teacher = pair()
+    teacher.backbone = torch.nn.Sequential()
+    with pytest.raises(RunError) as caught:
+        methods.build(BACKBONE_ONLY, student, teacher)
+    assert (caught.value.failure_class, caught.value.code) == ("user", "backbones_do_not_pair")
+    assert "[8, 16], the teacher's []" in caught.value.detail

@@ -1,10 +1,13 @@
 """The losses against a plain restatement of the formulas: loops and float64, written from the description."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
+from torch import distributed
 
+from worker.methods import losses
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 
 
@@ -72,6 +75,86 @@ def test_feature_loss_and_gradients_equal_the_restatement(features):
     gradients = [torch.autograd.grad(loss, student, retain_graph=True) for loss in weighted]
     for mine, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-12)
+
+
+def test_feature_loss_in_small_blocks_is_the_same(features, monkeypatch):
+    student, teacher, masks = features
+    whole = decoupled_feature_loss(student, teacher, masks)
+    monkeypatch.setitem(losses.BLOCK, "cpu", 25)
+    cut = decoupled_feature_loss(student, teacher, masks)
+    for mine, plain in zip(cut, whole, strict=True):
+        assert mine.item() == pytest.approx(plain.item(), rel=1e-12)
+        gradients = [torch.autograd.grad(loss, student, retain_graph=True) for loss in (mine, plain)]
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_gradients_in_half_are_those_of_float32_rounded(features):
+    student, teacher, masks = features
+    halves = [one.detach().bfloat16().requires_grad_() for one in student]
+    singles = [one.detach().float().requires_grad_() for one in halves]
+    for dtype in (torch.bfloat16, torch.float32):
+        others = [one.to(dtype) for one in teacher]
+        rounded = [one.float() for one in others]
+        mine = torch.autograd.grad(sum(decoupled_feature_loss(halves, others, masks)), halves)
+        plain = torch.autograd.grad(sum(decoupled_feature_loss(singles, rounded, masks)), singles)
+        assert all(torch.equal(one, other.bfloat16()) for one, other in zip(mine, plain, strict=True))
+
+
+def _rank(rank, address, results):
+    """One process of two: its half of the batch; sends back its loss and gradients."""
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        student, teacher, masks, logits, others, labels = _joined()
+        half = slice(rank, rank + 1)
+        mine = [one[half].detach().requires_grad_() for one in student]
+        own = logits[4 * rank : 4 * rank + 4].detach().requires_grad_()
+        rows = slice(4 * rank, 4 * rank + 4)
+        theirs, cells = [one[half] for one in teacher], [one[half] for one in masks]
+        loss = _total(mine, theirs, cells, own, others[rows], labels[rows])
+        gradients = torch.autograd.grad(loss, [*mine, own])
+        results.put((rank, loss.item(), [one.tolist() for one in gradients]))
+    finally:
+        distributed.destroy_process_group()
+
+
+def _joined():
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 3, 5, 4), (2, 3, 2, 2), (2, 3, 1, 1)]
+    student = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    teacher = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    masks = [torch.rand(b, 1, h, w, generator=generator) < 0.4 for b, _, h, w in shapes]
+    masks[1][0], masks[1][1] = False, True  # one rank has no object there, the other no background
+    masks[2][:] = False
+    logits = torch.randn(8, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    others = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    return student, teacher, masks, logits, others, torch.tensor([1, 0, 0, 0, 2, 3, 1, 0])
+
+
+def _total(student, teacher, masks, logits, others, labels):
+    objects, background = decoupled_feature_loss(student, teacher, masks)
+    head = decoupled_logit_loss(logits, others, labels, object_temperature=1.0, background_temperature=2.0)
+    return 4 * objects + 16 * background + 2 * sum(head)
+
+
+def test_the_mean_over_two_processes_is_one_process_with_both_batches(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    address = f"file://{tmp_path / 'meeting'}"
+    ranks = [context.Process(target=_rank, args=(rank, address, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    answers = [results.get(timeout=60) for _ in ranks]
+    found = {rank: (loss, gradients) for rank, loss, gradients in answers}
+    for rank in ranks:
+        rank.join(timeout=60)
+        assert rank.exitcode == 0
+    student, teacher, masks, logits, others, labels = _joined()
+    loss = _total(student, teacher, masks, logits, others, labels)
+    assert (found[0][0] + found[1][0]) / 2 == pytest.approx(loss.item(), rel=1e-12)
+    for index, whole in enumerate(torch.autograd.grad(loss, [*student, logits])):
+        joined = torch.cat([torch.tensor(found[rank][1][index], dtype=torch.float64) for rank in range(2)])
+        # Each rank's gradient is of its own pictures alone; the average over ranks halves it.
+        torch.testing.assert_close(joined / 2, whole, rtol=1e-10, atol=1e-14)
 
 
 def test_feature_loss_in_float32_and_half_is_the_same_number(features):
