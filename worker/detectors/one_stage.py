@@ -1,6 +1,6 @@
 """What one-stage families share: dense heads over the pyramid, taken apart for distillation.
 
-Labels. torchvision's one-stage heads give each class a column of its own and score it by a sigmoid; a label is the
+Labels. torchvision's RetinaNet and FCOS give each class a column of its own and score it by a sigmoid; a label is the
 index of its column, and there is no background class. Its published weights were trained on labels from 1 all the same:
 they have 91 columns for 90 classes, and column 0 is never a target. So do detectors here: labels count from 1
 everywhere, the head has one column more than there are classes, and column 0 is no class: it is never a target and
@@ -13,19 +13,23 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 from worker.detectors.config import PyramidConfig, Strides
+from worker.detectors.outputs import select_outputs
 
 
 class OneStageConfig(PyramidConfig):
-    """What one-stage detectors have in common."""
+    """What one-stage detectors on a feature pyramid have in common."""
 
     strides: Strides = (8, 16, 32)
     extra_levels: Annotated[
-        Literal["none", "p6p7"],
-        Field(description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions."),
+        Literal["none", "p6p7", "p6p7_backbone"],
+        Field(
+            description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions from "
+            "the pyramid's coarsest map. `p6p7_backbone`: from the backbone's."
+        ),
     ] = "p6p7"
     candidates: Annotated[
         int, Field(description="Boxes kept per level and picture in detection, before suppression.", ge=1, le=10_000)
@@ -37,7 +41,6 @@ class OneStageDetector(Detector):
 
     head_kind: HeadKind = "one_stage"
     # What torchvision sets without saying the types.
-    transform: Any
     backbone: Any
     head: Any
     anchor_generator: Any
@@ -75,6 +78,10 @@ class OneStageDetector(Detector):
         """See `Detector.detect`."""
         return cast(list[Detections], self(images))
 
+
+class SigmoidDetector(OneStageDetector):
+    """A one-stage detector whose classes are scored each on its own: column 0 of its head is no class."""
+
     def postprocess_detections(
         self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
     ) -> list[Detections]:
@@ -91,20 +98,6 @@ class OneStageDetector(Detector):
         columns = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
         # The outputs of a cell: every class of its first anchor, then of its second, …
         rows = (torch.arange(head.num_anchors)[:, None] * head.num_classes + columns).flatten()
-        head.cls_logits = _select_outputs(head.cls_logits, rows)
+        head.cls_logits = select_outputs(head.cls_logits, rows)
         head.num_classes = len(columns)
         self.classes = list(classes)
-
-
-def _select_outputs(layer: nn.Conv2d, rows: Tensor) -> nn.Conv2d:
-    """Return a 3x3 convolution with only these of the output channels, in this order."""
-    weight = layer.weight[rows.to(layer.weight.device)]
-    selected = nn.Conv2d(
-        layer.in_channels, len(rows), kernel_size=3, padding=1, device=weight.device, dtype=weight.dtype
-    )
-    with torch.no_grad():
-        selected.weight.copy_(weight)
-        assert layer.bias is not None
-        assert selected.bias is not None
-        selected.bias.copy_(layer.bias[rows.to(weight.device)])
-    return selected

@@ -1,5 +1,6 @@
 """What a distillation method is: a module that turns one training pass of the student into further losses."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.normalization import Renormalization
 from worker.report import RunError
 
 
@@ -60,6 +62,33 @@ def paper_value(given: float | None, student: Detector, *, two_stage: float, one
     return two_stage if student.head_kind == "two_stage" else one_stage
 
 
+def _map_shapes(detector: Detector, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return height and width of each of the detector's maps of a picture of this size, without computing them."""
+    shapes = copy.deepcopy(detector).to("meta").eval()
+    maps = shapes.trunk(torch.zeros(1, 3, *size, device="meta"))
+    return [(features.shape[-2], features.shape[-1]) for features in maps.values()]
+
+
+@torch.no_grad()
+def _require_equal_maps(
+    student: Detector, teacher: Detector, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> None:
+    """Raise `RunError` unless paired maps have one shape. Some backbones round a map's size up, some down.
+
+    Only students that resize to a fixed size need it: the others' batches are multiples of 32, where all agree.
+    """
+    ours, theirs = _map_shapes(student, size), _map_shapes(teacher, size)
+    for mine, other in pairs:
+        if ours[mine] != theirs[other]:
+            raise RunError(
+                "user",
+                "maps_do_not_pair",
+                f"of a picture of {size[0]} x {size[1]} px the student's map at stride {student.strides[mine]} is "
+                f"{ours[mine][0]} x {ours[mine][1]}, the teacher's {theirs[other][0]} x {theirs[other][1]}: give the "
+                "student a size that is a multiple of 32, or take a teacher with another backbone",
+            )
+
+
 class NeckMethod(Method):
     """Base of methods that match the neck: pairs the levels, and brings the student's maps to the teacher's channels.
 
@@ -67,9 +96,13 @@ class NeckMethod(Method):
         pairs: the paired levels, (student's index, teacher's index), finest first.
         strides: the stride of each pair in pixels.
         adapters: one module for each pair.
+        renormalize: turns the student's batch into one that is normalised as the teacher's were.
 
     Raises:
-        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride.
+        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride;
+            `maps_do_not_pair` if the
+            maps of a shared stride are of unlike shapes at the size that the student gives every
+            picture.
     """
 
     def __init__(
@@ -91,12 +124,15 @@ class NeckMethod(Method):
         self.adapters = nn.ModuleList(
             adapter(student.channels[ours], teacher.channels[theirs]) for ours, theirs in self.pairs
         )
+        if student.fixed_size is not None:
+            _require_equal_maps(student, teacher, self.pairs, student.fixed_size)
+        self.renormalize = Renormalization(student.normalization, teacher.normalization)
 
     @torch.no_grad()
     def teacher_features(self, student: TrainPass, teacher: Detector | None) -> Mapping[str, Tensor]:
-        """Return the teacher's maps of the very batch that the student saw."""
+        """Return the teacher's maps of the very batch that the student saw, normalised as the teacher is used to."""
         assert teacher is not None
-        return teacher.trunk(student.images)
+        return teacher.trunk(self.renormalize(student.images, student.image_sizes))
 
     def maps(self, student: TrainPass, teacher_features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paired levels: the student's maps, adapted, and the teacher's; each (B, C, H, W), same shapes."""
