@@ -159,6 +159,8 @@ def _check_rules(schema: Mapping[str, Any], value: Mapping[str, Any], path: Path
             yield problem(at, "out_of_range", f"it must be below {other}, which is {bound}; got {show(given)}")
         elif rule["rule"] == "at_most" and any(number > bound for number in numbers):
             yield problem(at, "out_of_range", f"it must be at most {other}, which is {bound}; got {show(given)}")
+        elif rule["rule"] == "divides" and bound % given:
+            yield problem(at, "out_of_range", f"it must divide {other}, which is {bound}; got {show(given)}")
         elif rule["rule"] == "only_with" and given and bound != rule["value"]:
             wanted = f"{other}: {rule['value']}"
             yield problem(at, "out_of_range", f"it belongs to {wanted}, and {other} is {bound}; got {show(given)}")

@@ -11,12 +11,13 @@ from worker.report import RunError
 class Rule(TypedDict):
     """How the value of one key bounds another's: a schema's `x-rules`, which the API checks when a job is sent.
 
-    `below` and `at_most` compare a number, or each number of a list, with the other key's number; `only_with` wants the
-    other key to have `value` unless this one is empty. The config's own validator says the same.
+    `below` and `at_most` compare a number, or each number of a list, with the other key's number; `divides` wants the
+    other key's number to be a multiple; `only_with` wants the other key to have `value` unless this one is empty. The
+    config's own validator says the same.
     """
 
     key: str
-    rule: Literal["below", "at_most", "only_with"]
+    rule: Literal["below", "at_most", "divides", "only_with"]
     other: str
     value: NotRequired[str]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.report import RunError, Subject, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -24,14 +24,21 @@ class Best:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Where a run stands after a whole epoch.
+    """Where a run stands after an optimiser step.
+
+    Random states are not in it: each step seeds its own (`seeds`), and the sampler's order follows from the epoch.
 
     Attributes:
         subject: who is being trained.
         epoch: completed epochs.
+        step: completed steps of the epoch after those.
         model: the detector's tensors.
         method: the method's tensors (adapters).
         optimizer: the optimiser's state.
+        scaler: the loss scaler's state; empty unless in float16.
+        average: the moving average of the detector's tensors, where one is kept.
+        running: sums of the metrics that were not logged yet, and how often each was counted.
+        quiet_steps: for each part of the loss, how many steps up to now it has been 0.
         best: the best detector so far, if any was evaluated.
         teacher: tensors of a teacher that this job trained, once the student is being trained.
         teacher_metrics: the teacher's evaluation, likewise.
@@ -41,9 +48,14 @@ class TrainingState:
 
     subject: Subject
     epoch: int
+    step: int
     model: dict[str, Tensor]
     method: dict[str, Tensor]
     optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    average: dict[str, Tensor] | None
+    running: dict[str, dict[str, Any]]
+    quiet_steps: dict[str, int]
     best: Best | None
     teacher: dict[str, Tensor] | None
     teacher_metrics: dict[str, Any] | None

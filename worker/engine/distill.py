@@ -17,8 +17,10 @@ from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import JobConfig, StudentConfig, TeacherConfig
 from worker.engine.evaluate import summary
 from worker.engine.gallery import write_gallery
+from worker.engine.history import History, Plan
 from worker.engine.seeds import reseed
-from worker.engine.train import EVALUATION_COST, TEACHER_COST, Context, History, Plan, evaluate, train
+from worker.engine.train import EVALUATION_COST, TEACHER_COST, Context, Training, evaluate
+from worker.engine.world import World, local_device
 from worker.report import Reporter, RunError, Subject
 
 # Parts of a job's spec that only the service reads.
@@ -33,15 +35,23 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         Cancelled: the run was asked to end.
     """
     config = JobConfig.parse({key: value for key, value in spec.items() if key not in SERVICE_KEYS}, where="spec")
-    device = resolve_device(inputs["device"])
+    device = local_device(inputs["device"])
     reporter.progress("preparing", fraction=0.0)
+    with World.join(device) as world:
+        return _distill(config, inputs, reporter, device, world)
+
+
+def _distill(
+    config: JobConfig, inputs: Mapping[str, Any], reporter: Reporter, device: torch.device, world: World
+) -> dict[str, Any]:
     dataset = canonical.read(Path(inputs["dataset"]))
     resume = TrainingState.load(Path(inputs["resume"]), device=device) if inputs["resume"] else None
-    context = _context(config, dataset, Path(inputs["dataset"]), device, reporter)
+    context = _context(config, dataset, Path(inputs["dataset"]), device, reporter, world)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
         context.plan.done = resume.done
-        reporter.message("info", "resumed", f"going on after epoch {resume.epoch} of the {resume.subject}'s training")
+        where = f"epoch {resume.epoch}" + (f" and {resume.step} steps" if resume.step else "")
+        reporter.message("info", "resumed", f"going on after {where} of the {resume.subject}'s training")
 
     # All three are built before the teacher is trained: what cannot be paired is said at once, not hours later.
     teacher = _build_teacher(config, inputs, context)
@@ -59,17 +69,17 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         state.teacher_metrics = teacher_metrics
         _keep(context, state)
 
-    best = train(
+    training = Training(
         context,
         student,
         subject="student",
         teacher=teacher,
         method=method,
         schedule=config.schedule,
-        resume=resume if resume and resume.subject == "student" else None,
         save=_save,
     )
-    return _finish(config, context, teacher, teacher_metrics, student, best)
+    best = training.run(resume if resume and resume.subject == "student" else None)
+    return _finish(config, context, teacher, teacher_metrics, student, best) if world.leads else {}
 
 
 def _keep(context: Context, state: TrainingState) -> None:
@@ -79,21 +89,13 @@ def _keep(context: Context, state: TrainingState) -> None:
     context.reporter.checkpoint(path)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `name` asks for; `auto` is the first GPU, or the CPU where there is none.
-
-    Raises:
-        RunError: `device_unavailable` if a GPU is asked for and torch sees none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError("infra", "device_unavailable", f"the device {name} was asked for, and torch sees no GPU here")
-    return torch.device(name)
-
-
 def _context(
-    config: JobConfig, dataset: CanonicalDataset, root: Path, device: torch.device, reporter: Reporter
+    config: JobConfig,
+    dataset: CanonicalDataset,
+    root: Path,
+    device: torch.device,
+    reporter: Reporter,
+    world: World,
 ) -> Context:
     def _split(name: Split) -> PictureReader:
         images = dataset.in_split(name)
@@ -106,11 +108,11 @@ def _context(
     every, evaluated = config.evaluation.every_epochs, len(eval_pictures) * EVALUATION_COST
     step_cost = 1.0 if config.teacher is None else 1.0 + TEACHER_COST
     total = config.schedule.epochs * len(train_pictures) * step_cost + evaluated * -(-config.schedule.epochs // every)
-    if config.teacher is not None:
-        total += evaluated
-    if config.teacher is not None and config.teacher.source == "train":
+    if config.teacher is not None and config.trains_teacher:
         epochs = config.teacher.schedule.epochs
         total += epochs * len(train_pictures) + evaluated * -(-epochs // every)
+    elif config.teacher is not None:
+        total += evaluated
     return Context(
         dataset=dataset,
         train_pictures=train_pictures,
@@ -122,6 +124,7 @@ def _context(
         reporter=reporter,
         history=History(reporter=reporter),
         plan=Plan(total=total),
+        world=world,
     )
 
 
@@ -198,16 +201,15 @@ def _ready_teacher(
 
 
 def _train_teacher(config: TeacherConfig, teacher: Detector, context: Context, resume: TrainingState | None) -> Best:
-    best = train(
+    best = Training(
         context,
         teacher,
         subject="teacher",
         teacher=None,
         method=methods.build({"method": "baseline"}, teacher, None),
         schedule=config.schedule,
-        resume=resume,
         save=lambda state: _keep(context, state),
-    )
+    ).run(resume)
     teacher.load_state_dict(best.model)
     return best
 

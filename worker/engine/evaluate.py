@@ -39,15 +39,20 @@ def detect_split(
     batch_size: int,
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[int, Detections]:
     """Detect in every picture of a split; return the detections by picture id, on the CPU.
+
+    Of `world` processes, number `rank` does its share: every `world`-th picture.
 
     `on_batch` is called with the number of pictures after each batch; it may raise to stop.
     """
     detector.eval()
     found: dict[int, Detections] = {}
-    for start in range(0, len(pictures), batch_size):
-        indices = range(start, min(start + batch_size, len(pictures)))
+    mine = range(rank, len(pictures), world)
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
         images = [to_float(pictures.read(index), device) for index in indices]
         for index, detections in zip(indices, detector.detect(images), strict=True):
             found[pictures.images[index].id] = Detections(

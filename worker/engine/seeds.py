@@ -1,7 +1,7 @@
 """Seeds by purpose: every random choice of a run follows from the job's seed and what it is for.
 
-Reseeding at the start of each epoch makes an epoch a function of (seed, weights, optimiser): a run that is resumed
-at an epoch's start repeats it exactly, with no generator's state to be saved.
+Reseeding before each optimiser step makes a step a function of (seed, weights, optimiser, batch): a run that is resumed
+after any step repeats the next one exactly, with no generator's state to be saved.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:
-    """Return a 63-bit seed for a purpose such as `("student", "epoch", 3)`."""
+    """Return a 63-bit seed for a purpose such as `("student", "step", 3)`."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -1,77 +1,34 @@
 """The training loop: one detector, one method, one schedule."""
 
-import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.data.canonical import CanonicalDataset
-from worker.data.loader import Batch, PictureReader, training_batches
+from worker.data.loader import PictureReader, training_batches
 from worker.detectors.base import Detector
+from worker.engine.average import Average
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
-from worker.engine.evaluate import coco_metrics, detect_split, to_float
-from worker.engine.optim import build_optimizer, learning_rate
+from worker.engine.evaluate import coco_metrics, detect_split
+from worker.engine.health import MEASURE_EVERY, Watch, memory_bytes
+from worker.engine.history import History, Plan, Running
 from worker.engine.seeds import reseed, seed_for
+from worker.engine.step import Step
+from worker.engine.world import World
 from worker.methods.base import Clock, Method
-from worker.report import Reporter, RunError, Stopwatch, Subject
+from worker.report import Cancelled, Reporter, Stopwatch, Subject
 
 LOG_EVERY = 10  # optimiser steps between two metrics events
 # A picture evaluated costs about this much of one trained on; only the progress bar depends on it.
 EVALUATION_COST = 0.35
 # And a frozen teacher's forward pass about this share of a student's step; likewise.
 TEACHER_COST = 0.3
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """How much of the whole run is done, in pictures trained on."""
-
-    total: float
-    done: float = 0.0
-    rate: float = 0.0
-    watch: Stopwatch = field(default_factory=Stopwatch)
-
-    def advance(self, pictures: float) -> None:
-        """Count work and update the rate."""
-        self.done += pictures
-        self.rate = self.watch.lap(pictures)
-
-    @property
-    def fraction(self) -> float:
-        """Share of the whole run that is done, 0 to 1."""
-        return min(self.done / self.total, 1.0) if self.total else 1.0
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds left at the present rate; None before anything was timed."""
-        return (self.total - self.done) / self.rate if self.rate else None
-
-
-@dataclass(kw_only=True)
-class History:
-    """What was logged, to the reporter and for `metrics.json`."""
-
-    reporter: Reporter
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-    def log_metrics(self, subject: Subject, *, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Log the values of one step."""
-        self.reporter.metrics(subject, step=step, epoch=epoch, values=values)
-        self.metrics.append({"subject": subject, "step": step, "epoch": round(epoch, 4), "values": values})
-
-    def log_evaluation(self, subject: Subject, *, epoch: int, metrics: dict[str, Any]) -> None:
-        """Log one evaluation."""
-        self.reporter.evaluation(subject, epoch=epoch, metrics=metrics)
-        self.evaluations.append({"subject": subject, "epoch": epoch, "metrics": metrics})
-
-    def state(self) -> dict[str, list[dict[str, Any]]]:
-        """Return both lists, as `metrics.json` and the training checkpoint hold them."""
-        return {"metrics": list(self.metrics), "evaluations": list(self.evaluations)}
 
 
 @dataclass(kw_only=True)
@@ -88,53 +45,19 @@ class Context:
     reporter: Reporter
     history: History
     plan: Plan
-
-
-def train_step(
-    student: Detector,
-    teacher: Detector | None,
-    method: Method,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    *,
-    clock: Clock,
-    gradient_clip: float,
-    device: torch.device,
-) -> dict[str, float]:
-    """Take one optimiser step and return each part of the loss, their sum, and the gradient's norm before clipping.
-
-    Raises:
-        RunError: `loss_not_finite`, naming the parts; the weights are as they were before the step.
-    """
-    images = [to_float(image, device) for image in batch.images]
-    targets = batch.targets_on(device)
-    passed = student.train_pass(images, targets)
-    losses: dict[str, Tensor] = {**passed.losses, **method(passed, teacher, clock)}
-    parts = torch.stack([loss.float() for loss in losses.values()])
-    total = parts.sum()
-    # All numbers in one copy: each copy of its own would wait for the device.
-    *numbers, whole = torch.cat([parts.detach(), total.detach()[None]]).tolist()
-    values = {f"loss/{name.removeprefix('loss_')}": value for name, value in zip(losses, numbers, strict=True)}
-    if not math.isfinite(whole):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise RunError(
-            "user", "loss_not_finite", f"the loss is not finite at step {clock.step} ({shown}); lower the learning_rate"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip or math.inf)
-    optimizer.step()
-    return {"loss/total": whole, **values, "gradient_norm": norm.item()}
+    world: World
 
 
 def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
-    """Measure a detector on the evaluation split, log it and return the metrics."""
+    """Measure a detector on the evaluation split, log it and return the metrics. Each process does its share."""
+
+    reporter, world = context.reporter, context.world
 
     def _on_batch(pictures: int) -> None:
-        context.reporter.check_cancelled()
-        context.plan.advance(pictures * EVALUATION_COST)
-        context.reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
+        if world.alone:  # one of several that stopped by itself would leave the others waiting
+            reporter.check_cancelled()
+        context.plan.advance(pictures * world.size * EVALUATION_COST)
+        reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
     found = detect_split(
         detector,
@@ -142,24 +65,20 @@ def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: i
         batch_size=context.evaluation.batch_size,
         device=context.device,
         on_batch=_on_batch,
+        rank=world.rank,
+        world=world.size,
     )
-    metrics = coco_metrics(context.dataset, context.evaluation.split, found)
+    shares = world.gather((found, reporter.cancelled))
+    if any(cancelled for _, cancelled in shares):
+        raise Cancelled
+    together = {key: value for share, _ in shares for key, value in share.items()}
+    metrics = coco_metrics(context.dataset, context.evaluation.split, together)
     context.history.log_evaluation(subject, epoch=epoch, metrics=metrics)
     return metrics
 
 
-def train(
-    context: Context,
-    detector: Detector,
-    *,
-    subject: Subject,
-    teacher: Detector | None,
-    method: Method,
-    schedule: ScheduleConfig,
-    resume: TrainingState | None,
-    save: Callable[[TrainingState], None],
-) -> Best:
-    """Train `detector`, evaluate it every so many epochs, and return the best; `detector` ends as the last one.
+class Training:
+    """Trains `detector`, evaluates it every so many epochs; `detector` ends as the last one. Used once.
 
     Args:
         context: what the run's trainings share.
@@ -168,102 +87,200 @@ def train(
         teacher: frozen, in eval mode, on the device; None where the method needs none.
         method: adds its losses to the detector's own; its parameters are trained along.
         schedule: epochs, batch size, optimiser.
-        resume: a state of this training to go on from.
-        save: called with the state after each epoch but the last.
-
-    Raises:
-        RunError: `loss_not_finite`, `too_few_images`.
-        Cancelled: the run was asked to end; the last epoch's checkpoint stands.
+        save: called with the state after each epoch but the last, every `checkpoint_minutes` between, and when the run
+            is asked to end.
     """
-    optimizer = build_optimizer([*detector.parameters(), *method.parameters()], schedule)
-    best, first_epoch = None, 0
-    if resume is not None:
-        detector.load_state_dict(resume.model)
-        method.load_state_dict(resume.method)
-        optimizer.load_state_dict(resume.optimizer)
-        best, first_epoch = resume.best, resume.epoch
-    for epoch in range(first_epoch, schedule.epochs):
-        _train_epoch(context, detector, subject, teacher, method, schedule, optimizer, epoch)
-        done = epoch + 1
-        if done % context.evaluation.every_epochs == 0 or done == schedule.epochs:
-            metrics = evaluate(context, detector, subject=subject, epoch=done)
-            if best is None or (metrics["ap"] or 0.0) > (best.metrics["ap"] or 0.0):
-                model = {name: tensor.detach().clone() for name, tensor in detector.state_dict().items()}
-                best = Best(epoch=done, metrics=metrics, model=model)
-        if done < schedule.epochs:
-            state = TrainingState(
-                subject=subject,
-                epoch=done,
-                model=detector.state_dict(),
-                method=method.state_dict(),
-                optimizer=optimizer.state_dict(),
-                best=best,
-                teacher=None,
-                teacher_metrics=None,
-                done=context.plan.done,
-                history=context.history.state(),
-            )
-            save(state)
-    assert best is not None, "the last epoch is always evaluated"
-    return best
 
-
-def _train_epoch(
-    context: Context,
-    detector: Detector,
-    subject: Subject,
-    teacher: Detector | None,
-    method: Method,
-    schedule: ScheduleConfig,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-) -> None:
-    reseed(context.seed, subject, "epoch", epoch)
-    batches = training_batches(
-        context.train_pictures,
-        batch_size=schedule.batch_size,
-        horizontal_flip=context.augmentation.horizontal_flip,
-        seed=seed_for(context.seed, subject, "order", epoch),
-        device=context.device,
-    )
-    steps = len(batches)
-    detector.train()
-    method.train()
-    watch, images_per_s = Stopwatch(), 0.0
-    sums: dict[str, float] = {}
-    counted = 0
-    for index, batch in enumerate(batches):
-        context.reporter.check_cancelled()
-        step = epoch * steps + index
-        rate = learning_rate(schedule, step=step, steps_per_epoch=steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        values = train_step(
-            detector,
-            teacher,
-            method,
-            batch,
-            optimizer,
-            clock=Clock(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
-            gradient_clip=schedule.gradient_clip,
-            device=context.device,
+    def __init__(
+        self,
+        context: Context,
+        detector: Detector,
+        *,
+        subject: Subject,
+        teacher: Detector | None,
+        method: Method,
+        schedule: ScheduleConfig,
+        save: Callable[[TrainingState], None],
+    ) -> None:
+        self.context = context
+        self.detector = detector
+        self.subject: Subject = subject
+        self.schedule = schedule
+        self._method = method
+        self._save_state = save
+        self._picture_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
+        if schedule.frozen_stages:
+            detector.freeze_stages(schedule.frozen_stages)
+        self._step = Step(
+            detector, method=method, teacher=teacher, schedule=schedule, world=context.world, device=context.device
         )
-        images_per_s = watch.lap(len(batch.images))
-        context.plan.advance(len(batch.images) * (1.0 if teacher is None else 1.0 + TEACHER_COST))
-        counted += 1
-        sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-        if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
-            means = {name: value / counted for name, value in sums.items()}
-            means |= {"learning_rate": rate, "images_per_s": images_per_s}
-            context.history.log_metrics(subject, step=step + 1, epoch=(step + 1) / steps, values=means)
-            sums, counted = {}, 0
-        context.reporter.progress(
-            "teacher" if subject == "teacher" else "distillation",
-            fraction=context.plan.fraction,
+        self._average = Average(detector, decay=schedule.ema_decay) if schedule.ema_decay else None
+        self._best: Best | None = None
+        self._running = Running()
+        self._watch = Watch(context.reporter, subject, {})
+        self._saved_at = time.monotonic()
+
+    def run(self, resume: TrainingState | None) -> Best:
+        """Train to the end, from the beginning or from a state of this training, and return the best detector.
+
+        Raises:
+            RunError: `loss_not_finite`, `out_of_memory`, `too_few_images`.
+            Cancelled: the run was asked to end; a checkpoint of the last whole step stands.
+        """
+        first, start = (resume.epoch, resume.step) if resume else (0, 0)
+        if resume:
+            self._restore(resume)
+        for epoch in range(first, self.schedule.epochs):
+            self._train_epoch(epoch, start)
+            start = 0
+            done = epoch + 1
+            if done % self.context.evaluation.every_epochs == 0 or done == self.schedule.epochs:
+                self._measure(epoch)
+            if self._out_of_patience(done):
+                break
+            if done < self.schedule.epochs:
+                self._save(done, 0)
+        assert self._best is not None, "the last epoch is always evaluated"
+        if self._average:
+            self.detector.load_state_dict(self._average.tensors)
+        return self._best
+
+    # ---- one epoch ----
+
+    def _train_epoch(self, epoch: int, start: int) -> None:
+        context, schedule = self.context, self.schedule
+        steps = len(context.train_pictures) // schedule.batch_size
+        batches = training_batches(
+            context.train_pictures,
+            batch_size=schedule.batch_size,
+            horizontal_flip=context.augmentation.horizontal_flip,
+            seed=seed_for(context.seed, self.subject, "order", epoch),
+            device=context.device,
+            start=start,
+            rank=context.world.rank,
+            world=context.world.size,
+        )
+        self.detector.train()
+        self._method.train()
+        watch, asked_at = Stopwatch(), time.monotonic()
+        for index, batch in enumerate(batches, start):
+            waited = time.monotonic() - asked_at
+            step = epoch * steps + index
+            # Each process draws for its own pictures.
+            reseed(context.seed, self.subject, "step", step, context.world.rank)
+            values, ending = self._step(
+                batch,
+                Clock(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
+                measured=step % MEASURE_EVERY == 0,
+                cancelled=context.reporter.cancelled,
+            )
+            if self._average:
+                self._average.update(self.detector, step=step)
+            self._watch.look(values, step=step)
+            taken = time.monotonic() - asked_at
+            asked_at = time.monotonic()
+            self._running.add({**values, "data_wait": waited / taken})
+            rate = watch.lap(schedule.batch_size)
+            context.plan.advance(schedule.batch_size * self._picture_cost)
+            if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
+                self._log(step + 1, steps, images_per_s=rate)
+            self._progress(epoch, step + 1, steps, images_per_s=rate)
+            if ending:
+                self._save(epoch, index + 1)
+                raise Cancelled
+            if time.monotonic() - self._saved_at > 60 * schedule.checkpoint_minutes:
+                self._save(epoch, index + 1)
+
+    def _log(self, step: int, steps: int, *, images_per_s: float) -> None:
+        means = self._running.take()
+        means |= {"images_per_s": images_per_s, "memory_bytes": memory_bytes(self.context.device)}
+        self.context.history.log_metrics(self.subject, step=step, epoch=step / steps, values=means)
+
+    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float) -> None:
+        plan = self.context.plan
+        self.context.reporter.progress(
+            "teacher" if self.subject == "teacher" else "distillation",
+            fraction=plan.fraction,
             epoch=epoch + 1,
-            epochs=schedule.epochs,
-            step=step + 1,
-            steps=steps * schedule.epochs,
-            eta_s=context.plan.eta_s,
+            epochs=self.schedule.epochs,
+            step=step,
+            steps=steps * self.schedule.epochs,
+            eta_s=plan.eta_s,
             images_per_s=images_per_s,
         )
+
+    # ---- measuring ----
+
+    def _measure(self, epoch: int) -> None:
+        """Evaluate after an epoch, and keep the detector if it is the best one up to now."""
+        context = self.context
+        steps, before = len(context.train_pictures) // self.schedule.batch_size, context.plan.done
+        context.world.agree(self.detector.buffers())
+        context.world.agree(self._average.tensors.values() if self._average else ())
+        try:
+            with self._average.applied(self.detector) if self._average else nullcontext():
+                metrics = evaluate(context, self.detector, subject=self.subject, epoch=epoch + 1)
+        except Cancelled:
+            context.plan.done = before
+            self._save(epoch, steps)
+            raise
+        if self._best is None or (metrics["ap"] or 0.0) > (self._best.metrics["ap"] or 0.0):
+            model = {name: tensor.detach().clone() for name, tensor in self._measured().items()}
+            self._best = Best(epoch=epoch + 1, metrics=metrics, model=model)
+
+    def _measured(self) -> dict[str, Tensor]:
+        return self._average.tensors if self._average else self.detector.state_dict()
+
+    def _out_of_patience(self, done: int) -> bool:
+        schedule, best = self.schedule, self._best
+        if best is None or not schedule.patience or done == schedule.epochs:
+            return False
+        without = (done - best.epoch) // self.context.evaluation.every_epochs
+        if without < schedule.patience:
+            return False
+        self.context.reporter.message(
+            "info",
+            "stopped_early",
+            f"no better AP of the {self.subject} in {without} measurements: ended at epoch {done}",
+        )
+        left, every = schedule.epochs - done, self.context.evaluation.every_epochs
+        self.context.plan.total -= left * len(self.context.train_pictures) * self._picture_cost
+        self.context.plan.total -= -(-left // every) * len(self.context.eval_pictures) * EVALUATION_COST
+        return True
+
+    # ---- checkpoints ----
+
+    def _save(self, epoch: int, step: int) -> None:
+        self._saved_at = time.monotonic()
+        if not self.context.world.leads:
+            return
+        self._save_state(
+            TrainingState(
+                subject=self.subject,
+                epoch=epoch,
+                step=step,
+                model=self.detector.state_dict(),
+                method=self._method.state_dict(),
+                optimizer=self._step.optimizer.state_dict(),
+                scaler=self._step.scaler.state_dict(),
+                average=self._average.tensors if self._average else None,
+                running={"sums": dict(self._running.sums), "steps": dict(self._running.steps)},
+                quiet_steps=dict(self._watch.quiet_steps),
+                best=self._best,
+                teacher=None,
+                teacher_metrics=None,
+                done=self.context.plan.done,
+                history=self.context.history.state(),
+            )
+        )
+
+    def _restore(self, state: TrainingState) -> None:
+        self.detector.load_state_dict(state.model)
+        self._method.load_state_dict(state.method)
+        self._step.optimizer.load_state_dict(state.optimizer)
+        self._step.scaler.load_state_dict(state.scaler)
+        if self._average and state.average is not None:
+            self._average.tensors = state.average
+        self._running = Running(sums=state.running["sums"], steps=state.running["steps"])
+        self._watch.quiet_steps = state.quiet_steps
+        self._best = state.best

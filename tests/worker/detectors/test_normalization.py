@@ -7,9 +7,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from tests.worker.detectors.support_ssd import SSDLITE
 from tests.worker.methods.support import one_pass
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
-from worker import detectors, methods
-from worker.detectors.normalization import Normalization, Renormalization
-from worker.methods.base import NeckMethod
+from worker import detectors
+from worker.detectors.base import Maps
+from worker.detectors.normalization import Normalization, renormalize
+from worker.methods.base import TeacherPass
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALVES = Normalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -29,7 +30,7 @@ def batch(normalization):
 def test_it_is_what_the_other_transform_would_have_made(given, wanted):
     images, sizes = batch(NAMES[given])
     expected, _ = batch(NAMES[wanted])
-    ours = Renormalization(NAMES[given], NAMES[wanted])(images, sizes)
+    ours = renormalize(images, sizes, given=NAMES[given], wanted=NAMES[wanted])
     if given == wanted:
         assert ours is images
     scale = expected.abs().max()
@@ -44,7 +45,7 @@ def test_it_is_what_the_other_transform_would_have_made(given, wanted):
 
 def test_it_is_exact_against_plain_numbers():
     images, sizes = batch(IMAGENET)
-    ours = Renormalization(IMAGENET, CAFFE)(images, sizes)
+    ours = renormalize(images, sizes, given=IMAGENET, wanted=CAFFE)
     for picture, (height, width) in enumerate(sizes):
         for channel in range(3):
             for row, column in ((0, 0), (height - 1, width - 1), (height // 2, width // 3)):
@@ -56,7 +57,7 @@ def test_it_is_exact_against_plain_numbers():
 def test_the_given_batch_is_left_alone():
     images, sizes = batch(IMAGENET)
     before = images.clone()
-    Renormalization(IMAGENET, HALVES)(images, sizes)
+    renormalize(images, sizes, given=IMAGENET, wanted=HALVES)
     assert torch.equal(images, before)
 
 
@@ -65,27 +66,22 @@ def test_a_teacher_sees_the_students_batch_as_it_is_used_to(student, teacher, mo
     torch.manual_seed(0)
     student, teacher = detectors.build(student, CLASSES).train(), detectors.build(teacher, CLASSES).eval()
     assert {student.normalization, teacher.normalization} == {IMAGENET, HALVES}
-    method = methods.build({"method": "fitnet"}, student, teacher)
-    assert isinstance(method, NeckMethod)
     passed = one_pass(student)
     seen = []
-    monkeypatch.setattr(teacher, "trunk", seen.append)
-    method.teacher_features(passed, teacher)
+    monkeypatch.setattr(teacher, "maps", lambda images: seen.append(images) or Maps(features={}, backbone=None))
+    assert TeacherPass(teacher, passed).features == {}
     teacher.transform.min_size, teacher.transform.max_size = student.transform.min_size, student.transform.max_size
     teacher.transform.fixed_size = student.transform.fixed_size
     teacher.transform.size_divisible = student.transform.size_divisible
     expected, _ = teacher.transform(images_and_targets(seed=0)[0])
     torch.testing.assert_close(seen[0], expected.tensors, rtol=1e-5, atol=1e-5)
-    # Nothing of it is kept in a training checkpoint.
-    assert not [name for name in method.state_dict() if "renormalize" in name]
 
 
 def test_a_teacher_with_the_same_normalization_sees_the_very_same_tensor(monkeypatch):
     torch.manual_seed(0)
     student, teacher = detectors.build(TINY, CLASSES).train(), detectors.build(TINY, CLASSES).eval()
-    method = methods.build({"method": "fitnet"}, student, teacher)
     passed = one_pass(student)
     seen = []
-    monkeypatch.setattr(teacher, "trunk", seen.append)
-    method.teacher_features(passed, teacher)
+    monkeypatch.setattr(teacher, "maps", lambda images: seen.append(images) or Maps(features={}, backbone=None))
+    assert TeacherPass(teacher, passed).features == {}
     assert seen[0] is passed.images

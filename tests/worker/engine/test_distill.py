@@ -57,13 +57,19 @@ def test_every_part_of_the_loss_is_logged(finished):
     directory, _ = finished
     own = {"loss/total", "loss/classifier", "loss/box_reg", "loss/objectness", "loss/rpn_box_reg"}
     defeat = {"loss/neck_object", "loss/neck_background", "loss/head_object", "loss/head_background"}
-    other = {"learning_rate", "images_per_s", "gradient_norm"}
+    other = {"learning_rate", "images_per_s", "gradient_norm", "data_wait", "memory_bytes"}
     logged = events(directory, "metrics")
-    for subject, names in (("teacher", own | other), ("student", own | defeat | other)):
+    for subject, losses in (("teacher", own), ("student", own | defeat)):
+        shares = {name.replace("loss/", "gradient_share/") for name in losses - {"loss/total"}}
         lines = [one for one in logged if one["subject"] == subject]
         assert [one["step"] for one in lines] == [4, 8]
-        assert all(one["values"].keys() == names for one in lines)
+        # The gradient is measured at the first step of each fifty.
+        assert lines[0]["values"].keys() == losses | other | shares
+        assert lines[1]["values"].keys() == losses | other
+        assert sum(lines[0]["values"][name] for name in shares) == pytest.approx(1)
         for one in lines:
+            assert 0 <= one["values"]["data_wait"] <= 1
+            assert one["values"]["memory_bytes"] > 1e8
             parts = sum(
                 value for name, value in one["values"].items() if name.startswith("loss/") and "total" not in name
             )

@@ -53,3 +53,18 @@ def test_optimizers_take_only_what_wants_gradients():
 def test_wrong_values_are_named(values, says):
     with pytest.raises(ValueError, match=says):
         ScheduleConfig(**values)
+
+
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(4, 10), (1, 3), (3, 7), (1, 2)])
+def test_one_cycle_is_torchs(epochs, steps_per_epoch):
+    schedule = ScheduleConfig(epochs=epochs, learning_rate=0.4, decay="one_cycle", warmup_steps=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps = epochs * steps_per_epoch
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=steps)
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(expected) < steps:
+            theirs.step()
+    assert rates(schedule, steps_per_epoch) == pytest.approx(expected, rel=1e-9)

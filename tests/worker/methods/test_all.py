@@ -9,7 +9,9 @@ from tests.worker.methods.support import START, one_pass, pair
 from tests.worker.support_engine import images_and_targets
 from worker import methods
 from worker.data.loader import Batch
-from worker.engine.train import train_step
+from worker.engine.config import ScheduleConfig
+from worker.engine.step import Step
+from worker.engine.world import World
 from worker.methods import METHODS
 from worker.report import RunError
 
@@ -56,21 +58,16 @@ def test_the_same_seed_gives_the_same_losses_and_weights(name):
     for _ in range(2):
         student, teacher = detectors_for(name)
         method = methods.build({"method": name}, student, teacher)
-        optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], lr=0.01)
+        step = Step(
+            student,
+            method=method,
+            teacher=teacher,
+            schedule=ScheduleConfig(warmup_steps=0),
+            world=World(),
+            device=torch.device("cpu"),
+        )
         batch = Batch(images=[(255 * image).byte() for image in images], targets=targets)
-        values = [
-            train_step(
-                student,
-                teacher,
-                method,
-                batch,
-                optimizer,
-                clock=START,
-                gradient_clip=35.0,
-                device=torch.device("cpu"),
-            )
-            for _ in range(2)
-        ]
+        values = [step(batch, START) for _ in range(2)]
         results.append((values, {**student.state_dict(), **method.state_dict()}))
     (first, weights), (second, again) = results
     assert first == second

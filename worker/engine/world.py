@@ -1,0 +1,122 @@
+"""The processes that train together: one for each GPU, or one alone."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from worker.ranks import MEET
+from worker.report import RunError
+
+# One process computes metrics and writes files while the others wait for it.
+PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is. All see the same spec, seed and files; the first one reports and saves.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> "World":
+        """Meet the others, as the environment says who they are: torchrun's, or that of `worker.ranks`."""
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{os.environ[MEET]}" if MEET in os.environ else "env://",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+        )
+        return cls(rank, size)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process only."""
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that saves."""
+        return self.rank == 0
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.alone:
+            distributed.destroy_process_group()
+
+    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Return the module with its gradients averaged over all processes.
+
+        A part of a loss may have no samples in one process's share, and so leave parameters without a gradient there.
+        """
+        if self.alone:
+            return module
+        return DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` over all processes."""
+        if not self.alone:
+            distributed.all_reduce(values)
+            values /= self.size
+        return values
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite `tensors` by the first process's: statistics of batch norm are those of each one's own pictures."""
+        if not self.alone:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+
+def local_device(name: str) -> torch.device:
+    """Return the device that `name` asks for; `auto` is a GPU, or the CPU where there is none.
+
+    Of several processes on one machine each takes the GPU of its own number.
+
+    Raises:
+        RunError: `device_unavailable` if a GPU is asked for and torch sees none; `too_few_gpus` if there are more
+            processes than GPUs.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise RunError("infra", "device_unavailable", f"the device {name} was asked for, and torch sees no GPU here")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device(name)
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if rank >= gpus:
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        raise RunError(
+            "infra", "too_few_gpus", f"resources.gpus is {processes}, and this worker's slot has {gpus}; ask for fewer"
+        )
+    return torch.device("cuda", rank)
