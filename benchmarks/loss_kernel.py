@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_kernel [--quick]
 
-The plain form is the authors' way in float32: loops over boxes for the masks, which are then repeated over the channels.
+The plain form is the authors' way in float32: loops over boxes for the masks, which are then repeated over channels.
 Both run in turn in one process, so that whatever else the machine does meets both. Memory is what torch's allocator
 hands out while the loss and its gradient are made, as torch's profiler records it: the most that is in use at once,
 beyond what was there before. The last line is one JSON object; the exit code is 1 if a goal is missed.

@@ -106,7 +106,7 @@ def test_the_checkpoints_detector_becomes_the_teachers(api: TestClient, database
     row = seed.checkpoint(database, alice.id)
     teacher = {"source": "checkpoint", "id": row.id}
     resolved = api.post("/v1/jobs/validate", json=_with(spec, "teacher", teacher)).json()["spec"]
-    assert resolved["teacher"] == teacher | {"detector": TEACHER_DETECTOR}
+    assert resolved["teacher"] == teacher | {"detector": TEACHER_DETECTOR, "class_map": {}}
     other = teacher | {"detector": TEACHER_DETECTOR | {"pyramid_channels": 8}}
     answer = api.post("/v1/jobs/validate", json=_with(spec, "teacher", other))
     assert (answer.status_code, answer.json()["code"]) == (422, "teacher_detector_differs")

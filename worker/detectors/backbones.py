@@ -225,7 +225,7 @@ class Pyramid(nn.Module):
         self.channels = (out_channels,) * len(self.strides)
         self.out_channels = out_channels
         self._ends = body.ends
-        self._frozen: list[nn.Module] = []
+        self._frozen = 0  # stages
 
     def freeze(self, stages: int) -> None:
         """Fix the first stages of the backbone: their parameters take no gradient, and they stay in eval mode.
@@ -244,16 +244,19 @@ class Pyramid(nn.Module):
         """
         if not 0 <= stages <= len(STRIDES):
             raise ValueError(f"stages must be 0 to {len(STRIDES)}; got {stages}")
-        if stages:
-            self._frozen = _up_to(self.body, self._ends[min(stages, len(self._ends)) - 1])
-        for module in self._frozen:
+        self._frozen = max(self._frozen, min(stages, len(self._ends)))
+        for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train(self.training)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        # Found anew each time: a conversion to synchronised batch norm replaces modules.
+        return _up_to(self.body, self._ends[self._frozen - 1]) if self._frozen else []
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except in fixed stages."""
         super().train(mode)
-        for module in self._frozen:
+        for module in self._frozen_modules():
             module.eval()
         return self
 

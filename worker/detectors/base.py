@@ -241,5 +241,8 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def select_classes(self, classes: Sequence[str]) -> None:
-        """Keep only these of the detector's classes, in this order; all must be known to it."""
+        """Keep only these of the detector's classes, in this order; all must be known to it, and come once.
+
+        Twice the same class would split its share of a softmax, and be detected twice under a sigmoid.
+        """
         raise NotImplementedError

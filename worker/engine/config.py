@@ -150,8 +150,21 @@ class TeacherConfig(Config):
     id: str | None = None
     detector: dict[str, Any] | str
     weights: str | None = None
+    class_map: Annotated[
+        dict[str, str],
+        Field(
+            description="The teacher's name of a class by the dataset's; the others map to themselves.",
+            default_factory=dict,
+        ),
+    ]
     initial_weights: str = "random"
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.class_map and self.source == "train":
+            raise ValueError("class_map belongs to the sources checkpoint and pretrained; this teacher is trained here")
+        return self
 
 
 class JobConfig(Config):

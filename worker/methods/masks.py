@@ -94,8 +94,8 @@ def object_masks(
     for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
         ranges = cell_ranges(flat, stride=stride, height=height, width=width, mode=mode)
         in_y, in_x = _rows_and_columns(ranges, height=height, width=width)
-        # How many boxes lie on a cell, as a product of matrices: (B, H, N) by (N, W), without a map for each box. Whatever
-        # precision it is made in, a sum of ones is above 0.
+        # How many boxes lie on a cell, as a product of matrices: (B, H, N) by (N, W), without a map for each box.
+        # Whatever precision it is made in, a sum of ones is above 0.
         chosen = owned & (level_of == level)  # (B, N)
         counts = (chosen[:, :, None] & in_y).mT.float() @ in_x.float()
         masks.append((counts > 0)[:, None])

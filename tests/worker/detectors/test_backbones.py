@@ -84,7 +84,9 @@ def test_p6_comes_from_the_pyramid_or_from_the_backbone(channels):
         assert torch.equal(maps["p6"], pyramid.fpn.extra_blocks.p6(source))
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/lcnet_050"])
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/regnet_y_400mf", "torchvision/swin_t", "timm/lcnet_050"]
+)
 def test_imagenet_weights_that_cannot_be_had_say_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
