@@ -70,6 +70,12 @@ class Settings(BaseSettings):
         description="How long a cancelled run may take to save and end before it is killed, seconds.",
     )
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
+    picture_memory_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Most memory in which a run keeps decoded pictures, bytes. None: 2 GiB or a quarter of what is "
+        "free, whichever is less.",
+    )
     log_level: str = Field(default="INFO", description="Least level that is logged.")
 
     @field_validator("secret")

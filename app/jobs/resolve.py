@@ -15,6 +15,7 @@ from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
 from app.jobs.methods import Chosen, check_methods, part_problems
+from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_apart, strides_apart
 from app.jobs.spec import JobSpec
 from app.models import Checkpoint, Dataset
 from app.states import AWAITING_UPLOAD, READY
@@ -28,8 +29,11 @@ RULES = frozenset(
         "teacher_required",
         "checkpoint_not_found",
         "teacher_classes_differ",
+        "unknown_class",
+        "class_map_not_one_to_one",
         "teacher_detector_differs",
         "pyramids_do_not_pair",
+        "channels_differ",
         "head_does_not_pair",
         "backbones_do_not_pair",
         "logits_do_not_pair",
@@ -267,27 +271,23 @@ class Resolver:
     def _check_classes(self, dataset: Dataset | None, teacher: _Teacher) -> None:
         if dataset is None or dataset.classes is None or teacher.classes is None:
             return
-        unknown = [name for name in dataset.classes if name not in set(teacher.classes)]
-        if unknown:
-            listed = ", ".join(map(repr, unknown[:20])) + (
-                f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-            )
-            detail = (
-                f"the teacher does not know {len(unknown)} of the dataset's {len(dataset.classes)} classes: {listed}"
-            )
-            self._error(("teacher",), "teacher_classes_differ", detail)
+        given = self._given(CLASS_MAP)
+        class_map = given if isinstance(given, dict) else {}
+        if all(isinstance(name, str) for name in class_map.values()):  # else the outer model has said so
+            self._errors.extend(class_problems(dataset.classes, teacher.classes, class_map))
 
     def _check_pyramids(self, method: dict[str, Any], student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is None or teacher.detector is None:
             return
-        if "neck" not in self._catalog.methods[method["method"]]["needs"]:
-            return
-        ours, theirs = student.get("strides", []), teacher.detector.get("strides", [])
-        if not set(ours) & set(theirs):
-            detail = (
-                f"the student's strides {ours} and the teacher's {theirs} have none in common; their levels must pair"
-            )
-            self._error(("student", "detector", "strides"), "pyramids_do_not_pair", detail)
+        needs = self._catalog.methods[method["method"]]["needs"]
+        is_free = self._given(("teacher", "source")) == "train"
+        for need, key, code, apart in (
+            ("neck", "strides", "pyramids_do_not_pair", strides_apart),
+            ("equal_channels", "pyramid_channels", "channels_differ", channels_apart),
+        ):
+            detail = apart(self._catalog, student, teacher.detector, teacher_is_free=is_free)
+            if need in needs and detail:
+                self._error(("student", "detector", key), code, detail)
 
     def _check_parts(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is not None and teacher.detector is not None:
@@ -296,12 +296,9 @@ class Resolver:
     def _check_heads(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is None or teacher.detector is None:
             return
-        heads = [self._catalog.detectors[one["architecture"]]["head"] for one in (student, teacher.detector)]
-        if heads == ["two_stage", "two_stage"]:
-            return
         for key in self._catalog.methods[method.name]["head_weights"]:
-            if method.value[key] > 0:
-                detail = f"{key} compares proposals, and a one-stage detector has none: set it to 0"
+            detail = heads_apart(self._catalog, key, student, teacher.detector)
+            if method.value[key] > 0 and detail:
                 self._error((*method.path, key), "head_does_not_pair", detail)
 
 

@@ -52,6 +52,17 @@ InitialWeights = Annotated[
 ]
 
 
+ClassMap = Annotated[
+    dict[Annotated[str, Field(max_length=200)], Annotated[str, Field(max_length=200)]],
+    Field(
+        default_factory=dict,
+        max_length=10_000,
+        description="The teacher's name of a class, by the dataset's name of it, for classes that the two call "
+        "differently; the others map to themselves. No class of the teacher may stand for two.",
+    ),
+]
+
+
 class TrainedTeacher(Body):
     """A teacher that the job trains on the dataset first, and keeps as a checkpoint."""
 
@@ -69,6 +80,7 @@ class CheckpointTeacher(Body):
     detector: dict[str, Any] | None = Field(
         None, description="The checkpoint's own, filled in by the service; may be left out."
     )
+    class_map: ClassMap
 
 
 class PretrainedTeacher(Body):
@@ -77,6 +89,7 @@ class PretrainedTeacher(Body):
     source: Literal["pretrained"]
     detector: str = Field(max_length=200, description="Its name; see `pretrained` in the catalog.")
     weights: str = Field(max_length=200)
+    class_map: ClassMap
 
 
 class StudentSpec(Body):

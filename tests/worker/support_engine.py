@@ -97,7 +97,7 @@ def write_run(directory: Path, dataset: Path, job: dict[str, Any], **inputs: Any
         "id": "job_x",
         "attempt": 1,
         "spec": job,
-        "inputs": {**given, "device": "cpu", **inputs},
+        "inputs": {**given, "device": "cpu", "picture_memory_bytes": None, **inputs},
     }
     (directory / "run.json").write_text(json.dumps(request))
     return directory

@@ -255,32 +255,3 @@ def _picture(entry: dict[str, Any], classes: int) -> Picture:
             raise ValueError(f"class {box['class']} of {classes}")
         boxes.append(Box(box["class"], x1, y1, x2, y2, crowd=box["crowd"], difficult=box["difficult"]))
     return Picture(entry["id"], entry["file"], entry["name"], width, height, entry["split"], tuple(boxes))
-
-
-def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
-    """Return one split as COCO ground truth for evaluation.
-
-    Image ids are the pictures' own, category ids the class index + 1, annotation ids count from 1; `bbox` is
-    `[x, y, width, height]` in pixels and `area` its product.
-    """
-    pictures = dataset.in_split(split)
-    annotations = [
-        {
-            "image_id": picture.id,
-            "category_id": box.class_index + 1,
-            "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
-            "area": (box.x2 - box.x1) * (box.y2 - box.y1),
-            "iscrowd": int(box.crowd),
-        }
-        for picture in pictures
-        for box in picture.boxes
-    ]
-    return {
-        "info": {"description": f"{split} split"},
-        "images": [
-            {"id": picture.id, "file_name": picture.file, "width": picture.width, "height": picture.height}
-            for picture in pictures
-        ],
-        "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(dataset.classes, start=1)],
-    }

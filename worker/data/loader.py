@@ -1,7 +1,9 @@
 """From a canonical dataset's files to training batches."""
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -10,18 +12,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from worker.data.augment import Augmentation, Sample
+from worker.data.cache import PictureCache, default_limit
 from worker.data.canonical import Picture
+from worker.data.resize import InputSize, resize, resize_boxes
 from worker.detectors.base import Target
+from worker.engine.config import AugmentationConfig
 from worker.report import RunError
 
 
 def read_picture(path: Path) -> Tensor:
-    """Decode a picture as it is stored (EXIF orientation is not applied) into (3, H, W) uint8, RGB."""
+    """Decode a picture as it is stored (EXIF orientation is not applied) into (3, H, W) uint8, RGB.
+
+    Its planes are interleaved in memory, as the decoder leaves them: resizing wants them so.
+    """
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGB"))  # a copy: torch wants writable memory
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class PictureReader:
@@ -42,6 +51,20 @@ class PictureReader:
         """Return picture `index` as (3, H, W) uint8."""
         return read_picture(self.root / self.images[index].file)
 
+    def read_all(self, indices: Sequence[int], *, ahead: int = 0) -> Iterator[Tensor]:
+        """Yield pictures in this order; threads decode up to `ahead` of them before they are asked for."""
+        if not ahead:
+            yield from map(self.read, indices)
+            return
+        with ThreadPoolExecutor(max_workers=min(ahead, _processors())) as pool:
+            waiting: deque[Future[Tensor]] = deque()
+            for index in indices:
+                waiting.append(pool.submit(self.read, index))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
     def target(self, index: int) -> Target:
         """Return its ground truth for training: crowd regions are left out, difficult boxes are not."""
         boxes = [box for box in self.images[index].boxes if not box.crowd]
@@ -49,6 +72,11 @@ class PictureReader:
             boxes=torch.tensor([[box.x1, box.y1, box.x2, box.y2] for box in boxes], dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor([box.class_index + 1 for box in boxes], dtype=torch.int64),
         )
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,77 +107,129 @@ class Batch:
         )
 
 
-class _Augmented(Dataset[tuple[Tensor, Target]]):
-    """Pictures with their random changes, which depend on seed and index alone, not on who loads them or when."""
+class _Samples(Dataset[Sample]):
+    """Augmented pictures, asked for by (seed, index), which alone decide how they are changed."""
 
-    def __init__(self, pictures: PictureReader, *, horizontal_flip: float, seed: int) -> None:
+    def __init__(self, pictures: PictureReader, augmentation: Augmentation, cache: PictureCache) -> None:
         self.pictures = pictures
-        self.horizontal_flip = horizontal_flip
-        self.seed = seed
+        self.augmentation = augmentation
+        self.cache = cache
 
-    def __len__(self) -> int:
-        return len(self.pictures)
+    def __getitem__(self, seed_and_index: tuple[int, int]) -> Sample:
+        seed, index = seed_and_index
+        return self.augmentation(self._read, index, count=len(self.pictures), seed=seed)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, target = self.pictures.read(index), self.pictures.target(index)
-        generator = torch.Generator().manual_seed((self.seed + index) % 2**63)
-        if torch.rand((), generator=generator).item() < self.horizontal_flip:
-            image, target = flip(image, target)
-        return image, target
-
-
-def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Mirror a picture (3, H, W) and its boxes left to right."""
-    boxes = target["boxes"].clone()
-    boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-    return image.flip(-1), Target(boxes=boxes, labels=target["labels"])
+    def _read(self, index: int) -> Sample:
+        """Return a picture and its boxes as they are kept: at the detector's input size."""
+        size = self.cache.sizes[index]
+        record, target = self.pictures.images[index], self.pictures.target(index)
+        image = self.cache.get(index, lambda: resize(self.pictures.read(index), size))
+        boxes = resize_boxes(target["boxes"], (record.height, record.width), size)
+        return image, Target(boxes=boxes, labels=target["labels"])
 
 
-def _collate(samples: list[tuple[Tensor, Target]]) -> Batch:
+class _Order(Sampler[list[tuple[int, int]]]):
+    """The (seed, index) of one epoch's batches, this rank's share of each."""
+
+    def __init__(self, count: int, *, batch_size: int, rank: int, world: int) -> None:
+        self.count, self.batch_size, self.share, self.rank = count, batch_size, batch_size // world, rank
+        self.seed = self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for batch in range(self.start, self.count // self.batch_size):
+            first = batch * self.batch_size + self.rank * self.share
+            yield [(self.seed, index) for index in order[first : first + self.share]]
+
+
+def _collate(samples: list[Sample]) -> Batch:
     images, targets = zip(*samples, strict=True)
     return Batch(images=list(images), targets=list(targets))
 
 
-def training_batches(
-    pictures: PictureReader,
-    *,
-    batch_size: int,
-    horizontal_flip: float,
-    seed: int,
-    device: torch.device,
-    start: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> DataLoader[Batch]:
-    """Return one epoch of batches in an order that follows from `seed`; a last, smaller batch is left out.
+class TrainingBatches:
+    """The batches of a training's epochs, whose pictures are at the size that the detector is to see.
 
-    The first `start` batches are left out as well, and not read. Of `world` processes, number `rank` gets its equal,
-    consecutive share of each batch.
+    Pictures are decoded and resized once and then kept in memory, as far as they fit. On a GPU, processes that live as
+    long as this object load ahead; on a CPU the training itself wants every core, and batches are made when asked for.
 
-    Raises:
-        RunError: `too_few_images` if there is not one whole batch.
+    Attributes:
+        cache: what is kept.
     """
-    if len(pictures) < batch_size:
+
+    def __init__(
+        self,
+        pictures: PictureReader,
+        *,
+        batch_size: int,
+        size: InputSize,
+        augmentation: AugmentationConfig,
+        device: torch.device,
+        cache_bytes: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            pictures: the training split.
+            batch_size: pictures of a whole batch, over all ranks: a multiple of `world`.
+            size: the detector's, which was told not to resize: `InputSize.taken_from`.
+            augmentation: random changes.
+            device: where batches will go.
+            cache_bytes: memory for pictures; None: `cache.default_limit`.
+            rank: which consecutive share of each batch this process gets, from 0.
+            world: how many shares there are.
+
+        Raises:
+            RunError: `too_few_images` if there is not one whole batch; `fixed_input_size` if the input size is to
+                vary and cannot.
+        """
+        _check(len(pictures), batch_size=batch_size, size=size, augmentation=augmentation)
+        self.batch_size, self._pictures = batch_size, len(pictures)
+        sizes = [size.of(image.height, image.width, scale=augmentation.scale_max) for image in pictures.images]
+        self.cache = PictureCache(sizes, limit=default_limit(world) if cache_bytes is None else cache_bytes)
+        self._order = _Order(len(pictures), batch_size=batch_size, rank=rank, world=world)
+        on_gpu = device.type == "cuda"
+        workers = min(8, max(_processors() // world, 1)) if on_gpu else 0
+        self._loader: DataLoader[Batch] = DataLoader(
+            cast("Dataset[Batch]", _Samples(pictures, Augmentation(augmentation, size), self.cache)),
+            batch_sampler=self._order,
+            collate_fn=_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=on_gpu,
+            # The loader's own draw of a base seed must not come from the global generator, which training uses.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        """Batches of an epoch; a last, smaller one is left out."""
+        return self._pictures // self.batch_size
+
+    def epoch(self, seed: int, *, start: int = 0) -> Iterator[Batch]:
+        """Return one epoch's batches, in an order and with changes that follow from `seed`; one epoch at a time.
+
+        `start` batches are left out at the beginning, without loading them: the rest are the same as without.
+        """
+        self._order.seed, self._order.start = seed, start
+        return iter(self._loader)
+
+
+def _check(pictures: int, *, batch_size: int, size: InputSize, augmentation: AugmentationConfig) -> None:
+    if pictures < batch_size:
         raise RunError(
             "user",
             "too_few_images",
-            f"the training split has {len(pictures)} pictures, schedule.batch_size is {batch_size}: "
+            f"the training split has {pictures} pictures, schedule.batch_size is {batch_size}: "
             "lower it to that at most",
         )
-    on_gpu = device.type == "cuda"
-    share = batch_size // world
-    order = RandomSampler(range(len(pictures)), generator=torch.Generator().manual_seed(seed))
-    loader = DataLoader(
-        _Augmented(pictures, horizontal_flip=horizontal_flip, seed=seed),
-        batch_sampler=[
-            indices[rank * share : (rank + 1) * share]
-            for indices in list(BatchSampler(order, batch_size, drop_last=True))[start:]
-        ],
-        collate_fn=_collate,
-        # On a CPU the training itself wants every core, and decoding is a small part of a step.
-        num_workers=min(8, os.cpu_count() or 1) if on_gpu else 0,
-        pin_memory=on_gpu,
-        # The loader's own draw of a base seed must not come from the global generator, which training uses.
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return cast("DataLoader[Batch]", loader)
+    scale = (augmentation.scale_min, augmentation.scale_max)
+    if size.fixed is not None and scale != (1.0, 1.0):
+        height, width = size.fixed
+        raise RunError(
+            "user",
+            "fixed_input_size",
+            f"augmentation.scale_min and scale_max are {scale[0]:g} and {scale[1]:g}, and the detector sees every "
+            f"picture at {width}x{height}: leave both at 1, or use zoom_out and iou_crop",
+        )

@@ -14,9 +14,17 @@ from safetensors import SafetensorError, safe_open
 
 from worker.config import Config
 from worker.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
-from worker.detectors.faster_rcnn import FasterRCNNConfig, FasterRCNNDetector
+from worker.detectors.faster_rcnn import (
+    FasterRCNNConfig,
+    FasterRCNNDetector,
+    FasterRCNNMobileNetConfig,
+    FasterRCNNMobileNetDetector,
+)
 from worker.detectors.fcos import FCOSConfig, FCOSDetector
+from worker.detectors.mask_rcnn import MaskRCNNConfig, MaskRCNNDetector
 from worker.detectors.retinanet import RetinaNetConfig, RetinaNetDetector
+from worker.detectors.ssd import SSDConfig, SSDDetector
+from worker.detectors.ssdlite import SSDLiteConfig, SSDLiteDetector
 from worker.report import RunError, write_atomically
 
 __all__ = [
@@ -59,6 +67,13 @@ DETECTORS: dict[str, Family] = {
         config=FasterRCNNConfig,
         build=FasterRCNNDetector,
     ),
+    "faster_rcnn_mobilenet": Family(
+        summary="Faster R-CNN on MobileNetV3 as torchvision has it: a pyramid whose finest stride is 32, twice.",
+        head="two_stage",
+        provides=FasterRCNNMobileNetDetector.provides,
+        config=FasterRCNNMobileNetConfig,
+        build=FasterRCNNMobileNetDetector,
+    ),
     "fcos": Family(
         summary="One-stage detector with a feature pyramid and no anchors (Tian et al. 2019), torchvision's.",
         head="one_stage",
@@ -66,12 +81,33 @@ DETECTORS: dict[str, Family] = {
         config=FCOSConfig,
         build=FCOSDetector,
     ),
+    "mask_rcnn": Family(
+        summary="Faster R-CNN with a mask head, trained where the data has masks (He et al. 2017), torchvision's.",
+        head="two_stage",
+        provides=MaskRCNNDetector.provides,
+        config=MaskRCNNConfig,
+        build=MaskRCNNDetector,
+    ),
     "retinanet": Family(
         summary="One-stage detector with a feature pyramid and the focal loss (Lin et al. 2017), torchvision's.",
         head="one_stage",
         provides=RetinaNetDetector.provides,
         config=RetinaNetConfig,
         build=RetinaNetDetector,
+    ),
+    "ssd": Family(
+        summary="One-stage detector on VGG-16 at a fixed size (Liu et al. 2016), torchvision's.",
+        head="one_stage",
+        provides=SSDDetector.provides,
+        config=SSDConfig,
+        build=SSDDetector,
+    ),
+    "ssdlite": Family(
+        summary="SSD of depthwise convolutions on MobileNetV3, for phones (Howard et al. 2019), torchvision's.",
+        head="one_stage",
+        provides=SSDLiteDetector.provides,
+        config=SSDLiteConfig,
+        build=SSDLiteDetector,
     ),
 }
 

@@ -26,8 +26,8 @@ STRIDES = (4, 8, 16, 32)
 LAYER_NORM_EPSILON = 1e-6  # ConvNeXt's
 
 # Levels above the coarsest of the backbone's, each at twice the stride before: `pool` one by subsampling, `p6p7` two by
-# strided convolutions.
-ExtraLevels = Literal["none", "pool", "p6p7"]
+# strided convolutions from the pyramid's coarsest map, `p6p7_backbone` likewise from the backbone's.
+ExtraLevels = Literal["none", "pool", "p6p7", "p6p7_backbone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,8 @@ class Pyramid(nn.Module):
 
     Attributes:
         strides: the stride of each level in pixels, extra levels too, finest first.
-        out_channels: channels of every level.
+        channels: the channels of each level, likewise: all equally many.
+        out_channels: how many that is; torchvision's families ask for it.
     """
 
     def __init__(
@@ -215,15 +216,16 @@ class Pyramid(nn.Module):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        blocks, factors = _extra_blocks(extra_levels, out_channels)
+        blocks, factors = _extra_blocks(extra_levels, body.channels[-1], out_channels)
         self.body = body.module
         self.fpn = FeaturePyramidNetwork(
             body.channels, out_channels, extra_blocks=blocks, norm_layer=nn.BatchNorm2d if batch_norm else None
         )
         self.strides = (*strides, *(factor * strides[-1] for factor in factors))
+        self.channels = (out_channels,) * len(self.strides)
         self.out_channels = out_channels
         self._ends = body.ends
-        self._frozen: list[nn.Module] = []
+        self._frozen = 0  # stages
 
     def freeze(self, stages: int) -> None:
         """Fix the first stages of the backbone: their parameters take no gradient, and they stay in eval mode.
@@ -242,16 +244,19 @@ class Pyramid(nn.Module):
         """
         if not 0 <= stages <= len(STRIDES):
             raise ValueError(f"stages must be 0 to {len(STRIDES)}; got {stages}")
-        if stages:
-            self._frozen = _up_to(self.body, self._ends[min(stages, len(self._ends)) - 1])
-        for module in self._frozen:
+        self._frozen = max(self._frozen, min(stages, len(self._ends)))
+        for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train(self.training)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        # Found anew each time: a conversion to synchronised batch norm replaces modules.
+        return _up_to(self.body, self._ends[self._frozen - 1]) if self._frozen else []
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, except in fixed stages."""
         super().train(mode)
-        for module in self._frozen:
+        for module in self._frozen_modules():
             module.eval()
         return self
 
@@ -271,13 +276,19 @@ def _up_to(body: nn.Module, end: str) -> list[nn.Module]:
     raise AssertionError(f"no module {end!r} in {type(body).__name__}")
 
 
-def _extra_blocks(extra_levels: ExtraLevels, channels: int) -> tuple[ExtraFPNBlock | None, tuple[int, ...]]:
+def _extra_blocks(
+    extra_levels: ExtraLevels, backbone_channels: int, channels: int
+) -> tuple[ExtraFPNBlock | None, tuple[int, ...]]:
     """Return the module that adds the extra levels, and their strides as multiples of the coarsest one."""
     if extra_levels == "pool":
         return LastLevelMaxPool(), (2,)
     if extra_levels == "p6p7":
         # As many channels in as out: it then starts from the pyramid's coarsest level, not from the backbone's.
         return LastLevelP6P7(channels, channels), (2, 4)
+    if extra_levels == "p6p7_backbone":
+        blocks = LastLevelP6P7(backbone_channels, channels)
+        blocks.use_P5 = False  # also where the backbone has as many channels as the pyramid
+        return blocks, (2, 4)
     return None, ()
 
 
@@ -315,13 +326,18 @@ def build_pyramid(
     except (URLError, OSError) as error:
         if not pretrained:
             raise
-        raise RunError(
-            "infra",
-            "weights_unavailable",
-            f"ImageNet weights of {backbone} could not be downloaded ({error}); give the worker network access, put "
-            "the file into its torch or Hugging Face cache, or use initial_weights: random",
-        ) from error
+        raise weights_unavailable(backbone, error) from error
     return Pyramid(body, channels, strides=strides, extra_levels=extra_levels, batch_norm=pyramid_batch_norm)
+
+
+def weights_unavailable(backbone: str, error: Exception) -> RunError:
+    """Return the error for ImageNet weights that cannot be had."""
+    return RunError(
+        "infra",
+        "weights_unavailable",
+        f"ImageNet weights of {backbone} could not be downloaded ({error}); give the worker network access, put "
+        "the file into its torch or Hugging Face cache, or use initial_weights: random",
+    )
 
 
 def _torchvision_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_batch_norm: bool) -> Body:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from torch import Tensor, nn
-from torchvision.models.detection._utils import overwrite_eps
 
 from worker.config import Config
 from worker.detectors.backbones import Pyramid
-from worker.detectors.config import PyramidConfig
+from worker.detectors.normalization import Normalization
 from worker.report import RunError
 
 HeadKind = Literal["two_stage", "one_stage"]
@@ -17,10 +16,14 @@ Part = Literal["backbone", "anchors", "logits"]
 
 
 class Target(TypedDict):
-    """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1."""
+    """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1.
+
+    Where the data has them, also masks (N, H, W) uint8, 1 on the object: families that know no masks leave them alone.
+    """
 
     boxes: Tensor
     labels: Tensor
+    masks: NotRequired[Tensor]
 
 
 class Detections(TypedDict):
@@ -50,7 +53,9 @@ class TrainPass:
     """One training forward pass of a detector, with everything a distillation method may match.
 
     Attributes:
-        images: (B, 3, H, W), normalised, resized and padded: what the trunk saw, and what a teacher's trunk is fed.
+        images: (B, 3, H, W), normalised, resized and padded: what the trunk saw, and, normalised as it is used to, what
+            a teacher's trunk is fed.
+        normalization: how they were normalised.
         image_sizes: height and width of each picture in `images`, without the padding.
         targets: ground truth in the pixels of `images`.
         features: the pyramid's maps by level name, finest first.
@@ -68,6 +73,7 @@ class TrainPass:
     """
 
     images: Tensor
+    normalization: Normalization
     image_sizes: list[tuple[int, int]]
     targets: list[Target]
     features: Mapping[str, Tensor]
@@ -97,6 +103,7 @@ class Detector(nn.Module):
         head_kind: two-stage heads score proposals, one-stage heads every cell of the pyramid.
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
         channels: the channels of each pyramid level, likewise.
+        transform: torchvision's: it resizes, normalises and pads.
         provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
     """
@@ -109,15 +116,29 @@ class Detector(nn.Module):
     head_kind: HeadKind
     strides: tuple[int, ...]
     channels: tuple[int, ...]
+    transform: Any
 
-    def introduce(self, config: PyramidConfig, classes: Sequence[str], *, strides: tuple[int, ...]) -> None:
-        """Set the attributes above, and frozen batch norm's epsilon; a family calls it once its modules stand."""
-        if config.batch_norm_epsilon is not None:
-            overwrite_eps(self, config.batch_norm_epsilon)
+    def introduce(
+        self, config: Config, classes: Sequence[str], *, strides: Sequence[int], channels: Sequence[int]
+    ) -> None:
+        """Set the attributes above; a family calls it once its modules stand."""
         self.config = config
         self.classes = list(classes)
-        self.strides = strides
-        self.channels = (config.pyramid_channels,) * len(strides)
+        self.strides = tuple(strides)
+        self.channels = tuple(channels)
+
+    @property
+    def normalization(self) -> Normalization:
+        """How `trunk` expects its pictures to be normalised."""
+        return Normalization(mean=tuple(self.transform.image_mean), std=tuple(self.transform.image_std))
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that each picture is resized to, or None where they keep their shape."""
+        if self.transform.fixed_size is None:
+            return None
+        width, height = self.transform.fixed_size
+        return height, width
 
     def freeze_stages(self, stages: int) -> None:
         """Fix the first `stages` (0 to 4) of the backbone, see `Pyramid.freeze`; before an optimiser is built.
@@ -220,5 +241,8 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def select_classes(self, classes: Sequence[str]) -> None:
-        """Keep only these of the detector's classes, in this order; all must be known to it."""
+        """Keep only these of the detector's classes, in this order; all must be known to it, and come once.
+
+        Twice the same class would split its share of a softmax, and be detected twice under a sigmoid.
+        """
         raise NotImplementedError

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from torchvision.models.detection._utils import overwrite_eps
 
 from worker.config import Config, with_rules
 from worker.detectors.backbones import BACKBONES, STRIDES, ExtraLevels, Pyramid, build_pyramid
@@ -55,18 +56,23 @@ class PyramidConfig(Config):
         ),
     ] = None
 
+    @field_validator("strides")
+    @classmethod
+    def _check_strides(cls, strides: tuple[Literal[4, 8, 16, 32], ...]) -> tuple[Literal[4, 8, 16, 32], ...]:
+        first = STRIDES.index(strides[0])
+        if strides != STRIDES[first : first + len(strides)]:
+            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {strides}")
+        return strides
+
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        first = STRIDES.index(self.strides[0])
-        if self.strides != STRIDES[first : first + len(self.strides)]:
-            raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {self.strides}")
+    def _check_sizes(self) -> Self:
         if self.max_size < self.min_size:
             raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
         return self
 
     def build_pyramid(self, extra_levels: ExtraLevels, *, pretrained: bool, batch_norm: bool = False) -> Pyramid:
         """Build the backbone and its pyramid, see `backbones.build_pyramid`; `batch_norm`: of the pyramid's own."""
-        return build_pyramid(
+        pyramid = build_pyramid(
             self.backbone,
             strides=self.strides,
             channels=self.pyramid_channels,
@@ -75,3 +81,6 @@ class PyramidConfig(Config):
             frozen_batch_norm=self.frozen_batch_norm,
             pyramid_batch_norm=batch_norm,
         )
+        if self.batch_norm_epsilon is not None:
+            overwrite_eps(pyramid, self.batch_norm_epsilon)
+        return pyramid

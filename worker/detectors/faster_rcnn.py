@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -14,16 +15,20 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
+from worker.detectors.backbones import Pyramid
 from worker.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
+from worker.detectors.mobilenet import BACKBONE, STRIDE, MobileNetPyramid
+from worker.detectors.outputs import select_outputs
 
 ROI_SIZE = 7
 
+ProposalThreshold = Annotated[float, Field(description="Least objectness score of a proposal, 0 to 1.", ge=0, lt=1)]
 
-class FasterRCNNConfig(PyramidConfig):
-    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
 
-    architecture: Literal["faster_rcnn"] = "faster_rcnn"
+class TwoStageConfig(PyramidConfig):
+    """What the families that derive from Faster R-CNN have in common."""
+
     pool_level: Annotated[
         bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
     ] = True
@@ -52,9 +57,79 @@ class FasterRCNNConfig(PyramidConfig):
     box_samples: Annotated[
         int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
     ] = 512
+    proposal_threshold: ProposalThreshold = 0.0
     score_threshold: ScoreThreshold = 0.05
     nms_threshold: NmsThreshold = 0.5
     max_detections: MaxDetections = 100
+
+    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
+        """Build the backbone and its pyramid, with random weights or ImageNet's."""
+        return self.build_pyramid(
+            "pool" if self.pool_level else "none", pretrained=pretrained, batch_norm=self.pyramid_batch_norm
+        )
+
+    def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return the sides of the anchors of each level in pixels."""
+        return tuple((round(self.anchor_scale * stride),) for stride in strides)
+
+
+class FasterRCNNConfig(TwoStageConfig):
+    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["faster_rcnn"] = "faster_rcnn"
+
+
+class FasterRCNNMobileNetConfig(TwoStageConfig):
+    """A Faster R-CNN on MobileNetV3. The defaults are torchvision's `fasterrcnn_mobilenet_v3_large_fpn`."""
+
+    architecture: Literal["faster_rcnn_mobilenet"] = "faster_rcnn_mobilenet"
+    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": [BACKBONE]})] = BACKBONE
+    strides: Annotated[
+        tuple[Literal[4, 8, 16, 32], ...],
+        Field(
+            description="Strides of the backbone's levels in the pyramid in pixels: its last two outputs.",
+            json_schema_extra={"enum": [[STRIDE, STRIDE]]},
+        ),
+    ] = (STRIDE, STRIDE)
+    anchor_scale: Annotated[
+        float, Field(description="Side of the smallest anchors, as a multiple of 32 px.", gt=0, le=64)
+    ] = 1.0
+    anchor_doublings: Annotated[
+        int, Field(description="Anchor sizes of every level, each twice the one before.", ge=1, le=8)
+    ] = 5
+    proposal_threshold: ProposalThreshold = 0.05
+
+    @field_validator("backbone")
+    @classmethod
+    def _check_backbone(cls, backbone: str) -> str:
+        if backbone != BACKBONE:
+            raise ValueError(f"the family's backbone is {BACKBONE}; got {backbone}")
+        return backbone
+
+    @field_validator("strides")
+    @classmethod
+    def _check_strides(cls, strides: tuple[Literal[4, 8, 16, 32], ...]) -> tuple[Literal[4, 8, 16, 32], ...]:
+        if strides != (STRIDE, STRIDE):
+            raise ValueError(f"strides are what the family has, {[STRIDE, STRIDE]}; got {list(strides)}")
+        return strides
+
+    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
+        """See `TwoStageConfig.make_pyramid`."""
+        pyramid = MobileNetPyramid(
+            self.pyramid_channels,
+            pool_level=self.pool_level,
+            pretrained=pretrained,
+            frozen_batch_norm=self.frozen_batch_norm,
+            batch_norm=self.pyramid_batch_norm,
+        )
+        if self.batch_norm_epsilon is not None:
+            overwrite_eps(pyramid, self.batch_norm_epsilon)
+        return pyramid
+
+    def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """See `TwoStageConfig.anchor_sizes`. The same on every level."""
+        sizes = tuple(round(self.anchor_scale * STRIDE * 2**doubling) for doubling in range(self.anchor_doublings))
+        return (sizes,) * len(strides)
 
 
 class FasterRCNNDetector(FasterRCNN, Detector):
@@ -63,20 +138,15 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     head_kind: HeadKind = "two_stage"
     provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
     # What torchvision sets without saying the types.
-    transform: Any
     backbone: Any
     rpn: Any
     roi_heads: Any
 
-    def __init__(self, config: FasterRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+    def __init__(self, config: TwoStageConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        pyramid = config.build_pyramid(
-            "pool" if config.pool_level else "none",
-            pretrained=pretrained_backbone,
-            batch_norm=config.pyramid_batch_norm,
-        )
+        pyramid = config.make_pyramid(pretrained=pretrained_backbone)
         anchors = AnchorGenerator(
-            sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
+            sizes=config.anchor_sizes(pyramid.strides),
             aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
         )
         super().__init__(
@@ -88,6 +158,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             rpn_post_nms_top_n_test=config.test_proposals,
             rpn_pre_nms_top_n_train=config.train_proposals,
             rpn_pre_nms_top_n_test=config.test_proposals,
+            rpn_score_thresh=config.proposal_threshold,
             box_roi_pool=MultiScaleRoIAlign(
                 [str(level) for level in range(len(config.strides))], output_size=ROI_SIZE, sampling_ratio=2
             ),
@@ -101,7 +172,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             box_detections_per_img=config.max_detections,
             box_batch_size_per_image=config.box_samples,
         )
-        self.introduce(config, classes, strides=pyramid.strides)
+        self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """See `Detector.trunk`."""
@@ -117,15 +188,21 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         maps = self.maps(batch.tensors)
         features = maps.features
         proposals, rpn_losses, objectness, anchors = self._propose(batch, features, scaled)
-        proposals, _, labels, regression_targets = self.roi_heads.select_training_samples(proposals, scaled)
+        proposals, matches, labels, regression_targets = self.select(proposals, scaled)
         class_logits, box_regression = self._head(features, proposals, batch.image_sizes)
         class_loss, box_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
         return TrainPass(
             images=batch.tensors,
+            normalization=self.normalization,
             image_sizes=batch.image_sizes,
             targets=scaled,
             features=features,
-            losses={"loss_classifier": class_loss, "loss_box_reg": box_loss, **rpn_losses},
+            losses={
+                "loss_classifier": class_loss,
+                "loss_box_reg": box_loss,
+                **self.further_losses(features, proposals, matches, labels, batch.image_sizes, scaled),
+                **rpn_losses,
+            },
             proposals=proposals,
             labels=labels,
             class_logits=class_logits,
@@ -134,6 +211,39 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             anchors=anchors,
             cell_logits=[level.unsqueeze(2) for level in objectness],
         )
+
+    def select(
+        self, proposals: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Add the ground truth to each picture's proposals and sample them for training, by torchvision's sampler.
+
+        Returns:
+            For each picture the sampled proposals (P_i, 4), the index of each one's target (P_i,), its class (P_i,), 0
+            for background, and its regression target (P_i, 4).
+        """
+        sampled = self.roi_heads.select_training_samples(proposals, targets)
+        return cast(tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], sampled)
+
+    def further_losses(
+        self,
+        features: Mapping[str, Tensor],  # noqa: ARG002 - for the families that have some
+        proposals: list[Tensor],  # noqa: ARG002
+        matches: list[Tensor],  # noqa: ARG002
+        labels: list[Tensor],  # noqa: ARG002
+        image_sizes: list[tuple[int, int]],  # noqa: ARG002
+        targets: list[Target],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return the losses of what further heads a family has, none here.
+
+        Args:
+            features: the pyramid's maps.
+            proposals: the sampled proposals of each picture, (P_i, 4).
+            matches: the index of the target that each is nearest to, (P_i,).
+            labels: the class of each, (P_i,), 0 for background.
+            image_sizes: height and width of each picture, without the padding.
+            targets: ground truth in the pixels of the batch.
+        """
+        return {}
 
     def _propose(
         self, batch: ImageList, features: Mapping[str, Tensor], targets: list[Target]
@@ -184,7 +294,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """See `Detector.sample`. As many are proposed as in training or in detection, by the detector's mode."""
         proposals, _ = self.rpn(ImageList(images, image_sizes), features, targets)
-        proposals, _, labels, _ = self.roi_heads.select_training_samples(proposals, targets)
+        proposals, _, labels, _ = self.select(proposals, targets)
         return proposals, labels
 
     def _head(
@@ -204,12 +314,19 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         rows = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
         predictor = self.roi_heads.box_predictor
         box_rows = (rows[:, None] * 4 + torch.arange(4)).flatten()
-        predictor.cls_score = _select_rows(predictor.cls_score, rows)
-        predictor.bbox_pred = _select_rows(predictor.bbox_pred, box_rows)
+        predictor.cls_score = select_outputs(predictor.cls_score, rows)
+        predictor.bbox_pred = select_outputs(predictor.bbox_pred, box_rows)
         self.classes = list(classes)
 
 
-def _box_head(config: FasterRCNNConfig) -> nn.Module:
+class FasterRCNNMobileNetDetector(FasterRCNNDetector):
+    """Faster R-CNN on the pyramid that torchvision builds on MobileNetV3. See `mobilenet`."""
+
+    # Two of the backbone's maps have one stride: they cannot be told apart by it.
+    provides: tuple[Part, ...] = ("anchors", "logits")
+
+
+def _box_head(config: TwoStageConfig) -> nn.Module:
     """Return the layers between pooled features (P, C, 7, 7) and predictor: (P, head_channels)."""
     if config.box_head == "linear":
         return cast(nn.Module, TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels))
@@ -218,13 +335,3 @@ def _box_head(config: FasterRCNNConfig) -> nn.Module:
         (channels, ROI_SIZE, ROI_SIZE), [channels] * 4, [config.head_channels], norm_layer=nn.BatchNorm2d
     )
     return cast(nn.Module, head)
-
-
-def _select_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
-    """Return a linear layer with only these of the outputs, in this order."""
-    rows = rows.to(layer.weight.device)
-    selected = nn.Linear(layer.in_features, len(rows), device=layer.weight.device, dtype=layer.weight.dtype)
-    with torch.no_grad():
-        selected.weight.copy_(layer.weight[rows])
-        selected.bias.copy_(layer.bias[rows])
-    return selected

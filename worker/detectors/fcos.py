@@ -10,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from worker.detectors.base import Part, Target
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
-from worker.detectors.one_stage import OneStageConfig, OneStageDetector
+from worker.detectors.one_stage import OneStageConfig, SigmoidDetector
 
 
 class FCOSConfig(OneStageConfig):
@@ -37,7 +37,7 @@ class FCOSConfig(OneStageConfig):
     max_detections: MaxDetections = 100
 
 
-class FCOSDetector(OneStageDetector, FCOS):
+class FCOSDetector(SigmoidDetector, FCOS):
     """torchvision's FCOS (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
 
     provides: tuple[Part, ...] = ("backbone", "logits")
@@ -61,7 +61,7 @@ class FCOSDetector(OneStageDetector, FCOS):
             detections_per_img=config.max_detections,
             topk_candidates=config.candidates,
         )
-        self.introduce(config, classes, strides=pyramid.strides)
+        self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
 
     def match_and_compare(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]

@@ -1,6 +1,6 @@
 """What one-stage families share: dense heads over the pyramid, taken apart for distillation.
 
-Labels. torchvision's one-stage heads give each class a column of its own and score it by a sigmoid; a label is the
+Labels. torchvision's RetinaNet and FCOS give each class a column of its own and score it by a sigmoid; a label is the
 index of its column, and there is no background class. Its published weights were trained on labels from 1 all the same:
 they have 91 columns for 90 classes, and column 0 is never a target. So do detectors here: labels count from 1
 everywhere, the head has one column more than there are classes, and column 0 is no class: it is never a target and
@@ -13,19 +13,23 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 from worker.detectors.config import PyramidConfig, Strides
+from worker.detectors.outputs import select_outputs
 
 
 class OneStageConfig(PyramidConfig):
-    """What one-stage detectors have in common."""
+    """What one-stage detectors on a feature pyramid have in common."""
 
     strides: Strides = (8, 16, 32)
     extra_levels: Annotated[
-        Literal["none", "p6p7"],
-        Field(description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions."),
+        Literal["none", "p6p7", "p6p7_backbone"],
+        Field(
+            description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions from "
+            "the pyramid's coarsest map. `p6p7_backbone`: from the backbone's."
+        ),
     ] = "p6p7"
     candidates: Annotated[
         int, Field(description="Boxes kept per level and picture in detection, before suppression.", ge=1, le=10_000)
@@ -37,7 +41,6 @@ class OneStageDetector(Detector):
 
     head_kind: HeadKind = "one_stage"
     # What torchvision sets without saying the types.
-    transform: Any
     backbone: Any
     head: Any
     anchor_generator: Any
@@ -59,6 +62,7 @@ class OneStageDetector(Detector):
         losses = self.match_and_compare(scaled, outputs, anchors, levels)
         return TrainPass(
             images=batch.tensors,
+            normalization=self.normalization,
             image_sizes=batch.image_sizes,
             targets=scaled,
             features=maps.features,
@@ -67,17 +71,6 @@ class OneStageDetector(Detector):
             anchors=_by_level(anchors[0], levels) if "anchors" in self.provides else None,
             cell_logits=_by_cell(outputs["cls_logits"], levels) if "logits" in self.provides else None,
         )
-
-    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
-        """See `Detector.cell_logits`: the classes; column 0, which is none, is left out."""
-        levels = list(features.values())
-        return _by_cell(self.head.classification_head(levels), levels)
-
-    @property
-    def scores_per_cell(self) -> tuple[int, int]:
-        """See `Detector.scores_per_cell`."""
-        head = self.head.classification_head
-        return head.num_anchors, head.num_classes - 1
 
     def match_and_compare(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]
@@ -89,6 +82,21 @@ class OneStageDetector(Detector):
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """See `Detector.detect`."""
         return cast(list[Detections], self(images))
+
+
+class SigmoidDetector(OneStageDetector):
+    """A one-stage detector whose classes are scored each on its own: column 0 of its head is no class."""
+
+    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Detector.cell_logits`: the classes; column 0, which is none, is left out."""
+        levels = list(features.values())
+        return _by_cell(self.head.classification_head(levels), levels)
+
+    @property
+    def scores_per_cell(self) -> tuple[int, int]:
+        """See `Detector.scores_per_cell`."""
+        head = self.head.classification_head
+        return head.num_anchors, head.num_classes - 1
 
     def postprocess_detections(
         self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
@@ -106,7 +114,7 @@ class OneStageDetector(Detector):
         columns = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
         # The outputs of a cell: every class of its first anchor, then of its second, …
         rows = (torch.arange(head.num_anchors)[:, None] * head.num_classes + columns).flatten()
-        head.cls_logits = _select_outputs(head.cls_logits, rows)
+        head.cls_logits = select_outputs(head.cls_logits, rows)
         head.num_classes = len(columns)
         self.classes = list(classes)
 
@@ -123,17 +131,3 @@ def _by_cell(logits: Tensor, levels: list[Tensor]) -> list[Tensor]:
     flat = _by_level(logits.transpose(0, 1), levels)  # (H W A, B, K + 1) of each level
     shaped = [one.unflatten(0, (*level.shape[-2:], -1)) for one, level in zip(flat, levels, strict=True)]
     return [one[..., 1:].permute(3, 2, 4, 0, 1) for one in shaped]
-
-
-def _select_outputs(layer: nn.Conv2d, rows: Tensor) -> nn.Conv2d:
-    """Return a 3x3 convolution with only these of the output channels, in this order."""
-    weight = layer.weight[rows.to(layer.weight.device)]
-    selected = nn.Conv2d(
-        layer.in_channels, len(rows), kernel_size=3, padding=1, device=weight.device, dtype=weight.dtype
-    )
-    with torch.no_grad():
-        selected.weight.copy_(weight)
-        assert layer.bias is not None
-        assert selected.bias is not None
-        selected.bias.copy_(layer.bias[rows.to(weight.device)])
-    return selected

@@ -6,18 +6,28 @@ from urllib.error import URLError
 
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import (
+    FasterRCNN_MobileNet_V3_Large_320_FPN_Weights,
+    FasterRCNN_MobileNet_V3_Large_FPN_Weights,
     FasterRCNN_ResNet50_FPN_V2_Weights,
     FasterRCNN_ResNet50_FPN_Weights,
     FCOS_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_V2_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_V2_Weights,
     RetinaNet_ResNet50_FPN_Weights,
+    SSD300_VGG16_Weights,
+    SSDLite320_MobileNet_V3_Large_Weights,
 )
 
 from worker.config import Config
 from worker.detectors import build
 from worker.detectors.base import Detector
-from worker.detectors.faster_rcnn import FasterRCNNConfig
+from worker.detectors.faster_rcnn import FasterRCNNConfig, FasterRCNNMobileNetConfig
 from worker.detectors.fcos import FCOSConfig
+from worker.detectors.mask_rcnn import MaskRCNNConfig
 from worker.detectors.retinanet import RetinaNetConfig
+from worker.detectors.ssd import SSDConfig
+from worker.detectors.ssdlite import SSDLiteConfig
 from worker.report import RunError
 
 
@@ -30,6 +40,14 @@ class Pretrained:
 
 
 PRETRAINED: dict[str, Pretrained] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Pretrained(
+        config=FasterRCNNMobileNetConfig(frozen_batch_norm=True, min_size=320, max_size=640, test_proposals=150),
+        weights={"COCO_V1": FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1},
+    ),
+    "fasterrcnn_mobilenet_v3_large_fpn": Pretrained(
+        config=FasterRCNNMobileNetConfig(frozen_batch_norm=True),
+        weights={"COCO_V1": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1},
+    ),
     "fasterrcnn_resnet50_fpn": Pretrained(
         config=FasterRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
         weights={"COCO_V1": FasterRCNN_ResNet50_FPN_Weights.COCO_V1},
@@ -45,9 +63,33 @@ PRETRAINED: dict[str, Pretrained] = {
         config=FCOSConfig(backbone="torchvision/resnet50", frozen_batch_norm=True),
         weights={"COCO_V1": FCOS_ResNet50_FPN_Weights.COCO_V1},
     ),
+    "maskrcnn_resnet50_fpn": Pretrained(
+        config=MaskRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
+        weights={"COCO_V1": MaskRCNN_ResNet50_FPN_Weights.COCO_V1},
+    ),
+    "maskrcnn_resnet50_fpn_v2": Pretrained(
+        config=MaskRCNNConfig(
+            backbone="torchvision/resnet50",
+            pyramid_batch_norm=True,
+            rpn_convolutions=2,
+            box_head="convolutional",
+            mask_batch_norm=True,
+        ),
+        weights={"COCO_V1": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1},
+    ),
     "retinanet_resnet50_fpn": Pretrained(
         config=RetinaNetConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
         weights={"COCO_V1": RetinaNet_ResNet50_FPN_Weights.COCO_V1},
+    ),
+    "retinanet_resnet50_fpn_v2": Pretrained(
+        config=RetinaNetConfig(
+            backbone="torchvision/resnet50", extra_levels="p6p7_backbone", head_norm="group", box_loss="giou"
+        ),
+        weights={"COCO_V1": RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1},
+    ),
+    "ssd300_vgg16": Pretrained(config=SSDConfig(), weights={"COCO_V1": SSD300_VGG16_Weights.COCO_V1}),
+    "ssdlite320_mobilenet_v3_large": Pretrained(
+        config=SSDLiteConfig(), weights={"COCO_V1": SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
     ),
 }
 

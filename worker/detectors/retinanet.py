@@ -1,16 +1,21 @@
 """RetinaNet with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal, cast
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 from worker.detectors.base import Part, Target
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
-from worker.detectors.one_stage import OneStageConfig, OneStageDetector
+from worker.detectors.one_stage import OneStageConfig, SigmoidDetector
+
+NORM_GROUPS = 32
 
 
 class RetinaNetConfig(OneStageConfig):
@@ -24,12 +29,22 @@ class RetinaNetConfig(OneStageConfig):
         int, Field(description="Anchor sizes of a level, in equal ratios from anchor_scale to its double.", ge=1, le=6)
     ] = 3
     anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
+    head_norm: Annotated[
+        Literal["none", "group"],
+        Field(
+            description="`group`: group norm behind the head's convolutions, in 32 groups, or the most that divide "
+            "both 32 and the channels."
+        ),
+    ] = "none"
+    box_loss: Annotated[
+        Literal["l1", "giou"], Field(description="Loss of the boxes: `l1` on their offsets, or `giou` on themselves.")
+    ] = "l1"
     score_threshold: ScoreThreshold = 0.05
     nms_threshold: NmsThreshold = 0.5
     max_detections: MaxDetections = 300
 
 
-class RetinaNetDetector(OneStageDetector, RetinaNet):
+class RetinaNetDetector(SigmoidDetector, RetinaNet):
     """torchvision's RetinaNet (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
 
     provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
@@ -45,18 +60,27 @@ class RetinaNetDetector(OneStageDetector, RetinaNet):
             ),
             aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
         )
+        groups = partial(nn.GroupNorm, math.gcd(NORM_GROUPS, config.pyramid_channels))
+        head = RetinaNetHead(
+            config.pyramid_channels,
+            anchors.num_anchors_per_location()[0],
+            len(classes) + 1,
+            norm_layer=groups if config.head_norm == "group" else None,
+        )
+        head.regression_head._loss_type = config.box_loss
         super().__init__(
             pyramid,
             len(classes) + 1,
             min_size=config.min_size,
             max_size=config.max_size,
             anchor_generator=anchors,
+            head=head,
             score_thresh=config.score_threshold,
             nms_thresh=config.nms_threshold,
             detections_per_img=config.max_detections,
             topk_candidates=config.candidates,
         )
-        self.introduce(config, classes, strides=pyramid.strides)
+        self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
 
     def match_and_compare(
         self,

@@ -1,6 +1,7 @@
 """The `distill` run: get the teacher, train the student with a method, measure both, leave the artifacts."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _distill(
 ) -> dict[str, Any]:
     dataset = canonical.read(Path(inputs["dataset"]))
     resume = TrainingState.load(Path(inputs["resume"]), device=device) if inputs["resume"] else None
-    context = _context(config, dataset, Path(inputs["dataset"]), device, reporter, world)
+    context = _context(config, dataset, inputs, device, reporter, world)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
         context.plan.done = resume.done
@@ -92,7 +93,7 @@ def _keep(context: Context, state: TrainingState) -> None:
 def _context(
     config: JobConfig,
     dataset: CanonicalDataset,
-    root: Path,
+    inputs: Mapping[str, Any],
     device: torch.device,
     reporter: Reporter,
     world: World,
@@ -102,7 +103,7 @@ def _context(
         if not images:
             splits = ", ".join(dataset.counts())
             raise RunError("user", "split_missing", f"the dataset has no {name} split; it has: {splits}")
-        return PictureReader(root, images)
+        return PictureReader(Path(inputs["dataset"]), images)
 
     train_pictures, eval_pictures = _split("train"), _split(config.evaluation.split)
     every, evaluated = config.evaluation.every_epochs, len(eval_pictures) * EVALUATION_COST
@@ -125,6 +126,7 @@ def _context(
         history=History(reporter=reporter),
         plan=Plan(total=total),
         world=world,
+        picture_memory_bytes=inputs["picture_memory_bytes"],
     )
 
 
@@ -166,6 +168,32 @@ def _require_classes(detector: Detector, classes: Sequence[str], subject: Subjec
         )
 
 
+def _take_classes(teacher: Detector, classes: Sequence[str], class_map: Mapping[str, str]) -> None:
+    """Cut a teacher down to the dataset's classes, found by the teacher's names for them, and give them the dataset's.
+
+    One of its classes cannot stand for two: each of them would get the same score, by which the head would teach the
+    student not to tell them apart, and under a softmax they would count twice against the background.
+    """
+    if strangers := [name for name in class_map if name not in classes]:
+        raise RunError(
+            "user",
+            "unknown_class",
+            f"teacher.class_map names classes that the dataset has not: {', '.join(strangers[:20])}; it has: "
+            f"{', '.join(classes[:100])}",
+        )
+    wanted = [class_map.get(name, name) for name in classes]
+    if twice := [name for name, count in Counter(wanted).items() if count > 1]:
+        raise RunError(
+            "user",
+            "class_map_not_one_to_one",
+            f"classes of the teacher that would stand for more than one of the dataset's: {', '.join(twice[:20])}; "
+            "give each a class of its own in teacher.class_map, or merge them in the dataset",
+        )
+    _require_classes(teacher, wanted, "teacher")
+    teacher.select_classes(wanted)
+    teacher.classes = list(classes)
+
+
 def _build_teacher(config: JobConfig, inputs: Mapping[str, Any], context: Context) -> Detector | None:
     """Return the teacher with exactly the dataset's classes, and untrained where it is to be trained here."""
     if config.teacher is None:
@@ -178,8 +206,7 @@ def _build_teacher(config: JobConfig, inputs: Mapping[str, Any], context: Contex
             teacher = detectors.load(inputs["teacher"])
         else:
             teacher = load_pretrained(str(config.teacher.detector), str(config.teacher.weights))
-        _require_classes(teacher, classes, "teacher")
-        teacher.select_classes(classes)
+        _take_classes(teacher, classes, config.teacher.class_map)
     return teacher.to(context.device)
 
 

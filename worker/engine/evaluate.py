@@ -1,35 +1,20 @@
-"""COCO's box metrics of a detector on one split (faster-coco-eval; equal to pycocotools', held by a test)."""
+"""COCO's box metrics of a detector on one split."""
 
-import contextlib
-import io
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from worker.data.canonical import CanonicalDataset, Split, to_coco
+from worker.data.canonical import CanonicalDataset, Picture, Split
 from worker.data.loader import PictureReader
 from worker.detectors.base import Detections, Detector
+from worker.engine.coco import MOST_DETECTIONS, Boxes, curves
 
-# COCO's twelve numbers, in the order of COCOeval's `stats`.
-STATS = (
-    "ap",
-    "ap50",
-    "ap75",
-    "ap_small",
-    "ap_medium",
-    "ap_large",
-    "ar_1",
-    "ar_10",
-    "ar_100",
-    "ar_small",
-    "ar_medium",
-    "ar_large",
-)
+# The ranges of areas apart from `all`, as COCO calls them.
+SIZES = ("small", "medium", "large")
 
 
 def detect_split(
@@ -51,9 +36,10 @@ def detect_split(
     detector.eval()
     found: dict[int, Detections] = {}
     mine = range(rank, len(pictures), world)
+    decoded = pictures.read_all(mine, ahead=2 * batch_size if device.type == "cuda" else 0)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        images = [to_float(pictures.read(index), device) for index in indices]
+        images = [to_float(image, device) for image in itertools.islice(decoded, len(indices))]
         for index, detections in zip(indices, detector.detect(images), strict=True):
             found[pictures.images[index].id] = Detections(
                 boxes=detections["boxes"].cpu(), labels=detections["labels"].cpu(), scores=detections["scores"].cpu()
@@ -67,51 +53,67 @@ def to_float(image: Tensor, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=True).float().div_(255)
 
 
-def to_results(found: dict[int, Detections]) -> list[dict[str, Any]]:
-    """Return detections as COCO's result list: boxes as x, y, width, height; categories from 1."""
-    results = []
-    for image_id, detections in found.items():
-        boxes = detections["boxes"].double()
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-        for box, label, score in zip(
-            boxes.tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True
-        ):
-            results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
-    return results
-
-
 def coco_metrics(dataset: CanonicalDataset, split: Split, found: dict[int, Detections]) -> dict[str, Any]:
     """Return COCO's twelve metrics and per-class AP and AP50 of detections against a split's ground truth.
 
     Values are 0 to 1; None where there is nothing to measure (COCO's -1).
     """
-    results = to_results(found)
-    with contextlib.redirect_stdout(io.StringIO()):  # the library prints its table
-        truth = COCO(to_coco(dataset, split))
-        evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    # (IoU thresholds, recalls, classes, areas, most detections): the last area is `all` = 0, the last count 100.
-    precision: np.ndarray = evaluation.eval["precision"][:, :, :, 0, -1]
+    pictures = dataset.in_split(split)
+    truth, crowd = _truth(pictures)
+    guesses, scores = _guesses(pictures, found)
+    result = curves(truth, crowd, guesses, scores, classes=len(dataset.classes))
+    precision, recall = result.precision, result.recall
     return {
-        **{name: _number(value) for name, value in zip(STATS, evaluation.stats[: len(STATS)], strict=True)},
+        "ap": _mean(precision[..., 0]),
+        "ap50": _mean(precision[0, ..., 0]),
+        "ap75": _mean(precision[5, ..., 0]),
+        **{f"ap_{name}": _mean(precision[..., area]) for area, name in enumerate(SIZES, start=1)},
+        **{f"ar_{most}": _mean(recall[:, :, 0, index]) for index, most in enumerate(MOST_DETECTIONS)},
+        **{f"ar_{name}": _mean(recall[:, :, area, -1]) for area, name in enumerate(SIZES, start=1)},
         "per_class": [
-            {"class": name, "ap": _mean(precision[:, :, index]), "ap50": _mean(precision[0, :, index])}
+            {"class": name, "ap": _mean(precision[:, :, index, 0]), "ap50": _mean(precision[0, :, index, 0])}
             for index, name in enumerate(dataset.classes)
         ],
         "images": len(found),
-        "detections": len(results),
+        "detections": len(guesses),
     }
 
 
-def _number(value: float) -> float | None:
-    return None if value < 0 or math.isnan(value) else float(value)
+def _truth(pictures: Sequence[Picture]) -> tuple[Boxes, np.ndarray]:
+    """Return a split's boxes and which of them are crowds."""
+    rows = [
+        (image, box.class_index, box.x1, box.y1, box.x2, box.y2, box.crowd)
+        for image, picture in enumerate(pictures)
+        for box in picture.boxes
+    ]
+    table = np.array(rows, np.float64).reshape(-1, 7)
+    return _boxes(table[:, 0], table[:, 1], table[:, 2:6]), table[:, 6] > 0
 
 
-def _mean(precision: np.ndarray) -> float | None:
+def _guesses(pictures: Sequence[Picture], found: dict[int, Detections]) -> tuple[Boxes, np.ndarray]:
+    """Return all detections of a split and their scores, picture by picture."""
+    there = [(image, found[picture.id]) for image, picture in enumerate(pictures) if picture.id in found]
+    if not there:
+        return _boxes(np.zeros(0), np.zeros(0), np.zeros((0, 4))), np.zeros(0)
+    boxes, labels, scores = (
+        torch.cat([detections[name] for _, detections in there]).numpy() for name in ("boxes", "labels", "scores")
+    )
+    images = np.repeat([image for image, _ in there], [len(detections["scores"]) for _, detections in there])
+    return _boxes(images, labels - 1, boxes.astype(np.float64)), scores.astype(np.float64)
+
+
+def _boxes(images: np.ndarray, labels: np.ndarray, corners: np.ndarray) -> Boxes:
+    return Boxes(
+        image=images.astype(np.int64),
+        label=labels.astype(np.int64),
+        corner=corners[:, :2],
+        side=corners[:, 2:] - corners[:, :2],
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
     """Mean over what is there; -1 marks a class without ground truth."""
-    there = precision[precision > -1]
+    there = values[values > -1]
     return float(there.mean()) if there.size else None
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from worker.data.canonical import CanonicalDataset
-from worker.data.loader import PictureReader, training_batches
+from worker.data.loader import PictureReader, TrainingBatches
+from worker.data.resize import InputSize
 from worker.detectors.base import Detector
 from worker.engine.average import Average
 from worker.engine.checkpoint import Best, TrainingState
@@ -46,6 +47,7 @@ class Context:
     history: History
     plan: Plan
     world: World
+    picture_memory_bytes: int | None
 
 
 def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
@@ -89,6 +91,9 @@ class Training:
         schedule: epochs, batch size, optimiser.
         save: called with the state after each epoch but the last, every `checkpoint_minutes` between, and when the run
             is asked to end.
+
+    Raises:
+        RunError: `too_few_images`, `fixed_input_size`.
     """
 
     def __init__(
@@ -114,6 +119,16 @@ class Training:
         self._step = Step(
             detector, method=method, teacher=teacher, schedule=schedule, world=context.world, device=context.device
         )
+        self._batches = TrainingBatches(
+            context.train_pictures,
+            batch_size=schedule.batch_size,
+            size=InputSize.taken_from(detector),
+            augmentation=context.augmentation,
+            device=context.device,
+            cache_bytes=context.picture_memory_bytes,
+            rank=context.world.rank,
+            world=context.world.size,
+        )
         self._average = Average(detector, decay=schedule.ema_decay) if schedule.ema_decay else None
         self._best: Best | None = None
         self._running = Running()
@@ -124,7 +139,7 @@ class Training:
         """Train to the end, from the beginning or from a state of this training, and return the best detector.
 
         Raises:
-            RunError: `loss_not_finite`, `out_of_memory`, `too_few_images`.
+            RunError: `loss_not_finite`, `out_of_memory`.
             Cancelled: the run was asked to end; a checkpoint of the last whole step stands.
         """
         first, start = (resume.epoch, resume.step) if resume else (0, 0)
@@ -149,17 +164,8 @@ class Training:
 
     def _train_epoch(self, epoch: int, start: int) -> None:
         context, schedule = self.context, self.schedule
-        steps = len(context.train_pictures) // schedule.batch_size
-        batches = training_batches(
-            context.train_pictures,
-            batch_size=schedule.batch_size,
-            horizontal_flip=context.augmentation.horizontal_flip,
-            seed=seed_for(context.seed, self.subject, "order", epoch),
-            device=context.device,
-            start=start,
-            rank=context.world.rank,
-            world=context.world.size,
-        )
+        steps = len(self._batches)
+        batches = self._batches.epoch(seed_for(context.seed, self.subject, "order", epoch), start=start)
         self.detector.train()
         self._method.train()
         watch, asked_at = Stopwatch(), time.monotonic()
@@ -214,7 +220,7 @@ class Training:
     def _measure(self, epoch: int) -> None:
         """Evaluate after an epoch, and keep the detector if it is the best one up to now."""
         context = self.context
-        steps, before = len(context.train_pictures) // self.schedule.batch_size, context.plan.done
+        steps, before = len(self._batches), context.plan.done
         context.world.agree(self.detector.buffers())
         context.world.agree(self._average.tensors.values() if self._average else ())
         try:

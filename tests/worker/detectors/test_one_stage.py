@@ -24,8 +24,9 @@ OWN_LOSSES = {
     "fcos": {"classification", "bbox_regression", "bbox_ctrness"},
     "retinanet": {"classification", "bbox_regression"},
 }
-# Each preset, with the epsilon of frozen batch norm that torchvision gives its weights.
-PRESETS = {"fcos_resnet50_fpn": 1e-5, "retinanet_resnet50_fpn": 0.0}
+# Each preset, with the epsilon of frozen batch norm that torchvision gives its weights; None where it is not frozen.
+PRESETS = {"fcos_resnet50_fpn": 1e-5, "retinanet_resnet50_fpn": 0.0, "retinanet_resnet50_fpn_v2": None}
+V2_HEAD = {"head_norm": "group", "box_loss": "giou", "extra_levels": "p6p7_backbone", "pyramid_channels": 48}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,9 +66,11 @@ def test_the_pretrained_preset_is_torchvisions_model(name):
     torch.manual_seed(0)
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).eval()
     theirs.load_state_dict(without_column_zero(theirs.state_dict(), 91))
-    assert ours.state_dict().keys() == {key for key in theirs.state_dict() if "num_batches" not in key}
+    frozen = PRESETS[name] is not None
+    assert ours.state_dict().keys() == {key for key in theirs.state_dict() if not (frozen and "num_batches" in key)}
     ours.load_state_dict(theirs.state_dict())  # strict: the released weights have these names
-    theirs.backbone.body = freeze(theirs.backbone.body, epsilon=PRESETS[name])
+    if frozen:
+        theirs.backbone.body = freeze(theirs.backbone.body, epsilon=PRESETS[name])
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
     for model in (ours, theirs):
         model.transform.min_size, model.transform.max_size = (96,), 128
@@ -82,12 +85,14 @@ def test_the_pretrained_preset_is_torchvisions_model(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_weights_load_with_their_classes(name, monkeypatch, tmp_path):
-    """A file made here stands for the download, RetinaNet's with the old names of the head that the real one has."""
+    """A file made here stands for the download, with the old names of the head that real ones have (v2's has not)."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).state_dict()
     path = tmp_path / "hub" / "checkpoints" / Path(PRETRAINED[name].weights["COCO_V1"].url).name
     path.parent.mkdir(parents=True)
-    old = [re.sub(r"head\.conv\.(\d)\.0\.", lambda found: f"head.conv.{2 * int(found[1])}.", key) for key in theirs]
+    old = list(theirs)
+    if not name.endswith("v2"):
+        old = [re.sub(r"head\.conv\.(\d)\.0\.", lambda found: f"head.conv.{2 * int(found[1])}.", key) for key in theirs]
     torch.save(dict(zip(old, theirs.values(), strict=True)), path)
     detector = load_pretrained(name, "COCO_V1")
     ours = detector.state_dict()
@@ -111,6 +116,23 @@ def test_defaults_are_torchvisions(name):
     assert (ours.transform.min_size, ours.transform.max_size) == (theirs.transform.min_size, theirs.transform.max_size)
     assert ours.anchor_generator.sizes == theirs.anchor_generator.sizes
     assert ours.anchor_generator.aspect_ratios == theirs.anchor_generator.aspect_ratios
+    if "retinanet" in name:
+        assert ours.head.regression_head._loss_type == theirs.head.regression_head._loss_type
+
+
+def test_the_v2_head_trains_as_in_the_plain_call():
+    detector = build("retinanet", **V2_HEAD).train()
+    # 32 groups do not divide 48 channels; 16 do.
+    groups = [one.num_groups for one in detector.head.modules() if isinstance(one, torch.nn.GroupNorm)]
+    assert groups == [16] * 8
+    images, targets = with_an_empty_picture(0)
+    plain, plain_gradients, _ = backward(detector, lambda: detector(images, targets), 0)
+    ours, our_gradients, _ = backward(detector, lambda: detector.train_pass(images, targets).losses, 0)
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
+    assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
+    detector.head.regression_head._loss_type = "l1"
+    other = detector.train_pass(images, targets).losses
+    assert not torch.equal(other["bbox_regression"], ours["bbox_regression"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -159,6 +159,43 @@ def test_a_teacher_from_a_checkpoint_and_its_classes(finished, dataset, tmp_path
     assert "disc, cat" in failure["detail"]
 
 
+def test_a_teacher_with_other_names_for_the_classes(finished, dataset, tmp_path):
+    """The same weights under other names, mapped back: the same run, byte for byte."""
+    weights = artifact(finished[0], "teacher.safetensors")
+    renamed = detectors.load(weights)
+    renamed.classes = ["Quadrat", "disc"]
+    detectors.save(renamed, tmp_path / "renamed.safetensors")
+    teacher = {"source": "checkpoint", "id": "ckpt_x", "detector": TINY}
+    mapped = {**teacher, "class_map": {"square": "Quadrat"}}
+    plain = write_run(tmp_path / "plain", dataset[1], spec(teacher=teacher), teacher=str(weights))
+    other = write_run(
+        tmp_path / "other", dataset[1], spec(teacher=mapped), teacher=str(tmp_path / "renamed.safetensors")
+    )
+    assert run(other)["results"] == run(plain)["results"]
+    assert artifact(other, "student-last.safetensors").read_bytes() == (
+        artifact(plain, "student-last.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("class_map", "code", "says"),
+    [
+        ({"cat": "disc"}, "unknown_class", "it has: square, disc"),
+        ({"square": "disc"}, "class_map_not_one_to_one", "disc"),
+        ({"square": "cat"}, "teacher_classes_differ", "cat"),
+    ],
+)
+def test_class_maps_that_cannot_be_say_why(finished, dataset, tmp_path, class_map, code, says):
+    teacher = {"source": "checkpoint", "id": "ckpt_x", "detector": TINY, "class_map": class_map}
+    weights = artifact(finished[0], "teacher.safetensors")
+    failure = run(write_run(tmp_path / "run", dataset[1], spec(teacher=teacher), teacher=str(weights)))["failure"]
+    assert (failure["class"], failure["code"]) == ("user", code)
+    assert says in failure["detail"]
+    trained = {**spec()["teacher"], "class_map": {"square": "disc"}}
+    failure = run(write_run(tmp_path / "trained", dataset[1], spec(teacher=trained)))["failure"]
+    assert failure["code"] == "bad_spec"
+
+
 def test_the_baseline_needs_no_teacher(dataset, tmp_path):
     directory = write_run(tmp_path / "run", dataset[1], spec(teacher=None, distillation={"method": "baseline"}))
     result = run(directory)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import coco_evaluation
-from worker.data.canonical import Box, CanonicalDataset, Picture, to_coco
-from worker.engine.evaluate import STATS, coco_metrics, to_results
+from tests.reference import STATS, coco_evaluation, to_coco, to_results
+from tests.worker.support_engine import shapes
+from worker.data.canonical import Box, CanonicalDataset, Picture
+from worker.data.loader import PictureReader
+from worker.engine.evaluate import coco_metrics
 
 
 def random_case(seed, pictures=30, classes=3):
@@ -33,9 +35,36 @@ def random_case(seed, pictures=30, classes=3):
     return CanonicalDataset(tuple("abcdef"[:classes]), tuple(images)), found
 
 
+def crowded_case(seed, pictures=6):
+    """Boxes on a coarse grid: equal overlaps and scores, many on one spot, and more detections than are counted."""
+    rng = np.random.default_rng(seed)
+    sides = np.array([16, 32, 96, 128])  # 32 and 96 squared are bounds of the ranges of areas
+    images, found = [], {}
+    for number in range(1, pictures + 1):
+        where, side = rng.integers(0, 4, (25, 2)) * 32, rng.choice(sides, (25, 2))
+        crowds = rng.random(25) < 0.2
+        boxes = tuple(
+            Box(0, *map(float, (*corner, *(corner + size))), crowd=bool(crowd))
+            for corner, size, crowd in zip(where, side, crowds, strict=True)
+        )
+        corner, size = rng.integers(0, 8, (140, 2)) * 16, rng.choice(sides, (140, 2))
+        found[number] = {
+            "boxes": torch.from_numpy(np.concatenate([corner, corner + size], axis=1)).float(),
+            "labels": torch.ones(140, dtype=torch.int64),
+            "scores": torch.from_numpy(np.round(rng.random(140), 1)).float(),
+        }
+        images.append(Picture(number, f"images/{number:064x}.png", str(number), 640, 640, "val", boxes))
+    # A picture without truth and one without detections.
+    images.append(Picture(pictures + 1, "images/x.png", "x", 640, 640, "val", ()))
+    found[pictures + 1] = found[1]
+    found[2] = {name: tensor[:0] for name, tensor in found[2].items()}
+    return CanonicalDataset(("only", "never"), tuple(images)), found
+
+
+@pytest.mark.parametrize("case", [random_case, crowded_case])
 @pytest.mark.parametrize("seed", range(5))
-def test_all_numbers_equal_pycocotools(seed):
-    dataset, found = random_case(seed)
+def test_all_numbers_equal_pycocotools(seed, case):
+    dataset, found = case(seed)
     ours = coco_metrics(dataset, "val", found)
     theirs = coco_evaluation(to_coco(dataset, "val"), to_results(found))
     for name, value in zip(STATS, theirs.stats, strict=True):
@@ -46,7 +75,7 @@ def test_all_numbers_equal_pycocotools(seed):
         expected = there[there > -1].mean() if (there > -1).any() else None
         assert entry["ap"] == (pytest.approx(expected, abs=1e-9) if expected is not None else None)
     assert ours["per_class"][-1]["ap"] is None  # no ground truth: nothing to measure, not 0
-    assert ours["images"] == 30
+    assert ours["images"] == len(dataset.images)
 
 
 def test_no_detections_is_zero_and_no_error():
@@ -58,3 +87,11 @@ def test_no_detections_is_zero_and_no_error():
     metrics = coco_metrics(dataset, "val", empty)
     assert metrics["ap"] == 0.0
     assert metrics["detections"] == 0
+
+
+def test_pictures_decoded_ahead_are_the_same(tmp_path):
+    dataset = shapes(tmp_path, train=2, val=9)
+    pictures = PictureReader(tmp_path / "canonical", dataset.in_split("val"))
+    plain, ahead = list(pictures.read_all(range(9))), list(pictures.read_all(range(9), ahead=4))
+    assert len(plain) == len(ahead) == 9
+    assert all(torch.equal(one, other) for one, other in zip(plain, ahead, strict=True))

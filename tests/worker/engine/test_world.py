@@ -13,8 +13,9 @@ import torch
 from tests.worker.engine.test_step import RETINANET
 from tests.worker.support_engine import CLASSES, run_alone, shapes, spec, write_run
 from worker import detectors, methods
-from worker.data.loader import PictureReader, training_batches
-from worker.engine.config import JobConfig, ScheduleConfig
+from worker.data.loader import PictureReader, TrainingBatches
+from worker.data.resize import InputSize
+from worker.engine.config import AugmentationConfig, JobConfig, ScheduleConfig
 from worker.engine.step import Step
 from worker.engine.world import World
 from worker.methods.base import Clock
@@ -45,10 +46,16 @@ def step_and_gradients(dataset, world):
     schedule = ScheduleConfig(batch_size=4, warmup_steps=0, gradient_clip=0)
     step = Step(student, method=method, teacher=teacher, schedule=schedule, world=world, device=CPU)
     pictures = PictureReader(dataset, canonical.read(dataset).in_split("train"))
-    batches = training_batches(
-        pictures, batch_size=4, horizontal_flip=0.5, seed=3, device=CPU, rank=world.rank, world=world.size
+    batches = TrainingBatches(
+        pictures,
+        batch_size=4,
+        size=InputSize.taken_from(student),
+        augmentation=AugmentationConfig(),
+        device=CPU,
+        rank=world.rank,
+        world=world.size,
     )
-    values, _ = step(next(iter(batches)), Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
+    values, _ = step(next(batches.epoch(3)), Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
     return values, {name: one.grad for name, one in step.losses.named_parameters()}
 
 

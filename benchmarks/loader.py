@@ -1,0 +1,195 @@
+"""Loading training pictures from JPEG files: ours against a plain torchvision dataset with the same transforms.
+
+    python -m benchmarks.loader [--quick]
+
+Photograph-like pictures, 1280x960, JPEG quality 90, mirrored half of the time and brought to a detector's usual size,
+800x1333 at most. The other side is what people write: a `Dataset` that opens each file with Pillow, and torchvision's
+v2 transforms on `tv_tensors`, in a `DataLoader`. Both end with floats 0 to 1 in lists, in this process: loader
+processes would multiply either side. The two take turns, epoch by epoch; the first epoch fills our memory.
+
+`ratio` is that of a whole training of the default length, in pictures a second: one first epoch and the later ones.
+`wait` is the share of a training step that goes into waiting for pictures, a small detector's on this machine's CPU.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from worker import detectors
+from worker.data.canonical import Box, Picture
+from worker.data.loader import Batch, PictureReader, TrainingBatches
+from worker.data.resize import InputSize
+from worker.engine.config import AugmentationConfig, ScheduleConfig
+from worker.engine.evaluate import to_float
+
+GOAL = 2.0
+HEIGHT, WIDTH = 960, 1280
+SIZE = InputSize(min_size=800, max_size=1333)
+BATCH = 4
+CPU = torch.device("cpu")
+STUDENT = {"architecture": "faster_rcnn", "backbone": "timm/mobilenetv3_small_050", "pyramid_channels": 64}
+
+
+def photograph(rng: np.random.Generator, boxes: tuple[Box, ...]) -> Image.Image:
+    """Return a smooth, grainy picture with a rectangle in each box: about as many bytes as a photograph's."""
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(smooth).astype(np.int16)
+    for box in boxes:
+        pixels[int(box.y1) : int(box.y2), int(box.x1) : int(box.x2)] = rng.integers(0, 256, 3)
+    pixels += rng.normal(0, 6, pixels.shape).astype(np.int16)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write(root: Path, count: int) -> PictureReader:
+    """Write a training split under `root` and return its reader."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    pictures = []
+    for number in range(1, count + 1):
+        corners = rng.integers(0, (WIDTH - 400, HEIGHT - 400), (7, 2))
+        sides = rng.integers(20, 400, (7, 2))
+        boxes = tuple(
+            Box(int(rng.integers(80)), float(x), float(y), float(x + w), float(y + h))
+            for (x, y), (w, h) in zip(corners, sides, strict=True)
+        )
+        file = f"images/{number:064x}.jpg"
+        photograph(rng, boxes).save(root / file, quality=90)
+        pictures.append(Picture(number, file, f"{number}.jpg", WIDTH, HEIGHT, "train", boxes))
+    return PictureReader(root, pictures)
+
+
+class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """The dataset that people write."""
+
+    def __init__(self, pictures: PictureReader) -> None:
+        self.pictures = pictures
+        self.transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RandomHorizontalFlip(0.5),
+                v2.Resize(SIZE.min_size, max_size=SIZE.max_size),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        record = self.pictures.images[index]
+        image = Image.open(self.pictures.root / record.file).convert("RGB")
+        boxes = tv_tensors.BoundingBoxes(
+            [[box.x1, box.y1, box.x2, box.y2] for box in record.boxes],
+            format="XYXY",
+            canvas_size=(record.height, record.width),
+        )
+        target = {"boxes": boxes, "labels": torch.tensor([box.class_index + 1 for box in record.boxes])}
+        changed: tuple[Tensor, dict[str, Any]] = self.transform(image, target)
+        return changed
+
+
+def plain_epoch(loader: Iterable[tuple[tuple[Tensor, ...], Any]]) -> float:
+    """Return pictures a second of one epoch of theirs."""
+    start, count = time.perf_counter(), 0
+    for images, _ in loader:
+        count += len(images)
+    return count / (time.perf_counter() - start)
+
+
+def our_epoch(batches: TrainingBatches, seed: int) -> float:
+    """Return pictures a second of one epoch of ours, as training takes them: floats on its device."""
+    start, count = time.perf_counter(), 0
+    for batch in batches.epoch(seed):
+        count += len([to_float(image, CPU) for image in batch.images])
+    return count / (time.perf_counter() - start)
+
+
+def waiting(batches: TrainingBatches, steps: int) -> float:
+    """Return the share of training steps, forward and backward, that is spent waiting for their pictures."""
+    torch.manual_seed(0)
+    detector = detectors.build(STUDENT, [f"class {index}" for index in range(80)]).train()
+    InputSize.taken_from(detector)
+    epoch, waited, whole = batches.epoch(0), 0.0, 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        batch: Batch = next(epoch)
+        waited += time.perf_counter() - start
+        losses = detector.train_pass([to_float(image, CPU) for image in batch.images], batch.targets).losses
+        torch.stack(list(losses.values())).sum().backward()
+        whole += time.perf_counter() - start
+    return waited / whole
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print and return the result."""
+    parser = argparse.ArgumentParser(description="Loading training pictures.")
+    parser.add_argument("--quick", action="store_true", help="32 pictures and three turns instead of 128 and five")
+    quick = parser.parse_args(arguments).quick
+    pictures, turns, later_epochs, steps = (32, 3, 2, 2) if quick else (128, 5, 3, 8)
+    theirs: list[float] = []
+    first: list[float] = []
+    later: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        reader = write(Path(folder), pictures)
+        loader = DataLoader(
+            Plain(reader),
+            batch_size=BATCH,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=lambda batch: tuple(zip(*batch, strict=True)),
+        )
+        for turn in range(turns):
+            batches = TrainingBatches(
+                reader, batch_size=BATCH, size=SIZE, augmentation=AugmentationConfig(), device=CPU
+            )
+            theirs.append(plain_epoch(loader))
+            first.append(our_epoch(batches, seed=0))
+            later.extend(our_epoch(batches, seed=epoch) for epoch in range(1, later_epochs + 1))
+            print(
+                f"turn {turn + 1}: plain {theirs[-1]:.1f} images/s, ours {first[-1]:.1f} in the first epoch, "
+                f"{later[-1]:.1f} later",
+                flush=True,
+            )
+        kept = batches.cache.kept
+        fresh = TrainingBatches(reader, batch_size=BATCH, size=SIZE, augmentation=AugmentationConfig(), device=CPU)
+        wait_first, wait_later = waiting(fresh, steps), waiting(batches, steps)
+    plain_rate, first_rate, later_rate = map(statistics.median, (theirs, first, later))
+    epochs = ScheduleConfig().epochs
+    ratio = epochs / (1 / first_rate + (epochs - 1) / later_rate) / plain_rate
+    result = {
+        "benchmark": "loader",
+        "ratio": round(ratio, 2),
+        "goal": GOAL,
+        "ok": ratio >= GOAL,
+        "epochs": epochs,
+        "plain_images_per_s": round(plain_rate, 1),
+        "first_epoch_images_per_s": round(first_rate, 1),
+        "later_epochs_images_per_s": round(later_rate, 1),
+        "first_epoch_ratio": round(first_rate / plain_rate, 2),
+        "later_epochs_ratio": round(later_rate / plain_rate, 2),
+        "pictures": pictures,
+        "kept": kept,
+        "wait_first_epoch": round(wait_first, 3),
+        "wait_later_epochs": round(wait_later, 3),
+    }
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""DeFeat's training step against its lower bound: the teacher's trunk forward, and the plain student's training step.
+
+    python -m benchmarks.step_time [--quick] [--device cuda]
+
+Both run in turn in one process, on the same batch, and the medians are compared. What is measured for DeFeat is the
+engine's own step, weights updated; to it is added the share of the step that measures gradients, which comes once in
+so many. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 pictures of 800x1333, bfloat16. The last line is
+one JSON object; the exit code is 1 if a goal is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker import detectors, methods
+from worker.data.loader import Batch
+from worker.detectors import Detector, Target
+from worker.engine.config import ScheduleConfig
+from worker.engine.evaluate import to_float
+from worker.engine.health import MEASURE_EVERY
+from worker.engine.step import PRECISIONS, Step
+from worker.engine.world import World
+from worker.methods.base import Clock
+
+CLASSES = [f"class {number}" for number in range(80)]
+CLOCK = Clock(step=100, steps=1000, epoch=0, epochs=1)
+NECK_ONLY = {"head_object_weight": 0, "head_background_weight": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison: a family, DeFeat's parameters, and how near to the lower bound it must come."""
+
+    architecture: str
+    parameters: Mapping[str, Any]
+    goal: float
+
+
+CASES = {
+    "retinanet": Case(architecture="retinanet", parameters=NECK_ONLY, goal=1.05),
+    "faster_rcnn, student's proposals": Case(
+        architecture="faster_rcnn", parameters={"proposals": "student"}, goal=1.05
+    ),
+    "faster_rcnn, teacher's proposals": Case(
+        architecture="faster_rcnn", parameters={"proposals": "teacher"}, goal=1.20
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is trained on: `pictures` of height x width px, and the two backbones."""
+
+    teacher: str
+    student: str
+    pictures: int
+    height: int
+    width: int
+    schedule: Mapping[str, Any]
+    repeats: int
+
+
+GPU = Size(
+    teacher="torchvision/resnet152",
+    student="torchvision/resnet50",
+    pictures=8,
+    height=800,
+    width=1333,
+    schedule={"precision": "bfloat16", "channels_last": True},
+    repeats=30,
+)
+CPU = Size(
+    teacher="torchvision/resnet50",
+    student="torchvision/resnet18",
+    pictures=2,
+    height=192,
+    width=256,
+    schedule={},
+    repeats=15,
+)
+
+
+def make_batch(size: Size) -> Batch:
+    """Return random pictures with ten boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    images, targets = [], []
+    for _ in range(size.pictures):
+        images.append(torch.randint(0, 256, (3, size.height, size.width), generator=generator, dtype=torch.uint8))
+        corner = torch.rand(10, 2, generator=generator) * torch.tensor([size.width, size.height]) * 0.6
+        extent = 10 + torch.rand(10, 2, generator=generator) * torch.tensor([size.width, size.height]) * 0.35
+        labels = torch.randint(1, len(CLASSES) + 1, (10,), generator=generator)
+        targets.append(Target(boxes=torch.cat([corner, corner + extent], dim=1), labels=labels))
+    return Batch(images=images, targets=targets)
+
+
+class Bench:
+    """A student with DeFeat, and the same student alone beside the teacher's trunk."""
+
+    def __init__(self, case: Case, size: Size, device: torch.device) -> None:
+        self.device = device
+        self.precision = PRECISIONS[ScheduleConfig(**size.schedule).precision]
+        self.batch = make_batch(size)
+        teacher = _build(case, size, size.teacher, device).eval().requires_grad_(False)
+        self.ours = _step(
+            _build(case, size, size.student, device), teacher, {"method": "defeat", **case.parameters}, size
+        )
+        self.plain = _step(_build(case, size, size.student, device), None, {"method": "baseline"}, size)
+        self.teacher = teacher
+        images = [to_float(image, device) for image in self.batch.images]
+        self.seen: Tensor = teacher.transform(images)[0].tensors  # type: ignore[operator, union-attr]
+
+    def defeat(self) -> None:
+        """Take DeFeat's step."""
+        self.ours(self.batch, CLOCK)
+
+    def measured(self) -> None:
+        """Take DeFeat's step and measure the gradient of each part."""
+        self.ours(self.batch, CLOCK, measured=True)
+
+    def bound(self) -> None:
+        """Run the teacher's trunk, and take the plain step."""
+        with torch.no_grad(), self._autocast():
+            self.teacher.trunk(self.seen)
+        self.plain(self.batch, CLOCK)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
+
+def _build(case: Case, size: Size, backbone: str, device: torch.device) -> Detector:
+    torch.manual_seed(0)
+    spec = {
+        "architecture": case.architecture,
+        "backbone": backbone,
+        "min_size": min(size.height, size.width),
+        "max_size": max(size.height, size.width),
+    }
+    return detectors.build(spec, CLASSES).to(device)
+
+
+def _step(student: Detector, teacher: Detector | None, distillation: Mapping[str, Any], size: Size) -> Step:
+    device = next(student.parameters()).device
+    method = methods.build(distillation, student, teacher).to(device)
+    # A rate that moves nothing: with random weights and pictures a real one would soon lead anywhere.
+    schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.pictures, **size.schedule)
+    step = Step(student, method=method, teacher=teacher, schedule=schedule, world=World(), device=device)
+    step.losses.train()
+    return step
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Return how long `work` takes, the device's part included."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(case: Case, size: Size, device: torch.device) -> dict[str, Any]:
+    """Return the ratio of both medians, and what the measured steps add to it."""
+    bench = Bench(case, size, device)
+    works = {"defeat": bench.defeat, "bound": bench.bound, "measured": bench.measured}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(size.repeats + 2):
+        for name, work in works.items():
+            torch.manual_seed(repeat)
+            taken = seconds(work, device)
+            if repeat >= 2:  # the first ones warm up
+                times[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    measuring = max(0.0, medians["measured"] - medians["defeat"]) / MEASURE_EVERY
+    ratio = (medians["defeat"] + measuring) / medians["bound"]
+    return {
+        "ratio": round(ratio, 4),
+        "goal": case.goal,
+        "ok": ratio <= case.goal,
+        "measuring": round(measuring / medians["bound"], 4),
+        "milliseconds": {name: round(1000 * median, 1) for name, median in medians.items()},
+    }
+
+
+def _sized(arguments: argparse.Namespace) -> Size:
+    size = GPU if arguments.device == "cuda" else CPU
+    if not arguments.quick:
+        return size
+    return Size(**{**vars(size), "repeats": max(3, size.repeats // 5)})
+
+
+def _cases(size: Size, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, case in CASES.items():
+        result = measure(case, size, device)
+        print(f"{name}: {json.dumps(result)}", flush=True)
+        yield name, result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a fifth of the repeats")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    size, device = _sized(given), torch.device(given.device)
+    cases = dict(_cases(size, device))
+    worst = max(cases.values(), key=lambda result: result["ratio"] / result["goal"])
+    summary = {
+        "benchmark": "step_time",
+        "ratio": worst["ratio"],
+        "goal": worst["goal"],
+        "ok": all(result["ok"] for result in cases.values()),
+        "cases": cases,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "size": {key: value for key, value in vars(size).items() if key != "schedule"} | dict(size.schedule),
+    }
+    print(json.dumps(summary))
+    return 0 if summary["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""Teachers that do not fit the student or the dataset are refused when a job is sent, with what would fit."""
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.catalog import Catalog, load_catalog
+from app.db import Database
+from app.jobs.pairing import channels_apart, class_problems, heads_apart, strides_apart, strides_of
+from app.validation import check_detector
+from tests.app import seed
+from tests.app.conftest import ONE_DATABASE, Tenant
+
+Detector = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return load_catalog()
+
+
+def detector(catalog: Catalog, architecture: str, **values: Any) -> Detector:
+    spec = {"architecture": architecture, "backbone": "torchvision/resnet18", **values}
+    section = check_detector(catalog, spec, ())
+    assert section.value is not None, section.problems
+    return section.value
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "strides"),
+    [
+        ("faster_rcnn", {}, [4, 8, 16, 32, 64]),
+        ("faster_rcnn", {"strides": [8, 16], "pool_level": False}, [8, 16]),
+        ("retinanet", {}, [8, 16, 32, 64, 128]),
+        ("fcos", {"strides": [16], "extra_levels": "none"}, [16]),
+    ],
+)
+def test_a_pyramids_strides_count_its_extra_levels(catalog, architecture, values, strides):
+    assert strides_of(detector(catalog, architecture, **values)) == strides
+
+
+def test_pyramids_may_meet_in_an_extra_level(catalog):
+    student = detector(catalog, "faster_rcnn", strides=[4, 8, 16])  # and 32, by subsampling
+    teacher = detector(catalog, "retinanet", strides=[32])
+    assert strides_apart(catalog, student, teacher, teacher_is_free=False) is None
+
+
+@pytest.mark.parametrize("teacher_is_free", [True, False])
+def test_pyramids_apart_are_told_which_strides_would_do(catalog, teacher_is_free):
+    student = detector(catalog, "faster_rcnn", strides=[4])
+    teacher = detector(catalog, "retinanet", strides=[16, 32])
+    detail = strides_apart(catalog, student, teacher, teacher_is_free=teacher_is_free)
+    assert detail is not None
+    assert "strides [4, 8], the teacher's [16, 32, 64, 128]" in detail
+    assert detail.endswith("give the student strides [16, 32]")
+    assert strides_apart(catalog, student | {"strides": [16, 32]}, teacher, teacher_is_free=False) is None
+
+
+def test_what_a_family_does_not_take_is_not_proposed(catalog):
+    """FCOS wants multiples of 32: another one must move, the teacher if it may, or the method."""
+    student = detector(catalog, "fcos", pyramid_channels=64)
+    teacher = detector(catalog, "retinanet", pyramid_channels=40)
+    free = channels_apart(catalog, student, teacher, teacher_is_free=True)
+    assert "64 channels, the teacher's 40" in str(free)
+    assert "give the teacher pyramid_channels 64, or take a method" in str(free)
+    fixed = str(channels_apart(catalog, student, teacher, teacher_is_free=False))
+    assert "give the" not in fixed
+    assert "fitnet" in fixed
+    other = channels_apart(catalog, teacher, student, teacher_is_free=False)
+    assert "give the student pyramid_channels 64" in str(other)
+    assert channels_apart(catalog, student, student, teacher_is_free=False) is None
+
+
+def test_heads_apart_name_who_has_no_proposals(catalog):
+    two, one = detector(catalog, "faster_rcnn"), detector(catalog, "retinanet")
+    assert heads_apart(catalog, "head_object_weight", two, two) is None
+    detail = str(heads_apart(catalog, "head_object_weight", two, one))
+    assert detail.startswith("head_object_weight compares proposals, and the teacher (retinanet) is a one-stage")
+    assert "set it to 0, or take a two-stage teacher (faster_rcnn" in detail
+    detail = str(heads_apart(catalog, "head_object_weight", one, one))
+    assert "the student (retinanet) and the teacher (retinanet) are" in detail
+    assert "two-stage student and teacher" in detail
+
+
+def found(classes: list[str], known: list[str], class_map: dict[str, str]) -> list[tuple[str, str]]:
+    return [(item["pointer"], item["code"]) for item in class_problems(classes, known, class_map)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "known", "class_map", "errors"),
+    [
+        (["car", "person"], ["person", "dog", "car"], {}, []),
+        (["auto", "person"], ["person", "car"], {"auto": "car"}, []),
+        (["car", "person"], ["person", "car"], {"car": "person", "person": "car"}, []),  # names that changed places
+        (["car", "person"], ["person", "car"], {"auto": "car"}, [("/teacher/class_map/auto", "unknown_class")]),
+        (["auto"], ["car"], {"auto": "cat"}, [("/teacher/class_map/auto", "unknown_class")]),
+        (["auto"], ["car"], {}, [("/teacher", "teacher_classes_differ")]),
+        (["car", "van"], ["car"], {"van": "car"}, [("/teacher/class_map/van", "class_map_not_one_to_one")]),
+        (
+            ["lorry", "van"],
+            ["car"],
+            {"lorry": "car", "van": "car"},
+            [("/teacher/class_map/lorry", "class_map_not_one_to_one")],
+        ),
+        (["a/b"], ["car"], {"a/b": "cat"}, [("/teacher/class_map/a~1b", "unknown_class")]),
+    ],
+)
+def test_class_maps(classes, known, class_map, errors):
+    assert found(classes, known, class_map) == errors
+
+
+def test_unknown_classes_are_told_the_nearest_names():
+    (item,) = class_problems(["motorbike"], ["person", "motorcycle", "bike"], {})
+    assert "class_map" in item["detail"]
+    assert "For 'motorbike', nearest: 'motorcycle', 'bike'" in item["detail"]
+    (item,) = class_problems(["x"], ["person", "motorcycle"], {"x": "motorcycl"})
+    assert item["detail"] == "the teacher has no class 'motorcycl'; nearest: 'motorcycle'"
+    (item,) = class_problems(["x"], [f"class {number}" for number in range(7)], {})
+    assert item["detail"].endswith("it has: 'class 0', 'class 1', 'class 2', 'class 3', 'class 4' and 2 more")
+
+
+def test_thousands_of_wrong_classes_are_a_hundred_errors():
+    wrong = {f"ours {number}": f"theirs {number}" for number in range(5000)}
+    items = list(class_problems([], [], wrong))
+    assert len(items) == 100
+
+
+# ---- the same, as jobs are sent ----
+
+
+def send(api: TestClient, dataset_id: str, **parts: Any) -> Any:
+    small = {"architecture": "faster_rcnn", "backbone": "timm/mobilenetv3_small_050"}
+    spec = {"name": "x", "dataset": dataset_id, "student": {"detector": small}, "distillation": {"method": "defeat"}}
+    return api.post("/v1/jobs/validate", json=spec | parts)
+
+
+@ONE_DATABASE
+def test_a_class_map_is_kept_in_the_spec(api: TestClient, database: Database, alice: Tenant):
+    row = seed.dataset(database, alice.id, classes=["auto", "person"])
+    weights = seed.checkpoint(database, alice.id)
+    for teacher in (
+        {"source": "checkpoint", "id": weights.id},
+        {"source": "pretrained", "detector": "fasterrcnn_resnet50_fpn", "weights": "COCO_V1"},
+    ):
+        answer = send(api, row.id, teacher=teacher)
+        assert (answer.status_code, answer.json()["code"]) == (422, "teacher_classes_differ")
+        answer = send(api, row.id, teacher=teacher | {"class_map": {"auto": "car"}})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["spec"]["teacher"]["class_map"] == {"auto": "car"}
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize(
+    ("class_map", "place", "code"),
+    [
+        ({"auto": "person"}, "/teacher/class_map/auto", "class_map_not_one_to_one"),
+        ({"auto": "cat"}, "/teacher/class_map/auto", "unknown_class"),
+        ({"auto": 5}, "/teacher/class_map/auto", "validation_failed"),
+        ({"auto": "x" * 201}, "/teacher/class_map/auto", "validation_failed"),
+        (["auto"], "/teacher/class_map", "validation_failed"),
+    ],
+)
+def test_a_wrong_class_map_is_refused(api: TestClient, database: Database, alice: Tenant, class_map, place, code):
+    row = seed.dataset(database, alice.id, classes=["auto", "person"])
+    weights = seed.checkpoint(database, alice.id)
+    answer = send(api, row.id, teacher={"source": "checkpoint", "id": weights.id, "class_map": class_map})
+    assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
+    assert place in {item["pointer"] for item in answer.json()["errors"]}
+
+
+@ONE_DATABASE
+def test_a_teacher_that_is_trained_has_no_class_map(api: TestClient, database: Database, alice: Tenant):
+    row = seed.dataset(database, alice.id)
+    teacher = {"architecture": "faster_rcnn", "backbone": "timm/resnet10t"}
+    answer = send(api, row.id, teacher={"source": "train", "detector": teacher, "class_map": {}})
+    assert [(e["pointer"], e["code"]) for e in answer.json()["errors"]] == [("/teacher/class_map", "unknown_key")]
+
+
+@ONE_DATABASE
+def test_channels_that_differ_are_refused_by_methods_that_compare_them(app, api, database: Database, alice: Tenant):
+    app.dependency_overrides[load_catalog], small = load_catalog, app.dependency_overrides[load_catalog]
+    try:
+        row = seed.dataset(database, alice.id)
+        teacher = {"architecture": "retinanet", "backbone": "torchvision/resnet50", "pyramid_channels": 256}
+        student = {"architecture": "retinanet", "backbone": "torchvision/resnet18", "pyramid_channels": 64}
+        parts = {"teacher": {"source": "train", "detector": teacher}, "student": {"detector": student}}
+        answer = send(api, row.id, **parts, distillation={"method": "pkd"})
+        assert (answer.status_code, answer.json()["code"]) == (422, "channels_differ")
+        assert answer.json()["errors"][0]["pointer"] == "/student/detector/pyramid_channels"
+        assert send(api, row.id, **parts, distillation={"method": "fitnet"}).status_code == 200
+        student["pyramid_channels"] = 256
+        assert send(api, row.id, **parts, distillation={"method": "pkd"}).status_code == 200
+        answer = send(api, row.id, **parts, distillation={"method": "defeat"})
+        places = [item["pointer"] for item in answer.json()["errors"]]
+        assert places == ["/distillation/head_object_weight", "/distillation/head_background_weight"]
+        assert answer.json()["code"] == "head_does_not_pair"
+    finally:
+        app.dependency_overrides[load_catalog] = small

@@ -1,0 +1,78 @@
+"""To a detector's input size, once, when a picture is loaded.
+
+torchvision's detectors resize what they are given (`GeneralizedRCNNTransform`): the same picture again in each epoch,
+and as floats. Training resizes it here instead, as bytes and before it is kept (see `cache`), and tells the detector to
+leave it as it is. The size follows torchvision's rule, and the interpolation is the same bilinear one without a
+low-pass filter: what the network sees differs from its own transform's result by the rounding to bytes alone.
+Evaluation is left to the detector's transform, on the original pictures.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from worker.detectors.base import Detector, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSize:
+    """The rule by which a detector's transform sizes a picture.
+
+    Attributes:
+        min_size: pixels of the shorter side, unless the longer one would exceed `max_size`.
+        max_size: most pixels of the longer side.
+        fixed: height and width, whatever the picture's; the two above are then of no effect.
+    """
+
+    min_size: int
+    max_size: int
+    fixed: tuple[int, int] | None = None
+
+    @classmethod
+    def taken_from(cls, detector: Detector) -> Self:
+        """Take resizing over: return the detector's rule, and let its own transform resize no more in training.
+
+        In eval mode it goes on resizing by itself.
+        """
+        transform = cast(Any, detector).transform
+        transform._skip_resize = True  # torchvision's own switch, for whoever resizes beforehand; training mode only
+        # torchvision keeps a fixed size as width and height, and reads the last of several min_size in evaluation.
+        fixed = None if transform.fixed_size is None else (transform.fixed_size[1], transform.fixed_size[0])
+        return cls(min_size=transform.min_size[-1], max_size=transform.max_size, fixed=fixed)
+
+    def of(self, height: int, width: int, *, scale: float = 1.0) -> tuple[int, int]:
+        """Return the height and width to which torchvision's transform brings a picture, rounded as there.
+
+        `scale` multiplies both bounds; a fixed size knows no scale.
+        """
+        if self.fixed is not None:
+            return self.fixed
+        factor = min(self.min_size * scale / min(height, width), self.max_size * scale / max(height, width))
+        return max(int(height * factor), 1), max(int(width * factor), 1)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a picture (3, H, W) uint8 to height and width, as torchvision's detectors do it: bilinear, unfiltered."""
+    if image.shape[-2:] == size:
+        return image
+    # Interleaved bytes resize a third faster; files decode to them, and then this copies nothing.
+    interleaved = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(interleaved, size=size, mode="bilinear", align_corners=False)[0].contiguous()
+
+
+def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Scale boxes (N, 4), x1 y1 x2 y2, from a picture of height and width `old` to one of `new`."""
+    if old == new:
+        return boxes
+    across, down = new[1] / old[1], new[0] / old[0]
+    return boxes * boxes.new_tensor([across, down, across, down])
+
+
+def resize_sample(image: Tensor, target: Target, size: tuple[int, int]) -> tuple[Tensor, Target]:
+    """Resize a picture (3, H, W) uint8 and its boxes along."""
+    height, width = image.shape[-2:]
+    boxes = resize_boxes(target["boxes"], (height, width), size)
+    return resize(image, size), Target(boxes=boxes, labels=target["labels"])

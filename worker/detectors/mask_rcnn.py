@@ -1,0 +1,111 @@
+"""Mask R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation.
+
+He et al., "Mask R-CNN", ICCV 2017, arXiv 1703.06870.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
+from torchvision.ops import MultiScaleRoIAlign
+
+from worker.detectors.base import Detections, Target
+from worker.detectors.faster_rcnn import FasterRCNNDetector, TwoStageConfig
+from worker.detectors.outputs import select_outputs
+
+MASK_ROI_SIZE = 14
+MASK_CONVOLUTIONS = 4
+
+
+class MaskRCNNConfig(TwoStageConfig):
+    """A Mask R-CNN. The defaults are torchvision's `maskrcnn_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["mask_rcnn"] = "mask_rcnn"
+    mask_channels: Annotated[int, Field(description="Channels of the mask head's convolutions.", ge=8, le=1024)] = 256
+    mask_batch_norm: Annotated[bool, Field(description="Batch norm behind the mask head's convolutions.")] = False
+
+
+class MaskRCNNDetector(FasterRCNNDetector):
+    """torchvision's Mask R-CNN (same parameters, same names), rebuilt from a config. See `Detector`.
+
+    A batch whose targets have no masks trains everything but the mask head, whose weights then stay as they are. Only
+    boxes are detected; the mask head is kept, so that what is saved is a whole Mask R-CNN.
+    """
+
+    def __init__(self, config: MaskRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone."""
+        super().__init__(config, classes, pretrained_backbone=pretrained_backbone)
+        channels = config.mask_channels
+        self.roi_heads.mask_roi_pool = MultiScaleRoIAlign(
+            self.roi_heads.box_roi_pool.featmap_names, output_size=MASK_ROI_SIZE, sampling_ratio=2
+        )
+        self.roi_heads.mask_head = MaskRCNNHeads(
+            config.pyramid_channels,
+            [channels] * MASK_CONVOLUTIONS,
+            1,
+            norm_layer=nn.BatchNorm2d if config.mask_batch_norm else None,
+        )
+        self.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, len(classes) + 1)
+
+    def select(
+        self, proposals: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """See `FasterRCNNDetector.select`. torchvision wants masks here, which it does not look at."""
+        return super().select(proposals, [{"masks": target["boxes"], **target} for target in targets])
+
+    def further_losses(
+        self,
+        features: Mapping[str, Tensor],
+        proposals: list[Tensor],
+        matches: list[Tensor],
+        labels: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        """See `FasterRCNNDetector.further_losses`: `loss_mask`, over the pictures with masks; nothing without any.
+
+        The mean over their positive proposals of the binary cross-entropy of the mask of the proposal's class (section
+        3), torchvision's.
+        """
+        masked = [index for index, target in enumerate(targets) if "masks" in target]
+        if not masked:
+            return {}
+        positive = [
+            torch.where(one > 0)[0] if index in masked else one.new_zeros(0) for index, one in enumerate(labels)
+        ]
+        boxes = [one[rows] for one, rows in zip(proposals, positive, strict=True)]
+        heads = self.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, image_sizes)))
+        loss = maskrcnn_loss(
+            logits,
+            [boxes[index] for index in masked],
+            [targets[index]["masks"] for index in masked],
+            [targets[index]["labels"] for index in masked],
+            [matches[index][positive[index]] for index in masked],
+        )
+        return {"loss_mask": loss}
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """See `Detector.detect`. The boxes of a plain call, without its time and memory for the masks."""
+        batch, _ = self.transform(images)
+        features = self.trunk(batch.tensors)
+        proposals, _ = self.rpn(batch, features)
+        logits, regression = self._head(features, proposals, batch.image_sizes)
+        found = self.roi_heads.postprocess_detections(logits, regression, proposals, batch.image_sizes)
+        detections: list[dict[str, Any]] = [
+            {"boxes": boxes, "labels": labels, "scores": scores} for boxes, scores, labels in zip(*found, strict=True)
+        ]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return cast(list[Detections], self.transform.postprocess(detections, batch.image_sizes, sizes))
+
+    def select_classes(self, classes: Sequence[str]) -> None:
+        """See `Detector.select_classes`. The masks' rows too."""
+        rows = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
+        predictor = self.roi_heads.mask_predictor
+        predictor.mask_fcn_logits = select_outputs(predictor.mask_fcn_logits, rows)
+        super().select_classes(classes)

@@ -1,0 +1,49 @@
+"""How pictures are normalised, and from one detector's way to another's."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation by channel (R, G, B) of pictures whose values lie from 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def renormalize(
+    images: Tensor, image_sizes: Sequence[tuple[int, int]], *, given: Normalization, wanted: Normalization
+) -> Tensor:
+    """Turn a batch normalised as `given` into one normalised as `wanted`: `images` itself where the two are equal.
+
+    A batch is padded with zeros after it was normalised: so was every batch that either detector was trained on, and so
+    the padding is zero afterwards too, and not what a grey margin would have become.
+
+    Args:
+        images: (B, 3, H, W).
+        image_sizes: height and width of each picture in `images`, without the padding.
+        given: how `images` were normalised.
+        wanted: how they shall be.
+    """
+    if given == wanted:
+        return images
+    scale, shift = _scale_and_shift(given, wanted, images.dtype, images.device)
+    renormalized = torch.zeros_like(images)
+    for image, target, (height, width) in zip(images, renormalized, image_sizes, strict=True):
+        target[:, :height, :width] = image[:, :height, :width] * scale + shift
+    return renormalized
+
+
+@lru_cache(maxsize=16)  # Else each step would copy them to the device anew, and wait for it.
+def _scale_and_shift(
+    given: Normalization, wanted: Normalization, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what values are multiplied with, and what is added then: two of (3, 1, 1)."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in given)
+    wanted_mean, wanted_std = (torch.tensor(values, dtype=torch.float64) for values in wanted)
+    scale, shift = std / wanted_std, (mean - wanted_mean) / wanted_std
+    return scale[:, None, None].to(device, dtype), shift[:, None, None].to(device, dtype)
