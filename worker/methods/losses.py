@@ -72,8 +72,10 @@ class _SquaredDifferences(torch.autograd.Function):
         for pictures, channels in _blocks(student):
             ours, theirs = student[pictures, channels], teacher[pictures, channels]
             difference = ours.to(dtype) - theirs
-            # Summed over channels first: the mask then weighs one map instead of C of them.
-            summed[pictures] += torch.linalg.vecdot(difference, difference, dim=1)
+            # Summed over channels first: the mask then weighs one map instead of C of them. Under autocast it would be
+            # in half precision, where such sums overflow.
+            with torch.autocast(difference.device.type, enabled=False):
+                summed[pictures] += torch.linalg.vecdot(difference, difference, dim=1)
         objects = torch.where(cells, summed, 0.0).sum()
         return torch.stack([objects, torch.where(cells, 0.0, summed).sum()])
 

@@ -88,6 +88,19 @@ def test_feature_loss_in_small_blocks_is_the_same(features, monkeypatch):
         assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(features, dtype):
+    student, teacher, masks = features
+    ours = [(300 * one).detach().float().requires_grad_() for one in student]
+    theirs = [300 * one.float() for one in teacher]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            parts = decoupled_feature_loss(ours, theirs, masks)
+            found.append([*parts, *torch.autograd.grad(sum(parts), ours)])
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))
+
+
 def test_gradients_in_half_are_those_of_float32_rounded(features):
     student, teacher, masks = features
     halves = [one.detach().bfloat16().requires_grad_() for one in student]
