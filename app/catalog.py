@@ -32,7 +32,7 @@ class Catalog:
         return dict(self.document["pretrained"])
 
     def schema(self, section: str) -> dict[str, Any]:
-        """Return the JSON Schema of `schedule`, `evaluation` or `augmentation`."""
+        """Return the JSON Schema of `schedule`, `evaluation`, `augmentation` or `resources`."""
         return dict(self.document[section]["schema"])
 
 

@@ -1,1 +1,1 @@
-"""Programs that measure what the README and docs/results.md say: `python -m benchmarks.NAME`."""
+"""Benchmarks: programs that print one JSON object on their last line."""

@@ -15,8 +15,9 @@ from worker.data import FORMATS
 from worker.detectors import DETECTORS
 from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
 from worker.detectors.pretrained import PRETRAINED, classes_of
-from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
+from worker.engine.config import AugmentationConfig, EvaluationConfig, ResourcesConfig, ScheduleConfig
 from worker.methods import METHODS
+from worker.methods.combined import MemberConfig
 
 
 def _schema(config: type[Config]) -> dict[str, Any]:
@@ -40,7 +41,12 @@ def catalog() -> dict[str, Any]:
     return {
         "format_version": 1,
         "detectors": {
-            name: {"summary": family.summary, "head": family.head, "schema": _schema(family.config)}
+            name: {
+                "summary": family.summary,
+                "head": family.head,
+                "provides": list(family.provides),
+                "schema": _schema(family.config),
+            }
             for name, family in DETECTORS.items()
         },
         "pretrained": {
@@ -56,14 +62,18 @@ def catalog() -> dict[str, Any]:
                 "summary": entry.summary,
                 "needs": list(entry.needs),
                 "head_weights": list(entry.head_weights),
+                "backbone_weights": list(entry.backbone_weights),
+                "logit_weights": list(entry.logit_weights),
                 "needs_teacher": entry.needs_teacher,
                 "schema": _schema(entry.config),
             }
             for name, entry in METHODS.items()
         },
+        "combination": {"schema": _schema(MemberConfig)},
         "schedule": {"schema": _schema(ScheduleConfig)},
         "evaluation": {"schema": _schema(EvaluationConfig)},
         "augmentation": {"schema": _schema(AugmentationConfig)},
+        "resources": {"schema": _schema(ResourcesConfig)},
         "dataset_formats": {name: {"summary": f"{entry.title}: {entry.layout}"} for name, entry in FORMATS.items()},
     }
 

@@ -15,6 +15,7 @@ PROGRESS_EVERY_S = 0.5
 FailureClass = Literal["user", "data", "oom", "infra"]
 Level = Literal["info", "warn", "error"]
 Subject = Literal["teacher", "student"]
+Status = Literal["succeeded", "failed", "cancelled"]
 
 
 class RunError(Exception):
@@ -161,7 +162,7 @@ class Reporter:
 
     def finish(
         self,
-        status: Literal["succeeded", "failed", "cancelled"],
+        status: Status,
         *,
         results: Mapping[str, Any] | None = None,
         failure: RunError | None = None,

@@ -6,13 +6,18 @@ Exit code 0: succeeded; 1: failed, with the reason in result.json; 3: cancelled.
 import errno
 import importlib
 import json
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from worker.report import Cancelled, Reporter, RunError
+from worker import ranks
+from worker.report import Cancelled, Reporter, RunError, Status
+
+EXIT_CODES: dict[Status, int] = {"succeeded": 0, "failed": 1, "cancelled": 3}
 
 Entry = Callable[[Mapping[str, Any], Mapping[str, Any], Reporter], dict[str, Any]]
 
@@ -42,26 +47,60 @@ def _as_run_error(error: Exception) -> RunError:
     return RunError("infra", "unexpected_error", f"{type(error).__name__}: {error}"[:2000])
 
 
-def main(directory: Path) -> int:
-    """Carry out the run that `directory` describes and return the exit code."""
-    request = json.loads((directory / "run.json").read_text())
-    reporter = Reporter(directory)
-    reporter.listen_for_cancel()
+class _Ending:
+    """Writes a run's end once, whoever comes first: its own thread or the one that watches the other processes."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def __call__(self, status: Status, **members: Any) -> bool:
+        """Write the end and return whether this call was the first."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._ended = True
+            self._reporter.finish(status, **members)
+            return True
+
+    def by_another(self, failure: RunError) -> None:
+        """End this process, which may wait for another one that has failed."""
+        if self("failed", failure=failure):
+            os._exit(EXIT_CODES["failed"])
+
+
+def _carry_out(request: Mapping[str, Any], reporter: Reporter, ending: _Ending, others: ranks.Others | None) -> Status:
     try:
         results = _entry(request["kind"])(request["spec"], request["inputs"], reporter)
     except Cancelled:
-        reporter.finish("cancelled")
-        return 3
-    except RunError as error:
-        traceback.print_exc()
-        reporter.finish("failed", failure=error)
-        return 1
+        ending("cancelled")
+        return "cancelled"
     except Exception as error:
         traceback.print_exc()
-        reporter.finish("failed", failure=_as_run_error(error))
-        return 1
-    reporter.finish("succeeded", results=results)
-    return 0
+        named = error if isinstance(error, RunError) else None
+        failure = named or (others and others.failure()) or _as_run_error(error)
+        ending("failed", failure=failure)
+        return "failed"
+    ending("succeeded", results=results)
+    return "succeeded"
+
+
+def main(directory: Path) -> int:
+    """Carry out the run that `directory` describes and return the exit code."""
+    request = json.loads((directory / "run.json").read_text())
+    ranks.die_with_the_first()
+    reporter = Reporter(ranks.home(directory))
+    reporter.listen_for_cancel()
+    ending = _Ending(reporter)
+    count = request["spec"].get("resources", {}).get("gpus", 1) if request["kind"] == "distill" else 1
+    with ranks.started(directory, count) as others:
+        if others:
+            others.watch(ending.by_another)
+        status = _carry_out(request, reporter, ending, others)
+        if others and status == "failed":
+            others.abandon()
+    return EXIT_CODES[status]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ RULES = frozenset(
     }
 )
 
+# Parts of a spec whose schemas are the catalog's own sections.
+SECTIONS = ("schedule", "evaluation", "augmentation", "resources")
+
 
 class DatasetNotReady(Conflict):
     """The dataset cannot be trained on, or not yet."""
@@ -83,8 +86,10 @@ class Resolver:
         self._initial_weights(("student", "initial_weights"))
         method = self._section(lambda value, path: check_method(self._catalog, value, path), ("distillation",))
         teacher = self._teacher(method)
-        parts = {name: self._parameters(name, (name,)) for name in ("schedule", "evaluation", "augmentation")}
+        parts = {name: self._parameters(name, (name,)) for name in SECTIONS}
         self._check_splits(dataset, parts["evaluation"])
+        self._check_shares(("schedule",), parts["schedule"], parts["resources"])
+        self._check_shares(("teacher", "schedule"), teacher.schedule, parts["resources"])
         self._check_classes(dataset, teacher)
         self._check_pyramids(method, student, teacher)
         self._check_heads(method, student, teacher)
@@ -230,6 +235,17 @@ class Resolver:
             if split not in dataset.splits:
                 detail = f"{dataset.id} has no split {split!r}; it has: {', '.join(dataset.splits) or 'none'}"
                 self._error(path, "split_missing", detail)
+
+    def _check_shares(self, path: Path, schedule: dict[str, Any] | None, resources: dict[str, Any] | None) -> None:
+        if schedule is None or resources is None:
+            return
+        shares = resources["gpus"] * schedule["accumulation"]
+        if schedule["batch_size"] % shares:
+            detail = (
+                f"it must be a multiple of resources.gpus x accumulation, which is {shares}, so that each GPU gets an "
+                f"equal share; got {schedule['batch_size']}"
+            )
+            self._error((*path, "batch_size"), "out_of_range", detail)
 
     def _check_classes(self, dataset: Dataset | None, teacher: _Teacher) -> None:
         if dataset is None or dataset.classes is None or teacher.classes is None:

@@ -82,4 +82,5 @@ class JobSpec(Body):
     schedule: Parameters
     evaluation: Parameters
     augmentation: Parameters
+    resources: Parameters
     seed: int = Field(0, ge=0, le=2**31 - 1)

@@ -82,7 +82,9 @@ CATALOG: dict[str, Any] = {
             "properties": {
                 "epochs": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 12},
                 "batch_size": {"type": "integer", "minimum": 1, "default": 8},
+                "accumulation": {"type": "integer", "minimum": 1, "default": 1},
             },
+            "x-rules": [{"key": "accumulation", "rule": "divides", "other": "batch_size"}],
         }
     },
     "evaluation": {
@@ -100,6 +102,13 @@ CATALOG: dict[str, Any] = {
             "type": "object",
             "additionalProperties": False,
             "properties": {"horizontal_flip": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}},
+        }
+    },
+    "resources": {
+        "schema": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"gpus": {"type": "integer", "minimum": 1, "maximum": 64, "default": 1}},
         }
     },
     "dataset_formats": {"voc": {"summary": "Pascal VOC."}, "coco": {"summary": "COCO."}},

@@ -65,16 +65,17 @@ def test_every_default_is_filled_in(api: TestClient, database: Database, queue: 
             "source": "train",
             "detector": {"architecture": "faster_rcnn", "backbone": "timm/resnet10t"} | full,
             "initial_weights": "random",
-            "schedule": {"epochs": 12, "batch_size": 8},
+            "schedule": {"epochs": 12, "batch_size": 8, "accumulation": 1},
         },
         "student": {
             "detector": {"architecture": "faster_rcnn", "backbone": "timm/mobilenetv3_small_050"} | full,
             "initial_weights": "random",
         },
         "distillation": {"method": "defeat", "neck_object_weight": 4.0, "temperature": 1.0, "mask": "paper"},
-        "schedule": {"epochs": 12, "batch_size": 8},
+        "schedule": {"epochs": 12, "batch_size": 8, "accumulation": 1},
         "evaluation": {"split": "val", "every_epochs": 1},
         "augmentation": {"horizontal_flip": 0.5},
+        "resources": {"gpus": 1},
         "seed": 0,
     }
     assert queue.sent == []
@@ -96,7 +97,7 @@ def test_a_resolved_spec_resolves_to_itself(api: TestClient, database: Database,
 def test_given_values_are_kept(api: TestClient, spec):
     body = spec | {"schedule": {"epochs": 3.0}, "seed": 7, "labels": {"team": "lab"}, "evaluation": {"split": "train"}}
     resolved = api.post("/v1/jobs/validate", json=body).json()["spec"]
-    assert resolved["schedule"] == {"epochs": 3, "batch_size": 8}
+    assert resolved["schedule"] == {"epochs": 3, "batch_size": 8, "accumulation": 1}
     assert isinstance(resolved["schedule"]["epochs"], int)
     assert (resolved["seed"], resolved["labels"], resolved["evaluation"]["split"]) == (7, {"team": "lab"}, "train")
 
@@ -176,6 +177,13 @@ def test_the_baseline_needs_no_teacher(api: TestClient, spec):
         ("evaluation", {"split": "dev"}, [("/evaluation/split", "unknown_choice")]),
         ("evaluation", {"split": "test"}, [("/evaluation/split", "split_missing")]),
         ("augmentation", {"horizontal_flip": 2}, [("/augmentation/horizontal_flip", "out_of_range")]),
+        ("schedule", {"accumulation": 3}, [("/schedule/accumulation", "out_of_range")]),
+        ("resources", {"gpus": 0}, [("/resources/gpus", "out_of_range")]),
+        (
+            "resources",
+            {"gpus": 3},
+            [("/schedule/batch_size", "out_of_range"), ("/teacher/schedule/batch_size", "out_of_range")],
+        ),
         ("seed", -1, [("/seed", "out_of_range")]),
         ("seed", 2**31, [("/seed", "out_of_range")]),
         ("seed", 10**400, [("/seed", "out_of_range")]),
@@ -340,5 +348,5 @@ def test_the_packaged_catalog_agrees_with_itself():
         assert section.problems == []
         assert section.value["strides"]
         assert set(family["schema"]["properties"]["backbone"]["enum"]) == set(catalog.document["backbones"])
-    for name in ("schedule", "evaluation", "augmentation"):
+    for name in ("schedule", "evaluation", "augmentation", "resources"):
         assert check(catalog.schema(name), complete(catalog.schema(name), {}), ()) == []

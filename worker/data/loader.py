@@ -118,10 +118,13 @@ def training_batches(
     seed: int,
     device: torch.device,
     start: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[Batch]:
     """Return one epoch of batches in an order that follows from `seed`; a last, smaller batch is left out.
 
-    The first `start` batches are left out as well, and not read.
+    The first `start` batches are left out as well, and not read. Of `world` processes, number `rank` gets its equal,
+    consecutive share of each batch.
 
     Raises:
         RunError: `too_few_images` if there is not one whole batch.
@@ -134,10 +137,14 @@ def training_batches(
             "lower it to that at most",
         )
     on_gpu = device.type == "cuda"
+    share = batch_size // world
     order = RandomSampler(range(len(pictures)), generator=torch.Generator().manual_seed(seed))
     loader = DataLoader(
         _Augmented(pictures, horizontal_flip=horizontal_flip, seed=seed),
-        batch_sampler=list(BatchSampler(order, batch_size, drop_last=True))[start:],
+        batch_sampler=[
+            indices[rank * share : (rank + 1) * share]
+            for indices in list(BatchSampler(order, batch_size, drop_last=True))[start:]
+        ],
         collate_fn=_collate,
         # On a CPU the training itself wants every core, and decoding is a small part of a step.
         num_workers=min(8, os.cpu_count() or 1) if on_gpu else 0,

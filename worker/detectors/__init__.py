@@ -13,7 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from worker.config import Config
-from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
 from worker.detectors.faster_rcnn import FasterRCNNConfig, FasterRCNNDetector
 from worker.detectors.fcos import FCOSConfig, FCOSDetector
 from worker.detectors.retinanet import RetinaNetConfig, RetinaNetDetector
@@ -37,10 +37,16 @@ METADATA_KEY = "defeat"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One detector family: its config and how a detector is made from it."""
+    """One detector family: its config and how a detector is made from it.
+
+    Attributes:
+        head: its `Detector.head_kind`.
+        provides: its `Detector.provides`, for the API.
+    """
 
     summary: str
     head: HeadKind
+    provides: tuple[Part, ...] = ()
     config: type[Config]
     build: Callable[..., Detector]
 
@@ -49,18 +55,21 @@ DETECTORS: dict[str, Family] = {
     "faster_rcnn": Family(
         summary="Two-stage detector with a feature pyramid (Ren et al. 2015, Lin et al. 2017), torchvision's.",
         head="two_stage",
+        provides=FasterRCNNDetector.provides,
         config=FasterRCNNConfig,
         build=FasterRCNNDetector,
     ),
     "fcos": Family(
         summary="One-stage detector with a feature pyramid and no anchors (Tian et al. 2019), torchvision's.",
         head="one_stage",
+        provides=FCOSDetector.provides,
         config=FCOSConfig,
         build=FCOSDetector,
     ),
     "retinanet": Family(
         summary="One-stage detector with a feature pyramid and the focal loss (Lin et al. 2017), torchvision's.",
         head="one_stage",
+        provides=RetinaNetDetector.provides,
         config=RetinaNetConfig,
         build=RetinaNetDetector,
     ),

@@ -10,8 +10,10 @@ from torchvision.models.detection._utils import overwrite_eps
 from worker.config import Config
 from worker.detectors.backbones import Pyramid
 from worker.detectors.config import PyramidConfig
+from worker.report import RunError
 
 HeadKind = Literal["two_stage", "one_stage"]
+Part = Literal["backbone", "anchors", "logits"]
 
 
 class Target(TypedDict):
@@ -30,6 +32,20 @@ class Detections(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Maps:
+    """What one forward pass of a trunk makes of a batch.
+
+    Attributes:
+        features: the pyramid's maps by level name, finest first.
+        backbone: the backbone's maps by stride in pixels, finest first, as the pyramid takes them in; None for families
+            whose trunk is no `Pyramid`.
+    """
+
+    features: Mapping[str, Tensor]
+    backbone: Mapping[int, Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPass:
     """One training forward pass of a detector, with everything a distillation method may match.
 
@@ -44,6 +60,11 @@ class TrainPass:
         class_logits: (sum of P_i, classes + 1), column 0 is background; None likewise.
         score: the same head on the same features, for other proposals: their class logits, with gradients; None
             likewise.
+        backbone: the backbone's maps by stride, see `Maps`; None where the detector does not provide "backbone".
+        anchors: the anchors of each pyramid level, (H W A, 4) in the pixels of `images`, cell by cell in rows, the same
+            for every picture; None where the detector does not provide "anchors".
+        cell_logits: what the dense head scores in each cell, see `Detector.cell_logits`; None where the detector does
+            not provide "logits".
     """
 
     images: Tensor
@@ -55,6 +76,9 @@ class TrainPass:
     labels: list[Tensor] | None = None
     class_logits: Tensor | None = None
     score: Callable[[list[Tensor]], Tensor] | None = None
+    backbone: Mapping[int, Tensor] | None = None
+    anchors: list[Tensor] | None = None
+    cell_logits: list[Tensor] | None = None
 
 
 def full_coverage(tensors: int) -> dict[str, Any]:
@@ -73,7 +97,11 @@ class Detector(nn.Module):
         head_kind: two-stage heads score proposals, one-stage heads every cell of the pyramid.
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
         channels: the channels of each pyramid level, likewise.
+        provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
+            (class logits of each cell, scored by a sigmoid).
     """
+
+    provides: tuple[Part, ...] = ()
 
     backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
@@ -91,6 +119,24 @@ class Detector(nn.Module):
         self.strides = strides
         self.channels = (config.pyramid_channels,) * len(strides)
 
+    def freeze_stages(self, stages: int) -> None:
+        """Fix the first `stages` (0 to 4) of the backbone, see `Pyramid.freeze`; before an optimiser is built.
+
+        Raises:
+            RunError: `stages_cannot_freeze` if the detector has no backbone with a pyramid, unless `stages` is 0.
+            ValueError: `stages` is out of range.
+        """
+        backbone = getattr(self, "backbone", None)
+        if isinstance(backbone, Pyramid):
+            backbone.freeze(stages)
+        elif stages:
+            raise RunError(
+                "user",
+                "stages_cannot_freeze",
+                f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
+                "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
+            )
+
     def compile_trunk(self) -> None:
         """Compile the trunk in place by torch.compile; the names of its parameters stay."""
         for module in (
@@ -100,6 +146,38 @@ class Detector(nn.Module):
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
+        raise NotImplementedError
+
+    def maps(self, images: Tensor) -> Maps:
+        """Return what `trunk` does and the backbone's maps besides, of one and the same pass."""
+        pyramid = self.backbone
+        if not isinstance(pyramid, Pyramid):
+            return Maps(features=self.trunk(images), backbone=None)
+        stages = pyramid.body(images)
+        # The strides of the backbone's maps come first; those of the extra levels have no map there.
+        return Maps(features=pyramid.fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False)))
+
+    @property
+    def backbone_channels(self) -> dict[int, int]:
+        """The channels of the backbone's maps by stride; empty for a detector that does not provide "backbone"."""
+        pyramid = self.backbone
+        if not isinstance(pyramid, Pyramid):
+            return {}
+        inner = [block[0].in_channels for block in pyramid.fpn.inner_blocks]
+        return dict(zip(pyramid.strides, inner, strict=False))
+
+    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """Class logits of each cell by this detector's dense head: (B, A, K, H, W) of each level, to go into a sigmoid.
+
+        A counts the anchors of a cell and K what the head tells apart: the classes of a one-stage head, in their order,
+        or 1, object or not, of a proposal network. Only of detectors that provide "logits": of others this raises
+        `NotImplementedError`.
+        """
+        raise NotImplementedError
+
+    @property
+    def scores_per_cell(self) -> tuple[int, int]:
+        """A and K of `cell_logits`; likewise."""
         raise NotImplementedError
 
     def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:

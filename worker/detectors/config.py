@@ -39,7 +39,11 @@ class PyramidConfig(Config):
     min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
     max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
     frozen_batch_norm: Annotated[
-        bool, Field(description="Fix the backbone's batch norm; for pretrained weights and small batches.")
+        bool,
+        Field(
+            description="Fix the backbone's batch norm; for pretrained weights and small batches. Of no effect on "
+            "backbones that have none, such as ConvNeXt and Swin."
+        ),
     ] = False
     batch_norm_epsilon: Annotated[
         float | None,

@@ -11,10 +11,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
-from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
+from worker.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
 
 ROI_SIZE = 7
@@ -61,6 +61,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
 
     head_kind: HeadKind = "two_stage"
+    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
     # What torchvision sets without saying the types.
     transform: Any
     backbone: Any
@@ -113,8 +114,9 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         numbers are drawn in its order: the losses are its losses (held by a test).
         """
         batch, scaled = self.transform(images, targets)
-        features = self.backbone(batch.tensors)
-        proposals, rpn_losses = self.rpn(batch, features, scaled)
+        maps = self.maps(batch.tensors)
+        features = maps.features
+        proposals, rpn_losses, objectness, anchors = self._propose(batch, features, scaled)
         proposals, _, labels, regression_targets = self.roi_heads.select_training_samples(proposals, scaled)
         class_logits, box_regression = self._head(features, proposals, batch.image_sizes)
         class_loss, box_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
@@ -128,7 +130,44 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             labels=labels,
             class_logits=class_logits,
             score=lambda others: self.score(features, others, batch.image_sizes),
+            backbone=maps.backbone,
+            anchors=anchors,
+            cell_logits=[level.unsqueeze(2) for level in objectness],
         )
+
+    def _propose(
+        self, batch: ImageList, features: Mapping[str, Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """torchvision's `RegionProposalNetwork.forward` in training, so that its scores and anchors can be seen.
+
+        Returns:
+            The proposals of each picture, (P_i, 4); the network's losses; and of each level the objectness logits,
+            (B, A, H, W), and the anchors, (H W A, 4).
+        """
+        rpn = self.rpn
+        levels = list(features.values())
+        objectness, deltas = rpn.head(levels)
+        anchors = rpn.anchor_generator(batch, levels)
+        counts = [level[0].numel() for level in objectness]
+        flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
+        # Proposals are given to the box head as constants.
+        boxes = rpn.box_coder.decode(flat_deltas.detach(), anchors).view(len(anchors), -1, 4)
+        proposals, _ = rpn.filter_proposals(boxes, flat_objectness, batch.image_sizes, counts)
+        labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+        objectness_loss, box_loss = rpn.compute_loss(
+            flat_objectness, flat_deltas, labels, rpn.box_coder.encode(matched, anchors)
+        )
+        losses = {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}
+        return proposals, losses, objectness, list(anchors[0].split(counts))
+
+    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Detector.cell_logits`: the proposal network's objectness."""
+        return [level.unsqueeze(2) for level in self.rpn.head(list(features.values()))[0]]
+
+    @property
+    def scores_per_cell(self) -> tuple[int, int]:
+        """See `Detector.scores_per_cell`."""
+        return self.rpn.head.cls_logits.out_channels, 1
 
     def score(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from worker.detectors.base import Target
+from worker.detectors.base import Part, Target
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, OneStageDetector
 
@@ -39,6 +39,8 @@ class FCOSConfig(OneStageConfig):
 
 class FCOSDetector(OneStageDetector, FCOS):
     """torchvision's FCOS (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    provides: tuple[Part, ...] = ("backbone", "logits")
 
     def __init__(self, config: FCOSConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""

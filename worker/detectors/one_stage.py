@@ -53,16 +53,31 @@ class OneStageDetector(Detector):
         torchvision's forward, step by step, so that features can be seen: the losses are its losses (held by a test).
         """
         batch, scaled = self.transform(images, targets)
-        features = self.backbone(batch.tensors)
-        levels = list(features.values())
-        losses = self.match_and_compare(scaled, self.head(levels), self.anchor_generator(batch, levels), levels)
+        maps = self.maps(batch.tensors)
+        levels = list(maps.features.values())
+        outputs, anchors = self.head(levels), self.anchor_generator(batch, levels)
+        losses = self.match_and_compare(scaled, outputs, anchors, levels)
         return TrainPass(
             images=batch.tensors,
             image_sizes=batch.image_sizes,
             targets=scaled,
-            features=features,
+            features=maps.features,
             losses=losses,
+            backbone=maps.backbone,
+            anchors=_by_level(anchors[0], levels) if "anchors" in self.provides else None,
+            cell_logits=_by_cell(outputs["cls_logits"], levels) if "logits" in self.provides else None,
         )
+
+    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Detector.cell_logits`: the classes; column 0, which is none, is left out."""
+        levels = list(features.values())
+        return _by_cell(self.head.classification_head(levels), levels)
+
+    @property
+    def scores_per_cell(self) -> tuple[int, int]:
+        """See `Detector.scores_per_cell`."""
+        head = self.head.classification_head
+        return head.num_anchors, head.num_classes - 1
 
     def match_and_compare(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]
@@ -94,6 +109,20 @@ class OneStageDetector(Detector):
         head.cls_logits = _select_outputs(head.cls_logits, rows)
         head.num_classes = len(columns)
         self.classes = list(classes)
+
+
+def _by_level(anchors: Tensor, levels: list[Tensor]) -> list[Tensor]:
+    """Split what is listed level by level, cell by cell, (sum of H W A, …), into one a level; A is the same on each."""
+    cells = [level.shape[-2] * level.shape[-1] for level in levels]
+    per_cell = anchors.shape[0] // sum(cells)
+    return list(anchors.split([per_cell * count for count in cells]))
+
+
+def _by_cell(logits: Tensor, levels: list[Tensor]) -> list[Tensor]:
+    """Views of a head's logits (B, sum of H W A, K + 1): (B, A, K, H, W) of each level, column 0 left out."""
+    flat = _by_level(logits.transpose(0, 1), levels)  # (H W A, B, K + 1) of each level
+    shaped = [one.unflatten(0, (*level.shape[-2:], -1)) for one, level in zip(flat, levels, strict=True)]
+    return [one[..., 1:].permute(3, 2, 4, 0, 1) for one in shaped]
 
 
 def _select_outputs(layer: nn.Conv2d, rows: Tensor) -> nn.Conv2d:

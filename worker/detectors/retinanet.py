@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from worker.detectors.base import Target
+from worker.detectors.base import Part, Target
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, OneStageDetector
 
@@ -31,6 +31,8 @@ class RetinaNetConfig(OneStageConfig):
 
 class RetinaNetDetector(OneStageDetector, RetinaNet):
     """torchvision's RetinaNet (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
 
     def __init__(self, config: RetinaNetConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""

@@ -122,6 +122,20 @@ class AugmentationConfig(Config):
     horizontal_flip: Annotated[float, Field(description="Probability of mirroring a picture.", ge=0, le=1)] = 0.5
 
 
+class ResourcesConfig(Config):
+    """What a job is given to run on."""
+
+    gpus: Annotated[
+        int,
+        Field(
+            description="GPUs of one machine that train together, each its share of every batch; as many processes "
+            "on a worker that has no GPU.",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
+
+
 class StudentConfig(Config):
     """The student: its detector and where its weights start."""
 
@@ -145,11 +159,25 @@ class JobConfig(Config):
 
     teacher: TeacherConfig | None = None
     student: StudentConfig
-    distillation: dict[str, Any]
+    distillation: dict[str, Any] | list[dict[str, Any]]
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        schedules = {"schedule": self.schedule}
+        if self.teacher is not None and self.trains_teacher:
+            schedules["teacher.schedule"] = self.teacher.schedule
+        for name, schedule in schedules.items():
+            shares = self.resources.gpus * schedule.accumulation
+            if schedule.batch_size % shares:
+                raise ValueError(
+                    f"{name}.batch_size {schedule.batch_size} must be a multiple of gpus x accumulation = {shares}"
+                )
+        return self
 
     @property
     def trains_teacher(self) -> bool:

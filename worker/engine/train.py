@@ -51,10 +51,13 @@ class Context:
 def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
     """Measure a detector on the evaluation split, log it and return the metrics. Each process does its share."""
 
+    reporter, world = context.reporter, context.world
+
     def _on_batch(pictures: int) -> None:
-        context.reporter.check_cancelled()
-        context.plan.advance(pictures * context.world.size * EVALUATION_COST)
-        context.reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
+        if world.alone:  # one of several that stopped by itself would leave the others waiting
+            reporter.check_cancelled()
+        context.plan.advance(pictures * world.size * EVALUATION_COST)
+        reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
     found = detect_split(
         detector,
@@ -62,10 +65,13 @@ def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: i
         batch_size=context.evaluation.batch_size,
         device=context.device,
         on_batch=_on_batch,
-        rank=context.world.rank,
-        world=context.world.size,
+        rank=world.rank,
+        world=world.size,
     )
-    together = {key: value for share in context.world.gather(found) for key, value in share.items()}
+    shares = world.gather((found, reporter.cancelled))
+    if any(cancelled for _, cancelled in shares):
+        raise Cancelled
+    together = {key: value for share, _ in shares for key, value in share.items()}
     metrics = coco_metrics(context.dataset, context.evaluation.split, together)
     context.history.log_evaluation(subject, epoch=epoch, metrics=metrics)
     return metrics
@@ -151,6 +157,8 @@ class Training:
             seed=seed_for(context.seed, self.subject, "order", epoch),
             device=context.device,
             start=start,
+            rank=context.world.rank,
+            world=context.world.size,
         )
         self.detector.train()
         self._method.train()
@@ -207,6 +215,8 @@ class Training:
         """Evaluate after an epoch, and keep the detector if it is the best one up to now."""
         context = self.context
         steps, before = len(context.train_pictures) // self.schedule.batch_size, context.plan.done
+        context.world.agree(self.detector.buffers())
+        context.world.agree(self._average.tensors.values() if self._average else ())
         try:
             with self._average.applied(self.detector) if self._average else nullcontext():
                 metrics = evaluate(context, self.detector, subject=self.subject, epoch=epoch + 1)

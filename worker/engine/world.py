@@ -1,6 +1,7 @@
 """The processes that train together: one for each GPU, or one alone."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from worker.ranks import MEET
 from worker.report import RunError
 
 # One process computes metrics and writes files while the others wait for it.
@@ -29,13 +31,20 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """Meet the others, as the launcher's environment (torchrun's) says who they are; alone without one."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        """Meet the others, as the environment says who they are: torchrun's, or that of `worker.ranks`."""
+        if "WORLD_SIZE" not in os.environ:
             return cls()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{os.environ[MEET]}" if MEET in os.environ else "env://",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+        )
+        return cls(rank, size)
 
     @property
     def alone(self) -> bool:
@@ -71,6 +80,12 @@ class World:
             distributed.all_reduce(values)
             values /= self.size
         return values
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite `tensors` by the first process's: statistics of batch norm are those of each one's own pictures."""
+        if not self.alone:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank."""

@@ -1,6 +1,6 @@
 """The registry of distillation methods. Adding one is one file and one line in `METHODS`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,13 @@ from worker.config import Config
 from worker.detectors.base import Detector
 from worker.methods.base import Clock, Method
 from worker.methods.baseline import Baseline, BaselineConfig
+from worker.methods.combined import Combined, MemberConfig
 from worker.methods.cwd import CWD, CWDConfig
 from worker.methods.defeat import Defeat, DefeatConfig
 from worker.methods.fgd import FGD, FGDConfig
+from worker.methods.fgfi import FGFI, FGFIConfig
 from worker.methods.fitnet import FitNet, FitNetConfig
+from worker.methods.frs import FRS, FRSConfig
 from worker.methods.mgd import MGD, MGDConfig
 from worker.methods.pkd import PKD, PKDConfig
 from worker.report import RunError
@@ -24,8 +27,12 @@ class Entry:
     """One method: its config, how it is made, and what it needs of the two detectors.
 
     Attributes:
-        needs: parts that student and teacher must have in common; "neck" means pyramid levels of equal stride.
+        needs: what the two detectors must have: "neck", pyramid levels of equal stride; "student.X" or "teacher.X",
+            that this one provides X (see `Detector.provides`).
         head_weights: parameters that must be 0 unless both detectors are two-stage.
+        backbone_weights: parameters that must be 0 unless both detectors provide their backbone's maps.
+        logit_weights: parameters that must be 0 unless the student provides class logits of cells as well, and its head
+            is of the teacher's kind; null counts as a weight.
     """
 
     summary: str
@@ -34,6 +41,8 @@ class Entry:
     needs_teacher: bool
     needs: tuple[str, ...] = ()
     head_weights: tuple[str, ...] = ()
+    backbone_weights: tuple[str, ...] = ()
+    logit_weights: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Entry] = {
@@ -44,13 +53,14 @@ METHODS: dict[str, Entry] = {
         needs_teacher=False,
     ),
     "defeat": Entry(
-        summary="Decoupled features: object and background of the neck, positives and negatives of the head "
-        "(Guo et al., CVPR 2021).",
+        summary="Decoupled features: object and background of the neck and the backbone, positives and negatives of "
+        "the head (Guo et al., CVPR 2021).",
         config=DefeatConfig,
         build=Defeat,
         needs_teacher=True,
         needs=("neck",),
         head_weights=("head_object_weight", "head_background_weight"),
+        backbone_weights=("backbone_object_weight", "backbone_background_weight"),
     ),
     "fitnet": Entry(
         summary="The whole neck alike, squared differences (Romero et al., ICLR 2015).",
@@ -89,17 +99,67 @@ METHODS: dict[str, Entry] = {
         needs_teacher=True,
         needs=("neck",),
     ),
+    "fgfi": Entry(
+        summary="The neck where anchors lie near objects; for students with anchors (Wang et al., CVPR 2019).",
+        config=FGFIConfig,
+        build=FGFI,
+        needs_teacher=True,
+        needs=("neck", "student.anchors"),
+    ),
+    "frs": Entry(
+        summary="The neck and the scores of its cells, where the teacher sees something (Du et al., NeurIPS 2021).",
+        config=FRSConfig,
+        build=FRS,
+        needs_teacher=True,
+        needs=("neck", "teacher.logits"),
+        logit_weights=("logits_weight",),
+    ),
 }
 
 
-def build(spec: Mapping[str, Any], student: Detector, teacher: Detector | None) -> Method:
-    """Build the method that `spec` describes (`{"method": …, …parameters}`) for this student and teacher.
+def build(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], student: Detector, teacher: Detector | None) -> Method:
+    """Build what `spec` describes for this student and teacher.
+
+    Args:
+        spec: `{"method": …, …parameters}`, or a list of at least two of these, each with a `weight` besides.
+        student: who learns.
+        teacher: from whom; None where the method needs none.
 
     Raises:
-        RunError: unknown method, unknown keys, values out of range, or detectors that it cannot pair.
+        RunError: unknown method, unknown keys, values out of range, or detectors that it cannot pair; of a list also
+            `bad_combination`: too short, a method twice, or one without a teacher.
     """
+    if isinstance(spec, Mapping):
+        return _build(spec, student, teacher, where="distillation")
+    _check_combination(spec)
+    members = []
+    for index, one in enumerate(spec):
+        where = f"distillation.{index}"
+        given = {key: value for key, value in one.items() if key in MemberConfig.model_fields}
+        own = {key: value for key, value in one.items() if key not in given}
+        weight = MemberConfig.parse(given, where=where).weight
+        members.append((str(one["method"]), weight, _build(own, student, teacher, where=where)))
+    return Combined(members)
+
+
+def _check_combination(specs: Sequence[Mapping[str, Any]]) -> None:
+    names = [one.get("method") for one in specs]
+    if len(specs) < 2:
+        problem = f"a list combines at least two methods; got {len(specs)}: give a single one as it is, without a list"
+    elif repeated := [name for name in names if names.count(name) > 1]:
+        problem = (
+            f"each method may stand in a combination once; {repeated[0]} stands there {names.count(repeated[0])} times"
+        )
+    elif alone := [name for name in names if name in METHODS and not METHODS[name].needs_teacher]:
+        problem = f"{alone[0]} teaches nothing and cannot be combined: leave it out"
+    else:
+        return
+    raise RunError("user", "bad_combination", f"distillation: {problem}")
+
+
+def _build(spec: Mapping[str, Any], student: Detector, teacher: Detector | None, *, where: str) -> Method:
     name = spec.get("method")
     if name not in METHODS:
-        raise RunError("user", "unknown_method", f"distillation.method is {name!r}; known: {', '.join(METHODS)}")
+        raise RunError("user", "unknown_method", f"{where}.method is {name!r}; known: {', '.join(METHODS)}")
     entry = METHODS[name]
-    return entry.build(entry.config.parse(spec, where="distillation"), student, teacher)
+    return entry.build(entry.config.parse(spec, where=where), student, teacher)

@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from worker.detectors.base import Detector, TrainPass
+from worker.detectors.base import Detector, Maps, TrainPass
 from worker.report import RunError
 
 
@@ -21,14 +22,65 @@ class Clock:
     epochs: int
 
 
+class TeacherPass:
+    """The frozen teacher on the very batch that the student saw, without gradients.
+
+    Each part is computed when it is first asked for, and once: methods that are combined share it, and the teacher's
+    trunk runs once a step.
+    """
+
+    def __init__(self, teacher: Detector, student: TrainPass) -> None:
+        self._teacher = teacher
+        self._student = student
+
+    @cached_property
+    def _maps(self) -> Maps:
+        with torch.no_grad():
+            return self._teacher.maps(self._student.images)
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """The pyramid's maps by level name, finest first."""
+        return self._maps.features
+
+    @property
+    def backbone(self) -> Mapping[int, Tensor]:
+        """The backbone's maps by stride; only of a teacher that provides "backbone"."""
+        assert self._maps.backbone is not None
+        return self._maps.backbone
+
+    @cached_property
+    def cell_logits(self) -> list[Tensor]:
+        """What its dense head scores in each cell, see `Detector.cell_logits`; if it provides "logits"."""
+        with torch.no_grad():
+            return self._teacher.cell_logits(self.features)
+
+    @cached_property
+    def samples(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Its own sampled proposals and their labels, see `Detector.sample`; two-stage teachers only."""
+        student = self._student
+        with torch.no_grad():
+            return self._teacher.sample(self.features, student.images, student.image_sizes, student.targets)
+
+    @torch.no_grad()
+    def score(self, proposals: list[Tensor]) -> Tensor:
+        """Class logits of proposals, see `Detector.score`; two-stage teachers only."""
+        return self._teacher.score(self.features, proposals, self._student.image_sizes)
+
+
 class Method(nn.Module):
     """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run.
 
-    A method is built before a teacher that the run trains itself is trained: read the teacher's weights in `forward`.
+    A method is built before a teacher that the run trains itself is trained: read the teacher's weights in `losses`.
     """
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""
+        assert teacher is not None, "a method that needs no teacher overrides `forward`"
+        return self.losses(student, TeacherPass(teacher, student), clock)
+
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+        """Return what `forward` does, from a pass of the teacher that other methods may share."""
         raise NotImplementedError
 
 
@@ -51,6 +103,18 @@ def pointwise(student_channels: int, teacher_channels: int) -> nn.Module:
 def pointwise_if_needed(student_channels: int, teacher_channels: int) -> nn.Module:
     """Return `pointwise`, or nothing at all where the channels are equal."""
     return nn.Identity() if student_channels == teacher_channels else pointwise(student_channels, teacher_channels)
+
+
+class NearZero(nn.Conv2d):
+    """A 3x3 convolution, student's channels to teacher's, whose weights start near zero: `normal().fmod(2) * 1e-4`.
+
+    So start the adapters in the authors' code of FGFI, and in that of DeFeat after them.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, kernel_size=3, padding=1)
+        with torch.no_grad():
+            self.weight.normal_().fmod_(2).mul_(1e-4)
 
 
 def paper_value(given: float | None, student: Detector, *, two_stage: float, one_stage: float) -> float:
@@ -92,14 +156,8 @@ class NeckMethod(Method):
             adapter(student.channels[ours], teacher.channels[theirs]) for ours, theirs in self.pairs
         )
 
-    @torch.no_grad()
-    def teacher_features(self, student: TrainPass, teacher: Detector | None) -> Mapping[str, Tensor]:
-        """Return the teacher's maps of the very batch that the student saw."""
-        assert teacher is not None
-        return teacher.trunk(student.images)
-
-    def maps(self, student: TrainPass, teacher_features: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def maps(self, student: TrainPass, teacher: TeacherPass) -> tuple[list[Tensor], list[Tensor]]:
         """Return the paired levels: the student's maps, adapted, and the teacher's; each (B, C, H, W), same shapes."""
-        ours, theirs = list(student.features.values()), list(teacher_features.values())
+        ours, theirs = list(student.features.values()), list(teacher.features.values())
         adapted = [adapter(ours[i]) for adapter, (i, _) in zip(self.adapters, self.pairs, strict=True)]
         return adapted, [theirs[j] for _, j in self.pairs]

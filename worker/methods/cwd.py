@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod, pointwise_if_needed
+from worker.methods.base import Clock, NeckMethod, TeacherPass, pointwise_if_needed
 from worker.methods.losses import widened
 
 
@@ -21,7 +21,7 @@ class CWDConfig(Config):
     """CWD's parameters. The adapters are 1x1 convolutions, and none where the channels are equal."""
 
     method: Literal["cwd"] = "cwd"
-    weight: Annotated[float, Field(description="Weight of the loss of each level.", ge=0, le=1e6)] = 10.0
+    neck_weight: Annotated[float, Field(description="Weight of the loss of each level.", ge=0, le=1e6)] = 10.0
     temperature: Annotated[float, Field(description="Temperature of the softmax over cells.", gt=0, le=100)] = 1.0
 
 
@@ -52,7 +52,7 @@ class CWD(NeckMethod):
         super().__init__("cwd", student, teacher, pointwise_if_needed)
         self.config = config
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.forward`: `neck`."""
-        ours, theirs = self.maps(student, self.teacher_features(student, teacher))
-        return {"neck": self.config.weight * cwd_loss(ours, theirs, temperature=self.config.temperature)}
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.losses`: `neck`."""
+        ours, theirs = self.maps(student, teacher)
+        return {"neck": self.config.neck_weight * cwd_loss(ours, theirs, temperature=self.config.temperature)}

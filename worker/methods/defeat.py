@@ -1,22 +1,26 @@
-"""DeFeat: objects and background of the neck, positives and negatives of the head, each with its own weight.
+"""DeFeat: objects and background of the neck and the backbone, positives and negatives of the head, weighed apart.
 
 Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021, arXiv 2103.14475.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod
+from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from worker.methods.masks import MaskMode, object_masks
 from worker.methods.strength import Decay, strength
 from worker.report import RunError
+
+# C3 to C5, and the stride of the mask that they all share, px (the authors' code).
+BACKBONE_STRIDES = (8, 16, 32)
+BACKBONE_MASK_STRIDE = 4
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
@@ -26,12 +30,15 @@ class DefeatConfig(Config):
     """DeFeat's parameters. The defaults are the paper's for COCO; a weight of 0 switches its part off.
 
     The head part compares class logits of proposals: where student or teacher is a one-stage detector, which has none,
-    both head weights must be 0.
+    both head weights must be 0. The backbone part is off unless it is given a weight: the authors name none. It needs
+    backbones with a feature pyramid on both sides, which share a stride from 8 to 32.
     """
 
     method: Literal["defeat"] = "defeat"
     neck_object_weight: Annotated[Weight, Field(description="Weight of the neck's object cells.")] = 4.0
     neck_background_weight: Annotated[Weight, Field(description="Weight of the neck's background cells.")] = 16.0
+    backbone_object_weight: Annotated[Weight, Field(description="Weight of the backbone's object cells.")] = 0.0
+    backbone_background_weight: Annotated[Weight, Field(description="Weight of the backbone's background cells.")] = 0.0
     head_object_weight: Annotated[Weight, Field(description="Weight of positive proposals.")] = 2.0
     head_background_weight: Annotated[Weight, Field(description="Weight of negative proposals.")] = 2.0
     head_object_temperature: Annotated[Temperature, Field(description="Temperature of positive proposals.")] = 1.0
@@ -69,6 +76,11 @@ class DefeatConfig(Config):
         return self.neck_object_weight > 0 or self.neck_background_weight > 0
 
     @property
+    def uses_backbone(self) -> bool:
+        """Whether any backbone part has a weight."""
+        return self.backbone_object_weight > 0 or self.backbone_background_weight > 0
+
+    @property
     def uses_head(self) -> bool:
         """Whether any head part has a weight."""
         return self.head_object_weight > 0 or self.head_background_weight > 0
@@ -87,13 +99,24 @@ def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector | 
         )
 
 
-class Adapter(nn.Conv2d):
-    """One level's adapter: 3x3, student's channels to teacher's, weights near zero as the authors' code starts them."""
+def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) -> list[int]:
+    """Return the strides that both backbones have among `BACKBONE_STRIDES`; none if that part is not asked for.
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(student_channels, teacher_channels, kernel_size=3, padding=1)
-        with torch.no_grad():
-            self.weight.normal_().fmod_(2).mul_(1e-4)
+    Raises:
+        RunError: `backbones_do_not_pair` if it is asked for and there are none.
+    """
+    if not config.uses_backbone:
+        return []
+    ours, theirs = student.backbone_channels, teacher.backbone_channels
+    if shared := [stride for stride in BACKBONE_STRIDES if stride in ours and stride in theirs]:
+        return shared
+    raise RunError(
+        "user",
+        "backbones_do_not_pair",
+        f"the backbone part compares maps at strides {list(BACKBONE_STRIDES)}; the student's backbone hands out "
+        f"{list(ours)}, the teacher's {list(theirs)}: none in common (a family without a feature pyramid hands out "
+        "none); set backbone_object_weight and backbone_background_weight to 0",
+    )
 
 
 class Defeat(NeckMethod):
@@ -104,79 +127,90 @@ class Defeat(NeckMethod):
 
     Raises:
         RunError: see `NeckMethod`; `head_does_not_pair` if a head weight is above 0 and one of the two detectors is a
-            one-stage detector.
+            one-stage detector; `backbones_do_not_pair` if a backbone weight is and the backbones share no stride.
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("defeat", student, teacher, Adapter if config.uses_neck else lambda *_: nn.Identity())
+        super().__init__("defeat", student, teacher, NearZero if config.uses_neck else lambda *_: nn.Identity())
+        assert teacher is not None
         self.config = config
         _require_heads(config, student, teacher)
+        self.backbone_strides = _pair_backbones(config, student, teacher)
+        self.backbone_adapters = nn.ModuleList(
+            nn.Sequential(NearZero(student.backbone_channels[stride], teacher.backbone_channels[stride]), nn.ReLU())
+            for stride in self.backbone_strides
+        )
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
-        """See `Method.forward`: `neck_object`, `neck_background`, `head_object`, `head_background`."""
-        assert teacher is not None
-        teacher_features = self.teacher_features(student, teacher)
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+        """See `Method.losses`: `neck_object`, `neck_background`; likewise of `backbone` and `head`."""
         losses: dict[str, Tensor] = {}
         if self.config.uses_neck:
-            losses |= self._neck(student, teacher_features)
+            losses |= self._neck(student, teacher)
+        if self.config.uses_backbone:
+            losses |= self._backbone(student, teacher)
         if self.config.uses_head:
-            losses |= self._head(student, teacher, teacher_features)
+            losses |= self._head(student, teacher)
         factor = strength(clock, warmup_steps=self.config.warmup_steps, decay=self.config.decay)
         return {name: factor * loss for name, loss in losses.items()}
 
-    def _neck(self, student: TrainPass, teacher_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ours, theirs = self.maps(student, teacher_features)
-        masks = object_masks(
+    def _masks(self, student: TrainPass, sizes: list[tuple[int, int]], strides: list[int]) -> list[Tensor]:
+        return object_masks(
             [target["boxes"] for target in student.targets],
-            sizes=[(features.shape[-2], features.shape[-1]) for features in ours],
-            strides=self.strides,
+            sizes=sizes,
+            strides=strides,
             mode=self.config.mask,
             base_size=self.config.mask_base_size,
         )
+
+    def _neck(self, student: TrainPass, teacher: TeacherPass) -> dict[str, Tensor]:
+        ours, theirs = self.maps(student, teacher)
+        masks = self._masks(student, [(one.shape[-2], one.shape[-1]) for one in ours], self.strides)
         objects, background = decoupled_feature_loss(ours, theirs, masks)
         return {
             "neck_object": self.config.neck_object_weight * objects,
             "neck_background": self.config.neck_background_weight * background,
         }
 
-    def _head(self, student: TrainPass, teacher: Detector, teacher_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _backbone(self, student: TrainPass, teacher: TeacherPass) -> dict[str, Tensor]:
+        """As the neck's, on C3 to C5; every box marks every level, by one mask at stride 4 that is scaled down."""
+        assert student.backbone is not None
+        ours = [
+            adapter(student.backbone[stride])
+            for adapter, stride in zip(self.backbone_adapters, self.backbone_strides, strict=True)
+        ]
+        theirs = [teacher.backbone[stride] for stride in self.backbone_strides]
+        finest = (-(-side // BACKBONE_MASK_STRIDE) for side in student.images.shape[-2:])
+        (mask,) = self._masks(student, [(next(finest), next(finest))], [BACKBONE_MASK_STRIDE])
+        masks = [F.interpolate(mask.byte(), size=one.shape[-2:], mode="nearest").bool() for one in ours]
+        objects, background = decoupled_feature_loss(ours, theirs, masks)
+        return {
+            "backbone_object": self.config.backbone_object_weight * objects,
+            "backbone_background": self.config.backbone_background_weight * background,
+        }
+
+    def _head(self, student: TrainPass, teacher: TeacherPass) -> dict[str, Tensor]:
         parts = []
         if self.config.proposals != "teacher":
             assert student.proposals is not None
             assert student.labels is not None
             assert student.class_logits is not None
-            parts.append(
-                self._logits(
-                    student, teacher, teacher_features, student.class_logits, student.proposals, student.labels
-                )
-            )
+            parts.append(self._logits(teacher, student.class_logits, student.proposals, student.labels))
         if self.config.proposals != "student":
             assert student.score is not None
-            with torch.no_grad():
-                proposals, labels = teacher.sample(
-                    teacher_features, student.images, student.image_sizes, student.targets
-                )
-            parts.append(self._logits(student, teacher, teacher_features, student.score(proposals), proposals, labels))
+            proposals, labels = teacher.samples
+            parts.append(self._logits(teacher, student.score(proposals), proposals, labels))
         return {
             "head_object": self.config.head_object_weight * torch.stack([part[0] for part in parts]).sum(),
             "head_background": self.config.head_background_weight * torch.stack([part[1] for part in parts]).sum(),
         }
 
     def _logits(
-        self,
-        student: TrainPass,
-        teacher: Detector,
-        teacher_features: Mapping[str, Tensor],
-        class_logits: Tensor,
-        proposals: list[Tensor],
-        labels: list[Tensor],
+        self, teacher: TeacherPass, class_logits: Tensor, proposals: list[Tensor], labels: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return both parts of the head loss on one set of proposals with its own labels."""
-        with torch.no_grad():
-            theirs = teacher.score(teacher_features, proposals, student.image_sizes)
         return decoupled_logit_loss(
             class_logits,
-            theirs,
+            teacher.score(proposals),
             torch.cat(labels),
             object_temperature=self.config.head_object_temperature,
             background_temperature=self.config.head_background_temperature,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod, paper_value, pointwise_if_needed
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, pointwise_if_needed
 from worker.methods.losses import widened
 from worker.methods.masks import focal_weights
 
@@ -128,9 +128,9 @@ class FGD(NeckMethod):
         self.student_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
         self.teacher_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.forward`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`."""
-        ours, theirs = self.maps(student, self.teacher_features(student, teacher))
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.losses`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`."""
+        ours, theirs = self.maps(student, teacher)
         boxes = [target["boxes"] for target in student.targets]
         levels = []
         for index, stride in enumerate(self.strides):

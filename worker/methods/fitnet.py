@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod, pointwise
+from worker.methods.base import Clock, NeckMethod, TeacherPass, pointwise
 from worker.methods.losses import widened
 
 
@@ -20,7 +20,7 @@ class FitNetConfig(Config):
     """FitNet's parameters. The adapters are 1x1 convolutions, as reproductions on detectors have them."""
 
     method: Literal["fitnet"] = "fitnet"
-    weight: Annotated[float, Field(description="Weight of the loss.", ge=0, le=1e6)] = 1.0
+    neck_weight: Annotated[float, Field(description="Weight of the loss.", ge=0, le=1e6)] = 1.0
 
 
 def fitnet_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ class FitNet(NeckMethod):
         super().__init__("fitnet", student, teacher, pointwise)
         self.config = config
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.forward`: `neck`."""
-        ours, theirs = self.maps(student, self.teacher_features(student, teacher))
-        return {"neck": self.config.weight * fitnet_loss(ours, theirs)}
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.losses`: `neck`."""
+        ours, theirs = self.maps(student, teacher)
+        return {"neck": self.config.neck_weight * fitnet_loss(ours, theirs)}

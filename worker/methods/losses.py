@@ -1,15 +1,34 @@
 """The losses of DeFeat as functions of tensors (Guo et al., CVPR 2021, arXiv 2103.14475), and what all losses share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Values that the neck loss works on at a time: few enough to stay in a processor's cache, and to need no memory.
+BLOCK = {"cpu": 2**19, "cuda": 2**23}
 
 
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 or wider, also under autocast: a sum of millions of squares does not fit a half."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mean_over_ranks(counts: Tensor) -> tuple[Tensor, float]:
+    """Return the mean of each count over the processes that train together, and what one single count comes to.
+
+    A loss that each process divides by such a mean has gradients whose average over processes is the gradient of one
+    process with all their pictures. In a process of its own the counts come back as they are, with 1.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return counts, 1.0
+    ranks = distributed.get_world_size()
+    counts = counts.double()
+    distributed.all_reduce(counts)
+    return counts / ranks, 1.0 / ranks
 
 
 def decoupled_feature_loss(
@@ -19,7 +38,11 @@ def decoupled_feature_loss(
 
     For each level, with M the mask, C channels and n cells of a kind in the batch:
     `1 / max(1, 2 C n) * sum(M * (student - teacher)^2)`, likewise with 1 - M; then the mean over levels. A level
-    without objects adds nothing to the object part and still counts in the mean.
+    without objects adds nothing to the object part and still counts in the mean. Where several processes train
+    together n is the mean over them, see `mean_over_ranks`.
+
+    Besides the gradient it needs next to no memory: differences are made block by block, once for the value and once
+    more for the gradient. Gradients of the gradient there are none.
 
     Args:
         student: adapted features of each level, (B, C, H, W).
@@ -29,20 +52,55 @@ def decoupled_feature_loss(
     Returns:
         Two scalars, float32 or wider.
     """
-    objects, background = [], []
-    for ours, theirs, mask in zip(student, teacher, masks, strict=True):
-        channels = ours.shape[1]
-        # Summed over channels first: the mask then weighs one map instead of C of them.
-        difference = (widened(ours) - theirs.detach()).square().sum(dim=1)
-        cells = mask[:, 0]  # (B, H, W)
-        objects.append(_masked_mean(difference, cells, channels))
-        background.append(_masked_mean(difference, ~cells, channels))
-    return torch.stack(objects).mean(), torch.stack(background).mean()
+    cells = [mask[:, 0] for mask in masks]  # (B, H, W)
+    counts, least = mean_over_ranks(torch.stack([torch.stack([one.sum(), (~one).sum()]) for one in cells]))
+    channels = torch.tensor([ours.shape[1] for ours in student], device=counts.device)
+    norms = (2 * channels[:, None] * counts).double().clamp(min=least)  # (levels, 2)
+    sums = torch.stack([_SquaredDifferences.apply(*level) for level in zip(student, teacher, cells, strict=True)])
+    objects, background = (sums / norms.to(sums.dtype)).mean(dim=0)
+    return objects, background
 
 
-def _masked_mean(difference: Tensor, cells: Tensor, channels: int) -> Tensor:
-    count = (2 * channels * cells.sum()).clamp(min=1)
-    return torch.where(cells, difference, difference.new_zeros(())).sum() / count
+class _SquaredDifferences(torch.autograd.Function):
+    """The sums of `(student - teacher)^2` over object cells and over background cells, (2,), of one level."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, cells: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher, cells)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        summed = torch.zeros(cells.shape, dtype=dtype, device=student.device)
+        for pictures, channels in _blocks(student):
+            ours, theirs = student[pictures, channels], teacher[pictures, channels]
+            difference = ours.to(dtype) - theirs
+            # Summed over channels first: the mask then weighs one map instead of C of them.
+            summed[pictures] += torch.linalg.vecdot(difference, difference, dim=1)
+        objects = torch.where(cells, summed, 0.0).sum()
+        return torch.stack([objects, torch.where(cells, 0.0, summed).sum()])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, cells = ctx.saved_tensors
+        weights = 2 * torch.where(cells, gradient[0], gradient[1])[:, None]  # (B, 1, H, W)
+        result = torch.empty_like(student)
+        for pictures, channels in _blocks(student):
+            block, ours, theirs = (each[pictures, channels] for each in (result, student, teacher))
+            if student.dtype == teacher.dtype == weights.dtype:
+                torch.sub(ours, theirs, out=block).mul_(weights[pictures])
+            else:
+                block.copy_((ours.to(weights.dtype) - theirs).mul_(weights[pictures]))
+        return result, None, None
+
+
+def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, C, H, W) into blocks of pictures and channels of about `BLOCK` values."""
+    batch, channels, height, width = features.shape
+    size = BLOCK["cuda" if features.is_cuda else "cpu"]
+    pictures = max(1, size // (channels * height * width))
+    step = channels if pictures > 1 else max(1, size // (height * width))
+    for first in range(0, batch, pictures):
+        for channel in range(0, channels, step):
+            yield slice(first, first + pictures), slice(channel, channel + step)
 
 
 def decoupled_logit_loss(
@@ -56,7 +114,7 @@ def decoupled_logit_loss(
     """Return the positive and the negative part of the head loss, unweighted.
 
     `T^2 / K * sum over the K proposals of KL(softmax(teacher / T) || softmax(student / T))`, each part with its own
-    temperature; a part without proposals is 0.
+    temperature; a part without proposals is 0. Where several processes train together K is the mean over them.
 
     Args:
         student: class logits (P, classes + 1), background in column 0.
@@ -67,9 +125,11 @@ def decoupled_logit_loss(
     """
     student, teacher = widened(student), widened(teacher.detach())
     positive = labels > 0
+    counts, least = mean_over_ranks(torch.stack([positive.sum(), (~positive).sum()]))
+    objects, background = counts.double().clamp(min=least).to(student.dtype)
     return (
-        _divergence(student, teacher, positive, object_temperature),
-        _divergence(student, teacher, ~positive, background_temperature),
+        _divergence(student, teacher, positive, object_temperature) / objects,
+        _divergence(student, teacher, ~positive, background_temperature) / background,
     )
 
 
@@ -77,4 +137,4 @@ def _divergence(student: Tensor, teacher: Tensor, rows: Tensor, temperature: flo
     ours = F.log_softmax(student / temperature, dim=1)
     theirs = F.log_softmax(teacher / temperature, dim=1)
     each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)  # (P,)
-    return temperature**2 * torch.where(rows, each, each.new_zeros(())).sum() / rows.sum().clamp(min=1)
+    return temperature**2 * torch.where(rows, each, each.new_zeros(())).sum()

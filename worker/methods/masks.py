@@ -50,13 +50,17 @@ def cell_ranges(boxes: Tensor, *, stride: int, height: int, width: int, mode: Ma
     return torch.cat([first, last], dim=1)
 
 
-def _inside(ranges: Tensor, *, height: int, width: int) -> Tensor:
-    """Return which cells lie in each of the ranges (N, 4): (N, H, W) bool."""
+def _rows_and_columns(ranges: Tensor, *, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return which rows (N, H) and which columns (N, W) lie in each of the ranges (N, 4), bool."""
     x1, y1, x2, y2 = ranges.unbind(1)
     columns = torch.arange(width, device=ranges.device)
     rows = torch.arange(height, device=ranges.device)
-    in_x = (columns >= x1[:, None]) & (columns < x2[:, None])  # (N, W)
-    in_y = (rows >= y1[:, None]) & (rows < y2[:, None])  # (N, H)
+    return (rows >= y1[:, None]) & (rows < y2[:, None]), (columns >= x1[:, None]) & (columns < x2[:, None])
+
+
+def _inside(ranges: Tensor, *, height: int, width: int) -> Tensor:
+    """Return which cells lie in each of the ranges (N, 4): (N, H, W) bool."""
+    in_y, in_x = _rows_and_columns(ranges, height=height, width=width)
     return in_y[:, :, None] & in_x[:, None, :]
 
 
@@ -82,19 +86,19 @@ def object_masks(
     """
     device = boxes[0].device
     flat = torch.cat(list(boxes))
-    # (N,): the picture that each box is in. One broadcast comparison over all boxes instead of a loop over them,
-    # which would wait for the device once a box.
-    picture = torch.repeat_interleave(
-        torch.arange(len(boxes), device=device), torch.tensor([len(one) for one in boxes], device=device)
-    )
+    # (B, N): the boxes of each picture. One comparison over all boxes instead of a loop over them, which would wait for
+    # the device once a box.
+    owned = torch.block_diag(*(torch.ones(1, len(one), dtype=torch.bool) for one in boxes)).to(device)
     level_of = assign_levels(flat, levels=len(sizes), base_size=base_size)
     masks = []
     for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
         ranges = cell_ranges(flat, stride=stride, height=height, width=width, mode=mode)
-        inside = _inside(ranges, height=height, width=width) & (level_of == level)[:, None, None]  # (N, H, W)
-        mask = torch.zeros(len(boxes), height, width, dtype=torch.int32, device=device)
-        mask.index_add_(0, picture, inside.int())
-        masks.append((mask > 0)[:, None])
+        in_y, in_x = _rows_and_columns(ranges, height=height, width=width)
+        # How many boxes lie on a cell, as a product of matrices: (B, H, N) by (N, W), without a map for each box. Whatever
+        # precision it is made in, a sum of ones is above 0.
+        chosen = owned & (level_of == level)  # (B, N)
+        counts = (chosen[:, :, None] & in_y).mT.float() @ in_x.float()
+        masks.append((counts > 0)[:, None])
     return masks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod, paper_value, pointwise_if_needed
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, pointwise_if_needed
 from worker.methods.losses import widened
 
 
@@ -20,7 +20,7 @@ class MGDConfig(Config):
     """MGD's parameters. The adapters are 1x1 convolutions, and none where the channels are equal."""
 
     method: Literal["mgd"] = "mgd"
-    weight: Annotated[
+    neck_weight: Annotated[
         float | None,
         Field(
             description="Weight of the loss (alpha); null: the authors', 5e-7 for a two-stage student, 2e-5 for a "
@@ -81,13 +81,13 @@ class MGD(NeckMethod):
     def __init__(self, config: MGDConfig, student: Detector, teacher: Detector | None) -> None:
         super().__init__("mgd", student, teacher, pointwise_if_needed)
         assert teacher is not None
-        self.weight = paper_value(config.weight, student, two_stage=5e-7, one_stage=2e-5)
+        self.weight = paper_value(config.neck_weight, student, two_stage=5e-7, one_stage=2e-5)
         self.masked_fraction = paper_value(config.masked_fraction, student, two_stage=0.45, one_stage=0.65)
         self.generations = nn.ModuleList(Generation(teacher.channels[theirs]) for _, theirs in self.pairs)
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.forward`: `neck`."""
-        ours, theirs = self.maps(student, self.teacher_features(student, teacher))
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.losses`: `neck`."""
+        ours, theirs = self.maps(student, teacher)
         generated = [
             generation(blank(features, masked_fraction=self.masked_fraction))
             for generation, features in zip(self.generations, ours, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
-from worker.methods.base import Clock, NeckMethod, paper_value
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
 from worker.methods.losses import widened
 from worker.report import RunError
 
@@ -25,7 +25,7 @@ class PKDConfig(Config):
     """PKD's parameters. It has no adapter: the two pyramids must have equally many channels."""
 
     method: Literal["pkd"] = "pkd"
-    weight: Annotated[
+    neck_weight: Annotated[
         float | None,
         Field(
             description="Weight of the loss of each level; null: the authors', 6 for a two-stage student, 10 for a "
@@ -77,9 +77,9 @@ class PKD(NeckMethod):
                     f"the teacher's {teacher.channels[theirs]}: pkd compares channel by channel and needs equally "
                     "many; give the student as many, or take another method",
                 )
-        self.weight = paper_value(config.weight, student, two_stage=6.0, one_stage=10.0)
+        self.weight = paper_value(config.neck_weight, student, two_stage=6.0, one_stage=10.0)
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.forward`: `neck`."""
-        ours, theirs = self.maps(student, self.teacher_features(student, teacher))
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.losses`: `neck`."""
+        ours, theirs = self.maps(student, teacher)
         return {"neck": self.weight * pkd_loss(ours[:LEVELS], theirs[:LEVELS])}

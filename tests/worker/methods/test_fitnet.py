@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_the_restatement(seed):
 def test_each_level_has_a_1x1_adapter_even_where_channels_are_equal():
     for channels in (8, 16):
         student, teacher = pair(student_channels=channels)
-        method = methods.build({"method": "fitnet", "weight": 3.0}, student, teacher)
+        method = methods.build({"method": "fitnet", "neck_weight": 3.0}, student, teacher)
         shapes = [tuple(adapter.weight.shape) for adapter in method.adapters]
         assert shapes == [(16, channels, 1, 1)] * len(student.strides)
         passed = one_pass(student)

@@ -69,7 +69,7 @@ def test_whole_cells_are_blanked_at_the_given_share():
 
 def test_the_method_blanks_the_adapted_maps_and_generates_from_them():
     student, teacher = pair()
-    method = methods.build({"method": "mgd", "weight": 2.0}, student, teacher)
+    method = methods.build({"method": "mgd", "neck_weight": 2.0}, student, teacher)
     passed = one_pass(student)
     state = torch.get_rng_state()
     loss = method(passed, teacher, START)["neck"]

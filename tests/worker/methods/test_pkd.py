@@ -56,7 +56,7 @@ def test_its_weight_is_the_authors_unless_given():
     assert methods.build({"method": "pkd"}, student, teacher).weight == 6
     student.head_kind = "one_stage"
     assert methods.build({"method": "pkd"}, student, teacher).weight == 10
-    assert methods.build({"method": "pkd", "weight": 0.5}, student, teacher).weight == 0.5
+    assert methods.build({"method": "pkd", "neck_weight": 0.5}, student, teacher).weight == 0.5
 
 
 def test_the_method_is_the_loss_of_the_bare_maps():

@@ -1,0 +1,148 @@
+"""A run killed after any step goes on to the same bytes."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.worker.support_engine import events, run, shapes, spec, write_run
+from worker.engine.checkpoint import TrainingState
+from worker.report import Reporter
+
+NAMES = ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors")
+# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves.
+SCHEDULE = {
+    "epochs": 2,
+    "batch_size": 4,
+    "accumulation": 2,
+    "optimizer": "adamw",
+    "learning_rate": 0.002,
+    "decay": "one_cycle",
+    "ema_decay": 0.9,
+    "checkpoint_minutes": 1e-9,
+}
+JOB = spec(
+    teacher={**spec()["teacher"], "schedule": {**SCHEDULE, "epochs": 1}},
+    schedule=SCHEDULE,
+    distillation={"method": "defeat", "proposals": "both", "warmup_steps": 3},
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    shapes(root)
+    return root / "canonical"
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run that nobody interrupts, and every training checkpoint that it offered."""
+    directory = write_run(tmp_path_factory.mktemp("runs") / "whole", dataset, JOB)
+    kept = []
+
+    def _keep(self, path):
+        kept.append(directory / f"kept-{len(kept)}.pt")
+        shutil.copyfile(path, kept[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "checkpoint", _keep)
+        assert run(directory)["status"] == "succeeded"
+    return directory, kept
+
+
+def the_same(one, other):
+    for name in NAMES:
+        assert (one / "artifacts" / name).read_bytes() == (other / "artifacts" / name).read_bytes(), name
+    first, second = (json.loads((run / "artifacts" / "metrics.json").read_text()) for run in (one, other))
+    assert first["evaluations"] == second["evaluations"]
+    timed = ("images_per_s", "data_wait", "memory_bytes")
+    for document in (first, second):
+        for line in document["metrics"]:
+            line["values"] = {name: value for name, value in line["values"].items() if name not in timed}
+    assert first["metrics"] == second["metrics"]
+
+
+def test_there_is_a_checkpoint_after_every_step(whole):
+    states = [TrainingState.load(path, device=torch.device("cpu")) for path in whole[1]]
+    where = [(state.subject, state.epoch, state.step) for state in states]
+    steps = [("teacher", 0, step) for step in (1, 2, 3, 4)]
+    steps += [("student", 0, step) for step in (1, 2, 3, 4)]
+    steps += [("student", 1, step) for step in (0, 1, 2, 3, 4)]
+    assert where == steps
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 4, 6, 7, 8, 10, 12])
+def test_it_goes_on_after_any_step_to_the_same_bytes(whole, dataset, tmp_path, number):
+    directory, kept = whole
+    resumed = write_run(tmp_path / "resumed", dataset, JOB, resume=str(kept[number]))
+    assert run(resumed)["status"] == "succeeded"
+    the_same(directory, resumed)
+    said = [one["message"] for one in events(resumed, "message") if one["code"] == "resumed"]
+    assert len(said) == 1
+
+
+def test_killed_twice_without_warning(whole, dataset, tmp_path):
+    """SIGKILL in mid-step, as a machine that goes away; what the run had written is all there is."""
+    resume = None
+    for attempt, steps in enumerate((3, 4)):
+        directory = write_run(tmp_path / str(attempt), dataset, JOB, resume=resume)
+        process = subprocess.Popen([sys.executable, "-m", "worker.run", str(directory)])
+        log, deadline = directory / "events.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_text().count('"type": "checkpoint"') >= steps):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resume = str(directory / "checkpoints" / "last.pt")
+    last = write_run(tmp_path / "last", dataset, JOB, resume=resume)
+    assert run(last)["status"] == "succeeded"
+    the_same(whole[0], last)
+
+
+def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path):
+    job = {**JOB, "schedule": {**SCHEDULE, "checkpoint_minutes": 60}}
+    directory = write_run(tmp_path / "first", dataset, job)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Reporter.progress
+
+        def _progress(self, phase, **given):
+            plain(self, phase, **given)
+            self.cancelled |= phase == "distillation" and given["step"] == 3
+
+        patch.setattr(Reporter, "progress", _progress)
+        assert run(directory)["status"] == "cancelled"
+    checkpoint = directory / "checkpoints" / "last.pt"
+    state = TrainingState.load(checkpoint, device=torch.device("cpu"))
+    assert (state.subject, state.epoch, state.step) == ("student", 0, 4)
+    resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
+    assert run(resumed)["status"] == "succeeded"
+    the_same(whole[0], resumed)
+
+
+def test_asked_to_end_while_measuring_it_keeps_the_epoch(whole, dataset, tmp_path):
+    job = {**JOB, "schedule": {**SCHEDULE, "checkpoint_minutes": 60}}
+    directory = write_run(tmp_path / "first", dataset, job)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Reporter.progress
+
+        def _progress(self, phase, **given):
+            plain(self, phase, **given)
+            self.cancelled |= (phase == "distillation" and given["step"] == 8) or (
+                phase == "evaluation" and given["epoch"] == 2
+            )
+
+        patch.setattr(Reporter, "progress", _progress)
+        assert run(directory)["status"] == "cancelled"
+    checkpoint = directory / "checkpoints" / "last.pt"
+    state = TrainingState.load(checkpoint, device=torch.device("cpu"))
+    assert (state.subject, state.epoch, state.step) == ("student", 1, 4)
+    resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
+    assert run(resumed)["status"] == "succeeded"
+    the_same(whole[0], resumed)

@@ -1,0 +1,198 @@
+"""One optimiser step: cut into parts, in half precision, out of memory, with values that are not finite."""
+
+import math
+
+import pytest
+import torch
+
+from tests.worker.support_engine import CLASSES, TINY, images_and_targets
+from worker import detectors, methods
+from worker.data.loader import Batch
+from worker.engine.average import Average
+from worker.engine.config import ScheduleConfig
+from worker.engine.health import QUIET_STEPS, Watch
+from worker.engine.step import Step
+from worker.engine.world import World
+from worker.methods.base import Clock
+from worker.report import RunError
+
+CPU = torch.device("cpu")
+START = Clock(step=0, steps=10, epoch=0, epochs=1)
+# A RetinaNet without batch norm in motion: its losses are means over pictures, so parts of a batch add up to the whole.
+RETINANET = {
+    "architecture": "retinanet",
+    "backbone": TINY["backbone"],
+    "strides": [8, 16],
+    "extra_levels": "none",
+    "pyramid_channels": 16,
+    "min_size": 64,
+    "max_size": 96,
+    "frozen_batch_norm": True,
+}
+
+
+def batch_of(count):
+    images, targets = images_and_targets(count)
+    return Batch(images=[(255 * image).byte() for image in images], targets=targets)
+
+
+def step_for(detector=RETINANET, distillation=None, **schedule):
+    torch.manual_seed(0)
+    student = detectors.build(detector, CLASSES).train()
+    teacher = None
+    if distillation is not None:
+        teacher = detectors.build({**detector, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
+    method = methods.build(distillation or {"method": "baseline"}, student, teacher)
+    given = {"warmup_steps": 0, "batch_size": 4, "learning_rate": 0.01, **schedule}
+    step = Step(student, method=method, teacher=teacher, schedule=ScheduleConfig(**given), world=World(), device=CPU)
+    return step
+
+
+def gradients(step):
+    return {name: one.grad for name, one in step.losses.named_parameters() if one.grad is not None}
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    whole, parts = (
+        step_for(distillation={"method": "fitnet"}, accumulation=count, gradient_clip=0) for count in (1, 4)
+    )
+    images, targets = images_and_targets(1)
+    other = [{"boxes": target["boxes"] + 9, "labels": target["labels"]} for target in targets]
+    batch = Batch(images=[(255 * image).byte() for image in images * 4], targets=[*targets, *other, *targets, *other])
+    values, _ = whole(batch, START, measured=True)
+    again, _ = parts(batch, START, measured=True)
+    assert again.keys() == values.keys()
+    for name, value in values.items():
+        # A share is of a mean of norms, and a norm of a mean is less: the parts pull in directions of their own.
+        if not name.startswith("gradient_share/"):
+            assert again[name] == pytest.approx(value, rel=1e-4), name
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("detector", [RETINANET, TINY], ids=["retinanet", "faster_rcnn"])
+def test_half_precision_takes_nearly_the_same_step(detector, precision):
+    method = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0}
+    if detector is TINY:
+        method = {"method": "defeat", "proposals": "both"}
+    (full, half) = (
+        step_for(detector, distillation=method, precision=one, channels_last=one != "float32", gradient_clip=0)
+        for one in ("float32", precision)
+    )
+    batch = batch_of(4)
+    found = []
+    for step in (full, half):
+        torch.manual_seed(1)
+        found.append(step(batch, START)[0])
+    wide, narrow = found
+    assert narrow.keys() == wide.keys()
+    assert narrow["loss/total"] == pytest.approx(wide["loss/total"], rel=0.05)
+    assert all(one.dtype == torch.float32 for one in half.losses.parameters())
+    if precision == "bfloat16":  # float16 starts with a scale that overflows, and leaves steps out until it fits
+        assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=0.2)
+
+
+def test_float16_leaves_out_a_step_that_overflows_and_goes_on():
+    step = step_for(precision="float16")
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
+    before = {name: tensor.clone() for name, tensor in step.losses.detector.state_dict().items()}
+    values, _ = step(batch_of(4), START)
+    assert math.isfinite(values["loss/total"])
+    weights = dict(step.losses.detector.named_parameters())
+    assert all(torch.equal(before[name], one) for name, one in weights.items())
+    assert step.scaler.get_scale() < 1e38
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
+    step = step_for(distillation={"method": "fitnet", "weight": 1e6})
+    with torch.no_grad():
+        step.losses.frozen[0].backbone.fpn.layer_blocks[0][0].bias.fill_(math.inf)
+    before = {name: tensor.clone() for name, tensor in step.losses.state_dict().items()}
+    with pytest.raises(RunError, match=r"neck (inf|nan)") as raised:
+        step(batch_of(4), START)
+    assert raised.value.code == "loss_not_finite"
+    assert all(torch.equal(before[name], one) for name, one in step.losses.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (
+            3,
+            "6 pictures at a time do not fit into memory; 3 at a time fit: set schedule.accumulation to 2 for the same",
+        ),
+        (2, "accumulation to 3 for the same batch_size 6, or schedule.batch_size to 2"),
+        (0, "not even one picture fits"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(monkeypatch, limit, says):
+    step = step_for(batch_size=6)
+    student = step.losses.detector
+    plain = student.train_pass
+
+    def _train_pass(images, targets):
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB\nmore")
+        return plain(images, targets)
+
+    monkeypatch.setattr(student, "train_pass", _train_pass)
+    with pytest.raises(RunError) as raised:
+        step(batch_of(6), START)
+    assert (raised.value.failure_class, raised.value.code) == ("oom", "out_of_memory")
+    assert says in raised.value.detail
+    assert raised.value.detail.endswith("(tried to allocate 80 GiB)")
+
+
+def test_measuring_changes_nothing():
+    weights = []
+    for measured in (False, True):
+        step = step_for(TINY, distillation={"method": "defeat", "proposals": "teacher"})
+        torch.manual_seed(5)
+        values, _ = step(batch_of(4), START, measured=measured)
+        weights.append(step.losses.state_dict())
+        shares = [value for name, value in values.items() if name.startswith("gradient_share/")]
+        assert sum(shares) == pytest.approx(1.0 if measured else 0.0)
+    assert all(torch.equal(weights[1][name], one) for name, one in weights[0].items())
+
+
+def test_the_average_is_the_formula():
+    module = torch.nn.BatchNorm1d(2)
+    average = Average(module, decay=0.5)
+    expected = {name: tensor.clone().double() for name, tensor in module.state_dict().items()}
+    for step in range(12):
+        torch.manual_seed(step)
+        with torch.no_grad():
+            module.weight.normal_()
+        module(torch.randn(4, 2))
+        average.update(module, step=step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, tensor in module.state_dict().items():
+            expected[name] = tensor if name == "num_batches_tracked" else decay * expected[name] + (1 - decay) * tensor
+    own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with average.applied(module):
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(own[name], tensor) for name, tensor in module.state_dict().items())
+
+
+class Said:
+    def __init__(self):
+        self.messages = []
+
+    def message(self, level, code, message):
+        self.messages.append((level, code, message))
+
+
+def test_a_part_that_stays_zero_is_told_once():
+    reporter = Said()
+    watch = Watch(reporter, "student", {})
+    for step in range(QUIET_STEPS - 1):
+        watch.look({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 0.0}, step=step)
+    assert reporter.messages == []
+    resumed = Watch(reporter, "student", dict(watch.quiet_steps))
+    for step in range(QUIET_STEPS - 1, 3 * QUIET_STEPS):
+        resumed.look({"loss/neck": 0.0, "loss/head": 0.0 if step % 40 else 1.0}, step=step)
+    ((level, code, message),) = reporter.messages
+    assert (level, code) == ("warn", "loss_part_zero")
+    assert message.startswith("loss/neck of the student has been 0 for 50 steps, up to step 49")

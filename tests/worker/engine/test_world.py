@@ -1,0 +1,156 @@
+"""Two processes that train one detector together, over gloo."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from tests.worker.engine.test_step import RETINANET
+from tests.worker.support_engine import CLASSES, run_alone, shapes, spec, write_run
+from worker import detectors, methods
+from worker.data.loader import PictureReader, training_batches
+from worker.engine.config import JobConfig, ScheduleConfig
+from worker.engine.step import Step
+from worker.engine.world import World
+from worker.methods.base import Clock
+from worker.report import RunError
+
+CPU = torch.device("cpu")
+STEP = """
+import sys, torch
+from pathlib import Path
+from tests.worker.engine.test_world import step_and_gradients
+rank, directory = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+from worker.engine.world import World
+torch.save(step_and_gradients(directory / "canonical", World(rank, 2)), directory / f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+METHOD = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0}
+
+
+def step_and_gradients(dataset, world):
+    """One step of this process's share; the values it reports and the gradients it leaves."""
+    from worker.data import canonical
+
+    torch.manual_seed(0)
+    student = detectors.build(RETINANET, CLASSES).train()
+    teacher = detectors.build({**RETINANET, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
+    method = methods.build(METHOD, student, teacher)
+    schedule = ScheduleConfig(batch_size=4, warmup_steps=0, gradient_clip=0)
+    step = Step(student, method=method, teacher=teacher, schedule=schedule, world=world, device=CPU)
+    pictures = PictureReader(dataset, canonical.read(dataset).in_split("train"))
+    batches = training_batches(
+        pictures, batch_size=4, horizontal_flip=0.5, seed=3, device=CPU, rank=world.rank, world=world.size
+    )
+    values, _ = step(next(iter(batches)), Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
+    return values, {name: one.grad for name, one in step.losses.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    shapes(root)
+    return root / "canonical"
+
+
+def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset):
+    root = dataset.parent
+    processes = [subprocess.Popen([sys.executable, "-c", STEP, str(rank), str(root)]) for rank in range(2)]
+    values, gradients = step_and_gradients(dataset, World())
+    assert [process.wait(120) for process in processes] == [0, 0]
+    shares = [torch.load(root / f"{rank}.pt") for rank in range(2)]
+    assert shares[0][0] == shares[1][0]
+    found, pulled = shares[0]
+    assert found.keys() == values.keys()
+    assert {"loss/neck_object", "loss/neck_background", "loss/classification", "loss/bbox_regression"} < values.keys()
+    for name, value in values.items():
+        if not name.startswith("gradient_share/"):  # of each process's own share of the batch
+            assert found[name] == pytest.approx(value, rel=1e-5), name
+        assert found[name] > 0, f"{name} is silent"
+    # Adapters too: no part of the loss is outside of what is averaged.
+    assert any(name.startswith("method.") for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(pulled[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        assert torch.equal(pulled[name], shares[1][1][name])
+
+
+def job(**changes):
+    return spec(resources={"gpus": 2}, **changes)
+
+
+def test_a_whole_run_of_two_processes_resumes_to_the_same_bytes(dataset, tmp_path):
+    plain = {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 2, "checkpoint_minutes": 1e-9}
+    whole = write_run(tmp_path / "whole", dataset, job(schedule=plain))
+    result = run_alone(whole)
+    assert result["status"] == "succeeded", result
+    assert result["results"]["student"]["images"] == 6
+    assert json.loads((whole / "rank-1" / "result.json").read_text())["status"] == "succeeded"
+
+    # The first process alone is asked to end, as the supervisor does it: both stop after the same step.
+    first = write_run(tmp_path / "first", dataset, job(schedule=plain))
+    process = subprocess.Popen([sys.executable, "-m", "worker.run", str(first)])
+    log, deadline = first / "events.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count('"type": "checkpoint"') >= 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 3
+    assert json.loads((first / "rank-1" / "result.json").read_text())["status"] == "cancelled"
+    second = write_run(tmp_path / "second", dataset, job(schedule=plain), resume=str(first / "checkpoints" / "last.pt"))
+    assert run_alone(second)["status"] == "succeeded"
+    for name in ("student-last.safetensors", "student-best.safetensors", "teacher.safetensors"):
+        assert (second / "artifacts" / name).read_bytes() == (whole / "artifacts" / name).read_bytes()
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from worker import ranks, run
+from worker.report import RunError
+def entry(spec, inputs, reporter):
+    if ranks.rank() == 1:
+        raise RunError("oom", "out_of_memory", "too much for the second")
+    import time; time.sleep(600)
+run._entry = lambda kind: entry
+sys.exit(run.main(Path(sys.argv[1])))
+"""
+
+
+def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
+    """The first one waits for the second, which has failed: nobody waits for ever, and the reason is told."""
+    script = tmp_path / "worker_run.py"
+    script.write_text(FAILING)
+    directory = write_run(tmp_path / "run", dataset, job())
+    # The second process's command is replaced by one whose entry fails; the first one's waits.
+    code = FAILING.replace("run._entry", f"ranks.COMMAND = (sys.executable, {str(script)!r})\nrun._entry")
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], timeout=120, check=False)
+    assert done.returncode == 1
+    failure = json.loads((directory / "result.json").read_text())["failure"]
+    assert failure == {"class": "oom", "code": "out_of_memory", "detail": "too much for the second"}
+
+
+def test_the_second_ends_when_the_first_is_killed(dataset, tmp_path):
+    directory = write_run(tmp_path / "run", dataset, job(schedule={**spec()["schedule"], "epochs": 1000}))
+    process = subprocess.Popen([sys.executable, "-m", "worker.run", str(directory)])
+    log, deadline = directory / "events.jsonl", time.monotonic() + 120
+    while not (log.exists() and '"phase": "teacher"' in log.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (second,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs([second], timeout=60)[1] == []
+
+
+def test_gpus_must_share_the_batch():
+    given = {key: value for key, value in job().items() if key != "name"}
+    with pytest.raises(RunError, match="batch_size 4 must be a multiple of gpus x accumulation = 3"):
+        JobConfig.parse({**given, "resources": {"gpus": 3}}, where="spec")

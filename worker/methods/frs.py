@@ -1,0 +1,144 @@
+"""FRS: the neck and the dense head's scores are imitated where the teacher sees something, objects of the data or not.
+
+Du et al., "Distilling Object Detectors with Feature Richness", NeurIPS 2021, arXiv 2111.00674. Normalisation, weights,
+adapters and warm-up as in the authors' code.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worker.config import Config
+from worker.detectors.base import Detector, TrainPass
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
+from worker.methods.losses import widened
+from worker.methods.strength import strength
+from worker.report import RunError
+
+Weight = Annotated[float | None, Field(ge=0, le=1e6)]
+
+
+class FRSConfig(Config):
+    """FRS's parameters. A weight of null is the authors'; the adapters are 3x3 convolutions.
+
+    The scores of a two-stage detector are its proposal network's. The logits part compares them cell by cell and anchor
+    by anchor: where student and teacher do not have the same, logits_weight must be 0.
+    """
+
+    method: Literal["frs"] = "frs"
+    neck_weight: Annotated[
+        Weight, Field(description="Weight of the neck's loss; null: 0.002 two-stage, 0.005 one-stage.")
+    ] = None
+    logits_weight: Annotated[
+        Weight, Field(description="Weight of the cells' class logits; null: 0.1 two-stage, 0.02 one-stage.")
+    ] = None
+    warmup_steps: Annotated[
+        int, Field(description="Steps over which the weights rise linearly from 0; 0: at once.", ge=0, le=1_000_000)
+    ] = 500
+
+
+def richness(logits: Tensor) -> Tensor:
+    """Return the feature-richness score of each cell, 0 to 1: the largest sigmoid of its class logits (section 3.1).
+
+    Args:
+        logits: the teacher's, (B, A, K, H, W).
+
+    Returns:
+        (B, H, W), without a gradient.
+    """
+    return widened(logits.detach()).amax(dim=(1, 2)).sigmoid()
+
+
+def frs_neck_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Return the sum over levels of `sum(M * (student - teacher)^2) / sum(M)`, channels in the first sum alone.
+
+    Args:
+        student: adapted features of each level, (B, C, H, W).
+        teacher: the teacher's features of each level, same shapes; no gradient flows into them.
+        scores: M of each level, (B, H, W), see `richness`.
+    """
+    levels = [
+        _mean((widened(ours) - theirs.detach()).square().sum(dim=1), score)
+        for ours, theirs, score in zip(student, teacher, scores, strict=True)
+    ]
+    return torch.stack(levels).sum()
+
+
+def frs_logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Return the sum over levels of `sum(M * BCE(sigmoid(student), sigmoid(teacher))) / sum(M)`, likewise.
+
+    Args:
+        student: class logits of each level, (B, A, K, H, W).
+        teacher: the teacher's of each level, same shapes; no gradient flows into them.
+        scores: M of each level, (B, H, W), see `richness`.
+    """
+    levels = []
+    for ours, theirs, score in zip(student, teacher, scores, strict=True):
+        targets = widened(theirs.detach()).sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(widened(ours), targets, reduction="none")
+        levels.append(_mean(entropy.sum(dim=(1, 2)), score))
+    return torch.stack(levels).sum()
+
+
+def _mean(values: Tensor, score: Tensor) -> Tensor:
+    # A teacher that is sure of nothing anywhere gives the mean of all cells, and not 0 / 0.
+    score = score.clamp(min=torch.finfo(score.dtype).tiny)
+    return (values * score).sum() / score.sum()
+
+
+class FRS(NeckMethod):
+    """The losses and adapters.
+
+    Raises:
+        RunError: `logits_missing` if the teacher scores no cells; `logits_do_not_pair` if logits_weight is not 0 and
+            the two dense heads do not score alike; else as `NeckMethod`.
+    """
+
+    def __init__(self, config: FRSConfig, student: Detector, teacher: Detector | None) -> None:
+        super().__init__("frs", student, teacher, _adapter)
+        assert teacher is not None
+        self.neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
+        self.logits_weight = paper_value(config.logits_weight, student, two_stage=0.1, one_stage=0.02)
+        self.warmup_steps = config.warmup_steps
+        _require_logits(self.logits_weight, student, teacher)
+
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+        """See `Method.losses`: `neck`, `logits`."""
+        theirs = [teacher.cell_logits[index] for _, index in self.pairs]
+        scores = [richness(level) for level in theirs]
+        factor = strength(clock, warmup_steps=self.warmup_steps, decay="constant")
+        losses = {"neck": factor * self.neck_weight * frs_neck_loss(*self.maps(student, teacher), scores)}
+        if self.logits_weight > 0:
+            assert student.cell_logits is not None
+            ours = [student.cell_logits[index] for index, _ in self.pairs]
+            losses["logits"] = factor * self.logits_weight * frs_logit_loss(ours, theirs, scores)
+        return losses
+
+
+def _adapter(student_channels: int, teacher_channels: int) -> nn.Module:
+    return nn.Conv2d(student_channels, teacher_channels, kernel_size=3, padding=1)
+
+
+def _require_logits(logits_weight: float, student: Detector, teacher: Detector) -> None:
+    if "logits" not in teacher.provides:
+        raise RunError(
+            "user",
+            "logits_missing",
+            "frs masks the neck by what the teacher's dense head scores in each cell, and this teacher's family has no "
+            "such scores: take another teacher, or another method",
+        )
+    if logits_weight == 0:
+        return
+    alike = student.head_kind == teacher.head_kind and "logits" in student.provides
+    if not alike or student.scores_per_cell != teacher.scores_per_cell:
+        ours = student.scores_per_cell if "logits" in student.provides else "none"
+        raise RunError(
+            "user",
+            "logits_do_not_pair",
+            f"the logits part compares what dense heads score in a cell (anchors, classes): the {student.head_kind} "
+            f"student's {ours}, the {teacher.head_kind} teacher's {teacher.scores_per_cell}; set logits_weight to 0",
+        )
