@@ -50,10 +50,10 @@ _TWO_STAGE: Spec = {
 }
 _ONE_STAGE: Spec = {
     "architecture": "retinanet",
-    "strides": [8, 16],
+    "strides": [8, 16, 32],
     "extra_levels": "none",
     "pyramid_channels": 32,
-    "anchor_scale": 3,
+    "anchor_scale": 2,
 }
 _DETECTORS: dict[Architecture, Spec] = {"faster_rcnn": _TWO_STAGE, "retinanet": _ONE_STAGE}
 _SIZES: dict[Data, Spec] = {
@@ -111,10 +111,13 @@ def methods(full: Setup) -> dict[str, Spec]:
     return {
         "baseline": {"method": "baseline"},
         "defeat": {"method": "defeat", **head},
+        "defeat_auto": {"method": "defeat", **head, "weights": "auto"},
         "defeat_tuned": {"method": "defeat", **head, **full.tuned},
         "fitnet": {"method": "fitnet"},
         "pkd": {"method": "pkd"},
         "cwd": {"method": "cwd"},
         "fgd": {"method": "fgd"},
         "mgd": {"method": "mgd"},
+        "fgfi": {"method": "fgfi"},
+        "frs": {"method": "frs"},
     }
