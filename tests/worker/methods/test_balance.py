@@ -32,6 +32,13 @@ def test_norms_are_those_of_gradients_worked_out_by_hand():
     assert first.grad is None
 
 
+def test_features_that_need_no_gradient_count_in_no_norm():
+    frozen, trained = torch.ones(3), torch.ones(2, requires_grad=True)
+    losses = {"both": (frozen.sum() * trained).sum()}
+    assert gradient_norms(losses, [frozen, trained])["both"].item() == pytest.approx(3 * 2**0.5)
+    assert gradient_norms(losses, [frozen])["both"].item() == 0.0
+
+
 def test_norms_of_a_real_step_are_those_of_backward_and_leave_it_as_it_was():
     student, teacher = pair()
     method = methods.build({"method": "defeat", "warmup_steps": 0}, student, teacher)
