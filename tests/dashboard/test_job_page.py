@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from app.models import Artifact, Dataset, Job, JobEvaluation, JobMetric
-from tests.dashboard.conftest import Service, wait_until
+from tests.dashboard.conftest import Complaints, Service, wait_until
 from tests.dashboard.seed import Seeder
 
 DETECTOR = {"architecture": "faster_rcnn", "backbone": "timm/resnet18"}
@@ -249,7 +249,8 @@ def test_a_job_is_paused_resumed_and_tried_again(page: Page, service: Service, r
     expect(page.locator("#events")).to_contain_text("the job is tried again")
 
 
-def test_what_was_moved_meanwhile_says_so(page: Page, service: Service, running_job: str) -> None:
+def test_what_was_moved_meanwhile_says_so(page: Page, running_job: str, complaints: Complaints) -> None:
+    complaints.expected = ["409 (Conflict)"]
     open_job(page, running_job)
     page.route("**/pause", lambda route: route.fulfill(status=409, json={"detail": "it is cancelling"}))
     page.get_by_role("button", name="Pause", exact=True).click()

@@ -1,5 +1,7 @@
 """Jobs: a distillation run, its history, and the files and checkpoints that it leaves."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -186,13 +188,13 @@ class JobAdapter(Adapter[Job]):
     def tidy(self, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
         """Delete what earlier attempts left, and the training checkpoints of a job that succeeded.
 
-        One that did not may be tried again from its last.
+        One that did not may be tried again from its last: perhaps it is by now, so what is newer is another's.
         """
         keep = {stored.key for stored in uploaded.values()}
-        resumable = outcome.status != "succeeded"
+        succeeded = outcome.status == "succeeded"
         for folder in (f"jobs/{row.id}", f"checkpoints/{teacher_checkpoint_id(row)}"):
             for key in self.storage.list(folder):
-                if key not in keep and not (resumable and key.startswith(f"jobs/{row.id}/resume/")):
+                if key not in keep and (succeeded or _attempt_of(row, key) <= row.attempt):
                     self.storage.delete(key)
 
 
@@ -220,6 +222,12 @@ def _trained_teacher(row: Job, outcome: Outcome) -> ResultArtifact | None:
     if outcome.status != "succeeded" or (row.spec["teacher"] or {}).get("source") != "train":
         return None
     return next((artifact for artifact in outcome.artifacts if artifact.name == _TEACHER), None)
+
+
+def _attempt_of(row: Job, key: str) -> float:
+    """Return which attempt left the artifact `key`; infinity for any other object."""
+    found = re.match(rf"jobs/{row.id}/artifacts/(\d+)/", key)
+    return int(found[1]) if found else math.inf
 
 
 def _artifact(row: Job, artifact: ResultArtifact, stored: Stored) -> Artifact:
