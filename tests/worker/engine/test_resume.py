@@ -15,7 +15,8 @@ from worker.engine.checkpoint import TrainingState
 from worker.report import Reporter
 
 NAMES = ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors")
-# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves.
+# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves,
+# part weights that are measured.
 SCHEDULE = {
     "epochs": 2,
     "batch_size": 4,
@@ -29,7 +30,7 @@ SCHEDULE = {
 JOB = spec(
     teacher={**spec()["teacher"], "schedule": {**SCHEDULE, "epochs": 1}},
     schedule=SCHEDULE,
-    distillation={"method": "defeat", "proposals": "both", "warmup_steps": 3},
+    distillation={"method": "defeat", "proposals": "both", "weights": "auto", "warmup_steps": 3},
 )
 
 
