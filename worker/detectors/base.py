@@ -18,7 +18,8 @@ Part = Literal["backbone", "anchors", "logits"]
 class Target(TypedDict):
     """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1.
 
-    Where the data has them, also masks (N, H, W) uint8, 1 on the object: families that know no masks leave them alone.
+    For detectors that train on masks, where the data has some, also masks (N, H, W) uint8, 1 on the object. One that is
+    all 0 is none: its box has no mask, or nothing of it is left in the picture.
     """
 
     boxes: Tensor
@@ -104,11 +105,13 @@ class Detector(nn.Module):
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
         channels: the channels of each pyramid level, likewise.
         transform: torchvision's: it resizes, normalises and pads.
+        trains_masks: whether targets' masks are of any use to it.
         provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
     """
 
     provides: tuple[Part, ...] = ()
+    trains_masks: bool = False
 
     backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
