@@ -150,16 +150,24 @@ class Detector(nn.Module):
             RunError: `stages_cannot_freeze` if the detector has no backbone with a pyramid, unless `stages` is 0.
             ValueError: `stages` is out of range.
         """
-        backbone = getattr(self, "backbone", None)
-        if isinstance(backbone, Pyramid):
-            backbone.freeze(stages)
-        elif stages:
+        self.require_stages(stages)
+        if stages:
+            self.backbone.freeze(stages)
+
+    def require_stages(self, stages: int) -> None:
+        """Raise what `freeze_stages` would raise for a detector without a pyramid; freeze nothing."""
+        if stages and not isinstance(getattr(self, "backbone", None), Pyramid):
             raise RunError(
                 "user",
                 "stages_cannot_freeze",
                 f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
                 "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
             )
+
+    @property
+    def least_pictures(self) -> int:
+        """How many pictures a training pass needs at least; a normalisation may have none to take the variance of."""
+        return 1
 
     def compile_trunk(self) -> None:
         """Compile the trunk in place by torch.compile; the names of its parameters stay."""
