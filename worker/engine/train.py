@@ -127,6 +127,7 @@ class Training:
             size=InputSize.taken_from(detector),
             augmentation=context.augmentation,
             device=context.device,
+            masks=detector.trains_masks,
             cache_bytes=context.picture_memory_bytes,
             rank=context.world.rank,
             world=context.world.size,
