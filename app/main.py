@@ -18,6 +18,7 @@ from app.db import Database
 from app.health import ReadinessCache
 from app.idempotency import forget_old
 from app.jobs.spec import JobSpec
+from app.metrics import SWEEPS_FAILED, api_registry, served
 from app.problems import ProblemDocument
 from app.queue import Queue
 from app.settings import Settings, get_settings
@@ -61,7 +62,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     sweeper = _Sweeper(database, queue, settings)
     sweeper.start()
     try:
-        yield
+        with served(api_registry(database, settings), settings):
+            yield
     finally:
         await run_in_threadpool(sweeper.stop)
         queue.close()
@@ -83,6 +85,7 @@ class _Sweeper(threading.Thread):
             except Exception:
                 # Whatever was wrong this time (a database that restarts), the next sweep must come.
                 log.exception("sweep_failed")
+                SWEEPS_FAILED.inc()
 
     def _sweep(self) -> None:
         sweep(self._database, self._queue, self._settings)

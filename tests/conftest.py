@@ -109,6 +109,18 @@ def s3_url(_s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> 
     return s3.make_bucket(_s3_environment)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storage", choices=("local", "s3"), default="local", help="object store of the app's tests")
+
+
+@pytest.fixture
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an object store without objects: a directory, or with `--storage s3` on an S3 server."""
+    if request.config.getoption("--storage") == "s3":
+        return str(request.getfixturevalue("s3_url"))
+    return (tmp_path / "home" / "objects").as_uri()
+
+
 @pytest.fixture(scope="session")
 def bccd() -> Path:
     """Real data with real blemishes, where there is a copy."""

@@ -24,6 +24,7 @@ from app.leases import LeaseLost, Row
 from app.processes import Locked, locked
 from app.states import CANCELLING, QUEUED
 from app.storage import Stored
+from worker import metrics
 from worker.keeper import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess, describe_exit
 from worker.report import RunError
@@ -87,12 +88,16 @@ class Supervisor:
             return
         with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt):
             log.info("claimed")
+            metrics.claimed(row)
             try:
                 _Attempt(self, adapter, row).carry_out()
             except LeaseLost as error:
                 log.warning("lease_lost", error=str(error))
+                metrics.lease_lost(row)
             except Stopped as error:
                 log.warning("stopped", error=str(error))
+            finally:
+                metrics.released(row)
 
 
 def _claimed(attempt: int) -> Message:
@@ -130,7 +135,8 @@ class _Attempt(Generic[Row]):
             self._executor,
             lambda number: adapter.checkpoint_key(row, number),
         )
-        self._renew_at = time.monotonic() + self._settings.lease_s / 3
+        self._begun_at = time.monotonic()
+        self._renew_at = self._begun_at + self._settings.lease_s / 3
         self._database_errors = 0
         self._database_at = 0.0
 
@@ -287,6 +293,7 @@ class _Attempt(Generic[Row]):
 
         self._patiently(_finish)
         log.info("finished", status=outcome.status, failure=outcome.failure and outcome.failure["code"])
+        metrics.finished(self._row, outcome, time.monotonic() - self._begun_at)
 
     def _hand_back(self) -> None:
         """Put the row back into the queue, with no lease; the sweep sends its message."""
@@ -302,6 +309,7 @@ class _Attempt(Generic[Row]):
 
         self._patiently(_queue)
         log.info("handed_back")
+        metrics.handed_back(self._row)
 
     # ---- the database and the object store ----
 
@@ -323,6 +331,7 @@ class _Attempt(Generic[Row]):
         pause = min(self._supervisor.backoff_s * 2**self._database_errors, _MAX_BACKOFF_S)
         self._database_errors = min(self._database_errors + 1, 10)
         self._database_at = time.monotonic() + pause
+        metrics.DATABASE_ERRORS.inc()
         log.warning("database_away", error=str(error).split("\n", 1)[0], retry_in_s=pause)
 
     def _exchange(self) -> None:
@@ -336,6 +345,7 @@ class _Attempt(Generic[Row]):
         replaced = self._record([*events, *warnings], kept)
         self._directory.events.commit()
         del self._keeper.warnings[: len(warnings)]
+        metrics.heard(events)
         if kept is not None:
             self._keeper.recorded(replaced)
         for event in events:
@@ -395,6 +405,7 @@ class _Attempt(Generic[Row]):
                 if number == _TRIES - 1 or self._supervisor.stop.is_set():
                     raise
                 log.warning("storage_retry", error=str(error))
+                metrics.STORAGE_RETRIES.inc()
                 self._supervisor.stop.wait(self._supervisor.backoff_s * 2**number)
         raise AssertionError("unreachable")
 

@@ -12,14 +12,14 @@ from tests.worker.support.world import World, alive, until
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "home")
+def world(tmp_path: Path, storage_url: str) -> World:
+    return World(tmp_path / "home", storage_url=storage_url)
 
 
 @pytest.fixture
-def each_world(tmp_path: Path, database_url: str) -> Iterator[World]:
+def each_world(tmp_path: Path, database_url: str, storage_url: str) -> Iterator[World]:
     """A world on SQLite, and one on PostgreSQL."""
-    world = World(tmp_path / "home", database_url=database_url)
+    world = World(tmp_path / "home", database_url=database_url, storage_url=storage_url)
     yield world
     world.database.dispose()
 
