@@ -173,6 +173,7 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
 
     until(lambda: ("defeat_attempt_seconds_count", ("", "job", "succeeded")) in _scrape())
     samples = _scrape()
+    assert [queues for name, queues in queue.workers().items() if name.startswith("one@")] == [["jobs"]]
     assert world.now(job).status == "succeeded"
     assert samples["defeat_claims_total", ("no", "job")] == 1
     assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row
