@@ -18,7 +18,7 @@ from app.db import Database
 from app.health import ReadinessCache
 from app.idempotency import forget_old
 from app.jobs.spec import JobSpec
-from app.metrics import SWEEPS_FAILED, api_registry, served
+from app.metrics import SWEEPS_FAILED, api_registry, serve
 from app.problems import ProblemDocument
 from app.queue import Queue
 from app.settings import Settings, get_settings
@@ -59,12 +59,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.storage = Storage(settings.storage_url)
     app.state.queue = queue = Queue(settings.redis_url)
     app.state.readiness = ReadinessCache()
+    stop_serving = serve(api_registry(database, settings), settings)
     sweeper = _Sweeper(database, queue, settings)
     sweeper.start()
     try:
-        with served(api_registry(database, settings), settings):
-            yield
+        yield
     finally:
+        await run_in_threadpool(stop_serving)
         await run_in_threadpool(sweeper.stop)
         queue.close()
         database.dispose()

@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
 
 import structlog
@@ -151,23 +150,22 @@ def disk_families(settings: Settings) -> Iterator[Metric]:
     yield GaugeMetricFamily("defeat_disk_free_bytes", "Free room on the disk under DEFEAT_HOME.", value=usage.free)
 
 
-@contextmanager
-def served(registry: CollectorRegistry, settings: Settings) -> Iterator[None]:
-    """Serve the registry at `/metrics` on `DEFEAT_METRICS_HOST` and `DEFEAT_METRICS_PORT` meanwhile, if one is set.
+def serve(registry: CollectorRegistry, settings: Settings) -> Callable[[], None]:
+    """Serve the registry at `/metrics` on `DEFEAT_METRICS_HOST` and `DEFEAT_METRICS_PORT`, if a port is set.
 
-    Raises `OSError` if the port cannot be had.
+    Returns what ends it; a process that ends anyway need not call it. Raises `OSError` if the port cannot be had.
     """
     if settings.metrics_port is None:
-        yield
-        return
+        return lambda: None
     server, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
     log.info("metrics_served", host=settings.metrics_host, port=settings.metrics_port)
-    try:
-        yield
-    finally:
+
+    def _stop() -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+    return _stop
 
 
 def api_registry(database: Database, settings: Settings) -> CollectorRegistry:

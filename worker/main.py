@@ -96,7 +96,7 @@ def _set_up_logs(**_: object) -> None:
 
 @worker_ready.connect
 def _start_serving_metrics(**_: object) -> None:
-    metrics.serve(get_settings())
+    metrics.serve_worker(get_settings())
 
 
 @worker_ready.connect

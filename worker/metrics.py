@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any, Final
 
 import structlog
@@ -19,7 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.db import utcnow
-from app.metrics import Kept, disk_families, kind_of, served
+from app.metrics import Kept, disk_families, kind_of, serve
 from app.models import Job
 from app.settings import Settings
 from worker.rundir import Event, Progress
@@ -163,9 +162,8 @@ def worker_registry(settings: Settings) -> CollectorRegistry:
     return registry
 
 
-def serve(settings: Settings) -> None:
+def serve_worker(settings: Settings) -> None:
     """Serve this worker's metrics as long as the process lives, if a port is set. Raises `OSError` if it is taken."""
-    _SERVING.enter_context(served(worker_registry(settings), settings))
-
-
-_SERVING: Final = ExitStack()
+    # Never stopped: at the interpreter's end, and in children that are forked later, the serving thread is gone and
+    # whoever waits for it waits for ever.
+    serve(worker_registry(settings), settings)

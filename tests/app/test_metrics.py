@@ -117,19 +117,16 @@ def test_the_api_serves_them_on_a_port_of_their_own(app: FastAPI, settings: Sett
 def test_none_are_served_unless_asked_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "start_http_server", None)
     assert settings.metrics_port is None
-    with metrics.served(CollectorRegistry(), settings):
-        pass
+    metrics.serve(CollectorRegistry(), settings)()
 
 
 @ONE_DATABASE
 def test_a_port_that_is_taken_is_an_error(settings: Settings, port: int) -> None:
     settings.metrics_port = port
-    with (
-        metrics.served(CollectorRegistry(), settings),
-        pytest.raises(OSError, match="in use"),
-        metrics.served(CollectorRegistry(), settings),
-    ):
-        pass
+    stop = metrics.serve(CollectorRegistry(), settings)
+    with pytest.raises(OSError, match="in use"):
+        metrics.serve(CollectorRegistry(), settings)
+    stop()
 
 
 def test_sweeps_are_counted(database: Database, settings: Settings, alice: Tenant) -> None:

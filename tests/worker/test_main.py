@@ -160,7 +160,9 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
         port = probe.getsockname()[1]
     job = world.job(["finish", "succeeded", {}])
     command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", "one")
-    start("env", f"DEFEAT_METRICS_PORT={port}", f"PROMETHEUS_MULTIPROC_DIR={tmp_path}", sys.executable, *command)
+    worker = start(
+        "env", f"DEFEAT_METRICS_PORT={port}", f"PROMETHEUS_MULTIPROC_DIR={tmp_path}", sys.executable, *command
+    )
 
     def _scrape() -> dict[tuple[str, tuple[str, ...]], float]:
         try:
@@ -178,3 +180,6 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
     assert samples["defeat_claims_total", ("no", "job")] == 1
     assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row
     assert ("defeat_disk_free_bytes", ()) in samples
+
+    worker.terminate()
+    assert worker.wait(20) == 0
