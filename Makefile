@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup setup-browser demo up test test-fast test-slow test-s3 lint types catalog format clean
+.PHONY: help setup setup-browser demo up test test-fast test-slow test-storage lint types catalog format clean
 
 help: ## print every command
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,7 +37,7 @@ test-fast: setup ## unit tests only: no stack, no browser
 test-slow: setup ## what takes minutes: the demo, and blood cells where ../shared/data/bccd or DEFEAT_TEST_DATA is there
 	$(PYTEST) -m slow --timeout=3600 -rs
 
-test-s3: setup ## the API's and the supervisor's tests with their objects on an S3 server
+test-storage: setup ## the API's and the supervisor's tests with their objects on an S3 server
 	$(PYTEST) --storage s3 tests/app tests/worker/test_supervisor.py --ignore tests/app/test_stack.py
 
 lint: setup ## ruff, import rules, and whether app/catalog.json is up to date

@@ -86,7 +86,7 @@ class Supervisor:
         if row is None:
             log.info("not_to_be_had", row=row_id)
             return
-        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt):
+        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt, request_id=row.request_id):
             log.info("claimed")
             metrics.claimed(row)
             try:
@@ -208,6 +208,7 @@ class _Attempt(Generic[Row]):
                 "kind": request.kind,
                 "id": self._row.id,
                 "attempt": self._row.attempt,
+                "request_id": self._row.request_id,
                 "spec": dict(request.spec),
                 "inputs": dict(request.inputs),
             }
