@@ -8,6 +8,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db import UTCDateTime, utcnow
+from app.logs import current_request_id
 from app.states import CANCELLING, CHECKING, PAUSING, PREPARING, QUEUED, RUNNING
 
 # `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
@@ -79,6 +80,8 @@ class Leased:
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
     enqueued_at: Mapped[datetime | None]
+    # Of the request that made the row, so that every log line about it can be found by the id that its sender got.
+    request_id: Mapped[str | None] = mapped_column(String(64), default=current_request_id)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

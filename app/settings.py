@@ -87,6 +87,13 @@ class Settings(BaseSettings):
         description="Most memory in which a run keeps decoded pictures, bytes. None: 2 GiB or a quarter of what is "
         "free, whichever is less.",
     )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port on which /metrics is served, without a key. None: not at all."
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address on which /metrics is served. Nobody outside may reach it: it counts what all tenants do.",
+    )
     log_level: str = Field(default="INFO", description="Least level that is logged.")
 
     @field_validator("secret")

@@ -23,10 +23,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import logs
 from app.db import Database
+from app.metrics import SWEEPS_FAILED
 from app.queue import BROKER_ERRORS, Queue
 from app.settings import get_settings
 from app.storage import Storage
 from app.sweep import sweep
+from worker import metrics
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Adapter, Context
@@ -108,8 +110,16 @@ def _drain_on_signal(**_: object) -> None:
 
 
 @worker_ready.connect
+def _start_serving_metrics(**_: object) -> None:
+    metrics.serve_worker(get_settings())
+
+
+@worker_ready.connect
 def _start_sweeping(**_: object) -> None:
     threading.Thread(target=_sweep_forever, name="sweep", daemon=True).start()
+
+
+_AWAY: tuple[type[Exception], ...] = (SQLAlchemyError, *BROKER_ERRORS)
 
 
 def _sweep_forever() -> None:
@@ -119,8 +129,7 @@ def _sweep_forever() -> None:
     while True:
         try:
             sweep(database, queue, settings)
-        except SQLAlchemyError as error:
+        except _AWAY as error:
             log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
-        except BROKER_ERRORS as error:
-            log.warning("sweep_failed", error=str(error))
+            SWEEPS_FAILED.inc()
         never.wait(settings.sweep_s)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from worker import ranks
-from worker.report import Cancelled, Reporter, RunError, Status
+from worker.report import Cancelled, Reporter, RunError, Status, log
 
 EXIT_CODES: dict[Status, int] = {"succeeded": 0, "failed": 1, "cancelled": 3}
 
@@ -101,6 +101,7 @@ def main(directory: Path) -> int:
     ranks.die_with_the_first()
     reporter = Reporter(ranks.home(directory))
     reporter.listen_for_cancel()
+    log(f"{request['kind']} {request.get('id')}, attempt {request.get('attempt')}, request {request.get('request_id')}")
     ending = _Ending(reporter)
     count = request["spec"].get("resources", {}).get("gpus", 1) if request["kind"] == "distill" else 1
     with ranks.started(directory, count) as others:

@@ -24,6 +24,7 @@ from app.leases import LeaseLost, Row
 from app.processes import Locked, locked
 from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
+from worker import metrics
 from worker.keeper import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess, describe_exit
 from worker.report import RunError
@@ -86,14 +87,18 @@ class Supervisor:
         if row is None:
             log.info("not_to_be_had", row=row_id)
             return
-        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt):
+        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt, request_id=row.request_id):
             log.info("claimed")
+            metrics.claimed(row)
             try:
                 _Attempt(self, adapter, row).carry_out()
             except LeaseLost as error:
                 log.warning("lease_lost", error=str(error))
+                metrics.lease_lost(row)
             except Stopped as error:
                 log.warning("stopped", error=str(error))
+            finally:
+                metrics.released(row)
 
 
 def _claimed(attempt: int) -> Message:
@@ -131,7 +136,8 @@ class _Attempt(Generic[Row]):
             self._executor,
             lambda number: adapter.checkpoint_key(row, number),
         )
-        self._renew_at = time.monotonic() + self._settings.lease_s / 3
+        self._begun_at = time.monotonic()
+        self._renew_at = self._begun_at + self._settings.lease_s / 3
         self._database_errors = 0
         self._database_at = 0.0
 
@@ -209,6 +215,7 @@ class _Attempt(Generic[Row]):
                 "kind": request.kind,
                 "id": self._row.id,
                 "attempt": self._row.attempt,
+                "request_id": self._row.request_id,
                 "spec": dict(request.spec),
                 "inputs": dict(request.inputs),
             }
@@ -303,6 +310,7 @@ class _Attempt(Generic[Row]):
 
         self._patiently(_finish)
         log.info("finished", status=outcome.status, failure=outcome.failure and outcome.failure["code"])
+        metrics.finished(self._row, outcome, time.monotonic() - self._begun_at)
 
     def _try_again(self, outcome: Outcome) -> bool:
         """Give the row back to be tried again if its failure may pass; return whether it was."""
@@ -338,6 +346,7 @@ class _Attempt(Generic[Row]):
 
         self._patiently(_rest)
         log.info("handed_back")
+        metrics.handed_back(self._row)
 
     def _give_back(self, session: Session, fresh: Row, status: str, note: Message, **values: Any) -> None:
         """Let go of the row; where it is queued, the sweep sends its message."""
@@ -364,6 +373,7 @@ class _Attempt(Generic[Row]):
         pause = min(self._supervisor.backoff_s * 2**self._database_errors, _MAX_BACKOFF_S)
         self._database_errors = min(self._database_errors + 1, 10)
         self._database_at = time.monotonic() + pause
+        metrics.DATABASE_ERRORS.inc()
         log.warning("database_away", error=str(error).split("\n", 1)[0], retry_in_s=pause)
 
     def _exchange(self) -> None:
@@ -377,6 +387,7 @@ class _Attempt(Generic[Row]):
         replaced = self._record([*events, *warnings], kept)
         self._directory.events.commit()
         del self._keeper.warnings[: len(warnings)]
+        metrics.heard(events)
         if kept is not None:
             self._keeper.recorded(replaced)
         for event in events:
@@ -436,6 +447,7 @@ class _Attempt(Generic[Row]):
                 if number == _TRIES - 1 or self._supervisor.stop.is_set():
                     raise
                 log.warning("storage_retry", error=str(error))
+                metrics.STORAGE_RETRIES.inc()
                 self._supervisor.stop.wait(self._supervisor.backoff_s * 2**number)
         raise AssertionError("unreachable")
 

@@ -399,3 +399,17 @@ def test_up_without_the_server_says_what_to_install(monkeypatch):
     assert result.exit_code == 2
     assert "torch missing" in result.stderr
     assert 'pip install "defeat-service[app,worker]"' in result.stderr
+
+
+def test_the_doctor_takes_the_commands_place(monkeypatch):
+    called = []
+    monkeypatch.setattr("client.commands.doctor.os.execv", lambda path, command: called.append((path, command)))
+    assert defeat("doctor", "--json").exit_code == 0
+    assert called == [(sys.executable, [sys.executable, "-P", "-m", "app.doctor", "--json"])]
+
+
+def test_the_doctor_without_the_service(monkeypatch):
+    monkeypatch.setattr("client.commands.doctor.importlib.util.find_spec", lambda _name: None)
+    result = defeat("doctor")
+    assert result.exit_code == 2
+    assert "run it where an API or a worker runs" in result.stderr

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.models import Job
 from app.processes import dies_with_parent
@@ -183,3 +187,34 @@ def test_a_job_outlives_the_broker(world: World, queue: Queue, start: Start, tmp
     start(*command)  # and it knows nothing any more
     until(lambda: world.now(waiting).status == "succeeded")
     assert world.now(running).attempt == 1
+
+
+def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = world.job(["finish", "succeeded", {}])
+    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", "one")
+    worker = start(
+        "env", f"DEFEAT_METRICS_PORT={port}", f"PROMETHEUS_MULTIPROC_DIR={tmp_path}", sys.executable, *command
+    )
+
+    def _scrape() -> dict[tuple[str, tuple[str, ...]], float]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                families = text_string_to_metric_families(answer.read().decode())
+        except urllib.error.URLError:
+            return {}
+        samples = (sample for family in families for sample in family.samples)
+        return {(sample.name, tuple(sample.labels.values())): sample.value for sample in samples}
+
+    until(lambda: ("defeat_attempt_seconds_count", ("", "job", "succeeded")) in _scrape())
+    samples = _scrape()
+    assert [queues for name, queues in queue.workers().items() if name.startswith("one@")] == [["jobs"]]
+    assert world.now(job).status == "succeeded"
+    assert samples["defeat_claims_total", ("no", "job")] == 1
+    assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row
+    assert ("defeat_disk_free_bytes", ()) in samples
+
+    worker.terminate()
+    assert worker.wait(20) == 0

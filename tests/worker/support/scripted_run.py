@@ -49,6 +49,9 @@ class Steps:
     def write(self, name: str, text: str) -> None:
         (self.directory / name).write_text(text)
 
+    def copy(self, name: str, path: str) -> None:
+        Path(path).write_text((self.directory / name).read_text())
+
     def link(self, name: str, target: str) -> None:
         self.reporter.artifact(name, kind="log", content_type="text/plain").symlink_to(target)
 
