@@ -130,7 +130,8 @@ class JobAdapter(Adapter[Job]):
                 session.add(_artifact(row, artifact, uploaded[artifact.name]))
         _note(session, row, _end_message(outcome))
         status = _STATUS[outcome.status]
-        leases.finish(session, row, status=status, results=results, failure=outcome.failure, resume_key=None)
+        values = {"results": results, "failure": outcome.failure, "resume_key": None, "history_swept_at": None}
+        leases.finish(session, row, status=status, **values)
 
     def _add_teacher(self, session: Session, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> str | None:
         artifact = _trained_teacher(row, outcome)
