@@ -52,7 +52,8 @@ class Supervisor:
         owner: who holds the lease, for people to read.
         stop: set when the worker is to end soon: the run is told to save and the row goes back to the queue.
         command: starts a run when its directory is appended.
-        tick_s: time between two looks at the run and the row.
+        tick_s: time between two looks at what the run says and at the row; less where the lease is short. The run's end
+            is seen at once.
         backoff_s: first pause before something that failed is tried again; doubled each time.
     """
 
@@ -63,14 +64,15 @@ class Supervisor:
         owner: str,
         stop: threading.Event,
         command: Sequence[str] = RUN_COMMAND,
-        tick_s: float = 0.5,
+        tick_s: float = 2.0,
         backoff_s: float = 1.0,
     ) -> None:
         self.context = context
         self.owner = owner
         self.stop = stop
         self.command = command
-        self.tick_s = tick_s
+        # Each look costs some milliseconds of this machine's processor time: `benchmarks/supervisor.py`.
+        self.tick_s = min(tick_s, context.settings.lease_s / 6)
         self.backoff_s = backoff_s
 
     def work(self, adapter: Adapter[Row], row_id: str) -> None:

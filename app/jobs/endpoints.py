@@ -8,7 +8,7 @@ from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
 from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep, StorageDep
+from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.idempotency import IdempotencyHeader, KeyReused, once
 from app.jobs import lifecycle, repository, service
@@ -27,6 +27,7 @@ from app.jobs.schemas import (
 from app.models import Job
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
+from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -41,7 +42,12 @@ SPEC_SCHEMA: dict[str, Any] = {
 SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)
 
 
-@router.post("", status_code=201, responses=problems(*SPEC_PROBLEMS, KeyReused), openapi_extra=SPEC_SCHEMA)
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(*SPEC_PROBLEMS, KeyReused, QuotaExceeded, QuotaBusy),
+    openapi_extra=SPEC_SCHEMA,
+)
 def create_job(
     body: SpecBody,
     response: Response,
@@ -49,6 +55,7 @@ def create_job(
     database: DatabaseDep,
     catalog: CatalogDep,
     queue: QueueDep,
+    settings: SettingsDep,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
     """Make a job and queue it."""
@@ -61,7 +68,7 @@ def create_job(
             key=idempotency_key,
             body=body,
             output=JobOut,
-            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue)),
+            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue, settings)),
         )
 
 

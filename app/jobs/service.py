@@ -15,17 +15,24 @@ from app.jobs.schemas import EVENT_PREFIX, EventOut, MetricOut, MetricsOut
 from app.models import Job
 from app.pagination import Page, bad_cursor
 from app.queue import Queue
+from app.settings import Settings
 from app.states import QUEUED
+from app.usage import quotas
 
 _EVENT_ID = re.compile(rf"{EVENT_PREFIX}(\d{{1,18}})")
 
 
-def create(session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue) -> Job:
+def create(
+    session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue, settings: Settings
+) -> Job:
     """Make a job and queue it.
 
-    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`.
+    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`, `QuotaBusy`,
+    `QuotaExceeded`.
     """
     resolved = resolve(session, caller.tenant_id, catalog, body)
+    for quota in ("queued_jobs", "storage_bytes"):
+        quotas.check(session, settings, caller.tenant_id, quota)
     row = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,

@@ -5,6 +5,7 @@ import hashlib
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,31 @@ def test_a_full_disk_is_enospc_and_leaves_the_old_object(tmp_path: Path) -> None
         assert storage.list("a") == ["a/b"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_scan_finds_every_object_of_a_folder_once(storage: Storage, file: Path, limit: int) -> None:
+    keys = {"jobs/job_1/a", "jobs/job_1/resume/1.pt", "jobs/job_1=x/a", "jobs/job_2/b/c/d", "jobs/z"}
+    for key in (*keys, "datasets/ds_1/a"):
+        storage.put_file(key, file)
+    found, after = [], None
+    while batch := storage.scan("jobs", after=after, limit=limit):
+        assert len(batch) <= limit
+        found += batch
+        after = batch[-1].key
+    assert sorted(one.key for one in found) == sorted(keys)
+    assert {one.size_bytes for one in found} == {2_560_000}
+    assert all(abs((one.written_at - datetime.now(UTC)).total_seconds()) < 60 for one in found)
+    assert storage.scan("checkpoints", after=None, limit=limit) == []
+
+
+def test_a_scan_finds_what_a_killed_write_left(storage: Storage, file: Path, tmp_path: Path) -> None:
+    storage.put_file("jobs/job_1/a", file)
+    part = tmp_path / "with space" / "jobs" / "job_1" / "a#123"
+    part.write_bytes(b"half")
+    found = {one.key: one for one in storage.scan("jobs", after=None, limit=10)}
+    assert set(found) == {"jobs/job_1/a", "jobs/job_1/a#123"}
+    for one in found.values():
+        storage.discard(one)
+        storage.discard(one)
+    assert storage.scan("jobs", after=None, limit=10) == []

@@ -250,3 +250,10 @@ def test_the_command_submits_and_waits(url, key, client, database, archive, tmp_
     assert watched.exit_code == 1
     assert json.loads(watched.stdout.splitlines()[-1])["status"] == "cancelled"
     assert runner.invoke(app, ["catalog"]).exit_code == 0
+
+
+def test_usage_is_read(client, archive):
+    client.datasets.add(archive)
+    usage = client.usage()
+    assert usage["storage"]["uploads_bytes"] == len(CONTENT)
+    assert usage["quotas"]["datasets"] == {"used": 1, "limit": None}

@@ -47,12 +47,13 @@ def test_a_run_that_succeeds(each_world: World) -> None:
         ["artifact", "student-best.safetensors", "student", "weights", {"epoch": 3}],
         ["artifact", "gallery/0.jpg", "gallery", "picture", {}],
         ["finish", "succeeded", {"student": {"ap": 0.25, "epoch": 3}}],
+        history_swept_at=utcnow(),  # of an earlier end
     )
 
     world.work(job)
 
     row = world.now(job)
-    assert row.status == "succeeded"
+    assert (row.status, row.history_swept_at) == ("succeeded", None)
     assert (row.failure, row.lease_owner, row.lease_expires_at, row.resume_key) == (None, None, None, None)
     assert row.started_at <= row.finished_at
     assert row.results == {"student": {"ap": 0.25, "epoch": 3}, "teacher_checkpoint_id": None}

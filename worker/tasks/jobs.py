@@ -160,7 +160,8 @@ class JobAdapter(Adapter[Job]):
         _note(session, row, _end_message(outcome))
         kept = None if outcome.status == "succeeded" else row.resume_key
         status = _STATUS[outcome.status]
-        leases.finish(session, row, status=status, results=results, failure=outcome.failure, resume_key=kept)
+        values = {"results": results, "failure": outcome.failure, "resume_key": kept, "history_swept_at": None}
+        leases.finish(session, row, status=status, **values)
 
     def _add_teacher(self, session: Session, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> str | None:
         artifact = _trained_teacher(row, outcome)
