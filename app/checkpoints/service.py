@@ -1,6 +1,7 @@
 """Rules of checkpoints: how one is made, filled, read and deleted."""
 
 from datetime import timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -101,6 +102,13 @@ def not_ready(row: Checkpoint) -> str:
         return f"{row.id} is {row.status}: {row.failure.get('detail')}"
     hint = "send its weights first" if row.status == AWAITING_UPLOAD else "wait until it is ready"
     return f"{row.id} is {row.status}; {hint}"
+
+
+def named(spec: dict[str, Any]) -> list[str]:
+    """Return the ids of the checkpoints that a job's spec refers to."""
+    teacher, student = spec.get("teacher") or {}, spec.get("student") or {}
+    given = (teacher.get("id"), teacher.get("initial_weights"), student.get("initial_weights"))
+    return [value for value in given if value is not None and value.startswith("ckpt_")]
 
 
 def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storage) -> None:

@@ -13,13 +13,13 @@ import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection._utils import retrieve_out_channels
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
 
 from worker.detectors.backbones import weights_unavailable
 from worker.detectors.base import Target, TrainPass
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from worker.detectors.precision import WideDefaultBoxes
 from worker.detectors.ssd import Candidates, SSDFamilyConfig, SSDFamilyDetector
 from worker.report import RunError
 
@@ -77,7 +77,7 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
         backbone = _mobilenet(config, norm_layer, pretrained=pretrained_backbone)
         size = (config.size, config.size)
         channels = retrieve_out_channels(backbone, size)
-        boxes = DefaultBoxGenerator(ASPECT_RATIOS, min_ratio=0.2, max_ratio=0.95)
+        boxes = WideDefaultBoxes(ASPECT_RATIOS, min_ratio=0.2, max_ratio=0.95)
         super().__init__(
             backbone,
             boxes,
@@ -93,19 +93,24 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
         )
         self.introduce(config, classes, strides=config.strides, channels=channels)
 
+    @property
+    def least_pictures(self) -> int:
+        """See `Detector.least_pictures`. Two where the coarsest map is one cell, as it is up to a size of 512."""
+        assert isinstance(self.config, SSDLiteConfig)
+        return 2 if self.config.size <= self.strides[-1] else 1
+
     def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
         """See `Detector.train_pass`.
 
         Raises:
             RunError: `batch_too_small` for one picture alone whose coarsest map is one cell: it has no variance.
         """
-        assert isinstance(self.config, SSDLiteConfig)
-        if len(images) == 1 and self.config.size <= self.strides[-1]:
+        if len(images) < self.least_pictures:
             raise RunError(
                 "user",
                 "batch_too_small",
-                f"at size {self.config.size} SSDLite's coarsest map is one cell, and batch norm cannot train on one "
-                "value: set batch_size to 2 or more",
+                f"at size {self.transform.fixed_size[0]} SSDLite's coarsest map is one cell, and batch norm cannot "
+                "train on one value: set batch_size to 2 or more",
             )
         return super().train_pass(images, targets)
 

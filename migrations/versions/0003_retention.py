@@ -1,15 +1,15 @@
 """Retention and quotas: a tenant's limits, sizes of uploads, passes of the sweep; indexes for filtered pages.
 
-Revision: 0002_retention
-Follows: 0001
+Revision: 0003_retention
+Follows: 0002_lifecycle
 """
 
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0002_retention"
-down_revision = "0001"
+revision = "0003_retention"
+down_revision = "0002_lifecycle"
 branch_labels = None
 depends_on = None
 
