@@ -18,6 +18,7 @@ from app.db import Database
 from app.health import ReadinessCache
 from app.idempotency import forget_old
 from app.jobs.spec import JobSpec
+from app.metrics import SWEEPS_FAILED, api_registry, serve
 from app.problems import ProblemDocument
 from app.queue import Queue
 from app.settings import Settings, get_settings
@@ -58,11 +59,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.storage = Storage(settings.storage_url)
     app.state.queue = queue = Queue(settings.redis_url)
     app.state.readiness = ReadinessCache()
+    stop_serving = serve(api_registry(database, settings), settings)
     sweeper = _Sweeper(database, queue, settings)
     sweeper.start()
     try:
         yield
     finally:
+        await run_in_threadpool(stop_serving)
         await run_in_threadpool(sweeper.stop)
         queue.close()
         database.dispose()
@@ -83,6 +86,7 @@ class _Sweeper(threading.Thread):
             except Exception:
                 # Whatever was wrong this time (a database that restarts), the next sweep must come.
                 log.exception("sweep_failed")
+                SWEEPS_FAILED.inc()
 
     def _sweep(self) -> None:
         sweep(self._database, self._queue, self._settings)

@@ -63,7 +63,18 @@ class Settings(BaseSettings):
     redeliver_s: float = Field(
         default=120.0, gt=0, description="A queued row whose last message is older than this is sent again, seconds."
     )
-    max_attempts: int = Field(default=5, ge=1, description="Claims of one row before it is given up as failed.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="Attempts in a row that may end by a lost worker or an infra failure, with no new training "
+        "checkpoint between them, before a row is given up as failed.",
+    )
+    retry_backoff_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Pause before a row is tried again after an infra failure, seconds; doubled with each in a row.",
+    )
+    retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Longest of these pauses, seconds.")
     cancel_grace_s: float = Field(
         default=20.0,
         gt=0,
@@ -75,6 +86,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Most memory in which a run keeps decoded pictures, bytes. None: 2 GiB or a quarter of what is "
         "free, whichever is less.",
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port on which /metrics is served, without a key. None: not at all."
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address on which /metrics is served. Nobody outside may reach it: it counts what all tenants do.",
     )
     log_level: str = Field(default="INFO", description="Least level that is logged.")
 

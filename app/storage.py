@@ -79,9 +79,13 @@ def _errors(key: str) -> Iterator[None]:
     """Turn the store's errors into `ObjectMissing` and `OSError` with the system's errno, EIO where it gives none."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise ObjectMissing(key) from error
-    except BaseError as error:
+    except (FileNotFoundError, BaseError) as error:
+        # S3 says 404 for both, and only one of them is an object that somebody may do without.
+        if "NoSuchBucket" in str(error):
+            text = f"object store, {key}: the bucket does not exist; make it, or mend STORAGE_URL"
+            raise OSError(errno.ENOENT, text) from error
+        if isinstance(error, FileNotFoundError):
+            raise ObjectMissing(key) from error
         # The library reports a local disk's error in its text only.
         text = str(error).split("\n", 1)[0]
         found = _OS_ERROR.search(text)

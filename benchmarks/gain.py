@@ -1,11 +1,13 @@
 """Does distillation help, and by how much more than chance? Trains the same student with each method, on several seeds.
 
     python -m benchmarks.gain --out DIR [--data digits|bccd] [--detector faster_rcnn|retinanet] [--methods …]
-                              [--seeds 0 1 2] [--quick]
+                              [--seeds 0 1 2]
+    python -m benchmarks.gain --quick
 
 A method is a name from `gain_setups.methods`, or NAME=JSON with a `distillation` section of a job's spec:
 `--methods baseline 'mine={"method": "defeat", "neck_object_weight": 1}'`. Every run is a real one, in a directory of
-its own in DIR; one that stands there finished is not run again. The last line is one JSON object; exit code 0: `ok`.
+its own in DIR; one that stands there finished is not run again. `--quick` takes under a minute, needs no DIR, and shows
+that every part runs and nothing else. The last line is one JSON object; exit code 0: `ok`.
 The goal is held to the first method behind the baseline: its mean is to lie above the baseline's by more than either's
 spread, from the lowest seed to the highest: `ratio` is the difference over the larger spread.
 """
@@ -14,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,13 +87,13 @@ def _choose(asked: Sequence[str], known: dict[str, Spec]) -> dict[str, Spec]:
     return chosen
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Carry out whatever is not there yet, print the table, and return the result's JSON object."""
+def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Carry out whatever is not there yet in `directory`, print the table, and return the result's JSON object."""
     full = setup(options.data, options.detector)
     trained = quick(full) if options.quick else full
     chosen = _choose(options.methods, methods(trained))
     seeds = options.seeds[:1] if options.quick else options.seeds
-    out: Path = options.out.resolve() / f"{options.data}{'-quick' if options.quick else ''}"
+    out = directory.resolve() / f"{options.data}{'-quick' if options.quick else ''}"
     whole, part = prepare_data(out, options.data, student_pictures=trained.student_pictures, tiny=options.quick)
     runs = out / options.detector
     weights, teacher = train_teacher(runs, trained, whole)
@@ -129,14 +132,18 @@ def _verdict(summaries: dict[str, Summary], *, proves_something: bool) -> dict[s
 def main(arguments: list[str] | None = None) -> int:
     """Measure as the command line says; return 0 for ok, 1 for below the goal, 2 for a mistake or a failed run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gain", description="Does distillation help? Measured.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="keeps every run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keeps every run; may be left out with --quick")
     parser.add_argument("--data", choices=get_args(Data), default="digits", help="(default: %(default)s)")
     parser.add_argument("--detector", choices=get_args(Architecture), default="faster_rcnn")
-    parser.add_argument("--methods", nargs="+", default=["defeat_tuned", "defeat"], help="names, or NAME=JSON")
+    parser.add_argument("--methods", nargs="+", default=["defeat_auto", "defeat"], help="names, or NAME=JSON")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="in under a minute, to see that it works")
+    options = parser.parse_args(arguments)
+    if options.out is None and not options.quick:
+        parser.error("--out DIR is needed: the runs take minutes each, and are kept there")
     try:
-        result = measure(parser.parse_args(arguments))
+        with tempfile.TemporaryDirectory() as directory:
+            result = measure(options, options.out or Path(directory))
     except (RunFailed, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -160,5 +160,5 @@ def _job(setup: Setup, *, teacher: Spec | None, student: Spec, method: Spec, see
 
 
 def _inputs(dataset: Path, *, teacher: str | None) -> dict[str, Any]:
-    others = {"student": None, "teacher_initial": None, "resume": None}
+    others = {"student": None, "teacher_initial": None, "resume": None, "picture_memory_bytes": None}
     return {"dataset": str(dataset), "teacher": teacher, **others, "device": "cpu"}

@@ -8,10 +8,10 @@ from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
 from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep
+from app.dependencies import DatabaseDep, QueueDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.idempotency import IdempotencyHeader, KeyReused, once
-from app.jobs import repository, service
+from app.jobs import lifecycle, repository, service
 from app.jobs.resolve import DatasetNotReady, resolve
 from app.jobs.schemas import (
     EvaluationOut,
@@ -20,6 +20,7 @@ from app.jobs.schemas import (
     JobOut,
     JobStatus,
     MetricsOut,
+    RetryBody,
     Subject,
     ValidatedOut,
 )
@@ -102,7 +103,51 @@ def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut
 def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
     """Ask a job to end. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(service.cancel(session, caller, job_id))
+        return JobOut.of(lifecycle.cancel(session, caller, job_id))
+
+
+@router.post("/{job_id}/pause", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+    """Ask a job to save and rest, until it is resumed. Asking again changes nothing."""
+    with database.write() as session:
+        return JobOut.of(lifecycle.pause(session, caller, job_id))
+
+
+@router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def resume_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep) -> JobOut:
+    """Put a paused job back into the queue. Asking again changes nothing."""
+    with database.write() as session:
+        return JobOut.of(lifecycle.resume(session, caller, job_id, queue))
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    responses=problems(NotFound, Conflict, Invalid, PayloadTooLarge, CrossSite, KeyReused),
+)
+def retry_job(
+    job_id: str,
+    response: Response,
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    queue: QueueDep,
+    storage: StorageDep,
+    body: RetryBody | None = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> JobOut:
+    """Begin another attempt of a job that failed or was cancelled."""
+    start = body.start if body is not None else None
+    with database.write() as session:
+        return once(
+            session,
+            caller,
+            response,
+            route="jobs/retry",
+            key=idempotency_key,
+            body={"job": job_id, "from": start},
+            output=JobOut,
+            create=lambda: JobOut.of(lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage)),
+        )
 
 
 @router.get("/{job_id}/events", responses=problems(NotFound, Invalid))

@@ -102,6 +102,12 @@ def test_a_run_that_fails_says_why_and_is_tried_again(tmp_path):
             carry_out(tmp_path / "runs" / "one", "import_dataset", spec, inputs)
 
 
+def test_runs_that_take_minutes_are_kept_somewhere(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gain.main([])
+    assert "--out DIR is needed" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_quick_runs_every_part_and_claims_nothing(tmp_path, capfd):
     assert gain.main(["--quick", "--out", str(tmp_path), "--methods", "defeat"]) == 0

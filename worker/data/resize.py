@@ -84,7 +84,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64) for old, new in zip(masks.shape[-2:], size, strict=True)
     )
-    # Picked by numpy, columns first, in a fifth of the time of torch's interpolation.
+    # Picked by numpy, columns first, in a third of the time of torch's interpolation.
     return torch.from_numpy(masks.numpy().take(columns, axis=2).take(rows, axis=1))
 
 

@@ -25,18 +25,20 @@ def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> 
 
     Args:
         losses: scalars by name. One that does not depend on the features, or on nothing that is trained, has norm 0.
-        features: tensors inside the losses' graph, of any shapes. What reaches one through another counts in both.
+        features: tensors inside the losses' graph, of any shapes. What reaches one through another counts in both; one
+            that needs no gradient, such as a map of frozen stages, counts in none.
 
     Returns:
         For each loss a float32 (float64 for float64 features) scalar on its device, without a graph.
     """
-    return {name: _gradient_norm(loss, features) for name, loss in losses.items()}
+    trained = [one for one in features if one.requires_grad]
+    return {name: _gradient_norm(loss, trained) for name, loss in losses.items()}
 
 
 def _gradient_norm(loss: Tensor, features: Sequence[Tensor]) -> Tensor:
-    if not loss.requires_grad:
+    if not loss.requires_grad or not features:
         return torch.zeros((), dtype=torch.float32, device=loss.device)
-    gradients = torch.autograd.grad(loss, list(features), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
     # Widened before squaring: a half's largest value is 65504.
     norms = [
         torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))

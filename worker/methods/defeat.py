@@ -142,7 +142,7 @@ class Defeat(NeckMethod):
         )
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
-        """See `Method.losses`: `neck_object`, `neck_background`; likewise of `backbone` and `head`."""
+        """See `Method.losses`: `neck_object`, `neck_background`, of `backbone`, of `head`; what has a weight."""
         losses: dict[str, Tensor] = {}
         if self.config.parts("neck"):
             losses |= self._neck(student, teacher)
@@ -153,7 +153,8 @@ class Defeat(NeckMethod):
         if self.balance is not None:
             losses = self.balance(student, losses, clock.step)
         factor = strength(clock, warmup_steps=self.config.warmup_steps, decay=self.config.decay)
-        return {name: factor * loss for name, loss in losses.items()}
+        weighed = self.config.parts("neck", "backbone", "head")
+        return {name: factor * losses[name] for name in weighed}
 
     def _masks(self, student: TrainPass, sizes: list[tuple[int, int]], strides: list[int]) -> list[Tensor]:
         return object_masks(

@@ -8,6 +8,7 @@ import torch
 from tests.worker.methods.support import START, one_pass, pair
 from worker import methods
 from worker.detectors.base import TrainPass
+from worker.detectors.normalization import Normalization
 from worker.methods import Clock
 from worker.methods.balance import LARGEST_FACTOR, Balance, gradient_norms
 
@@ -29,6 +30,13 @@ def test_norms_are_those_of_gradients_worked_out_by_hand():
         assert not norm.requires_grad
         assert abs(norm.item() - expected[name]) <= 1e-12
     assert first.grad is None
+
+
+def test_features_that_need_no_gradient_count_in_no_norm():
+    frozen, trained = torch.ones(3), torch.ones(2, requires_grad=True)
+    losses = {"both": (frozen.sum() * trained).sum()}
+    assert gradient_norms(losses, [frozen, trained])["both"].item() == pytest.approx(3 * 2**0.5)
+    assert gradient_norms(losses, [frozen])["both"].item() == 0.0
 
 
 def test_norms_of_a_real_step_are_those_of_backward_and_leave_it_as_it_was():
@@ -64,7 +72,14 @@ def scripted(own: float, **parts: float) -> tuple[TrainPass, dict[str, torch.Ten
     """A pass whose own losses and further parts have gradients of these norms at its one feature map."""
     features = torch.zeros(2, 2, requires_grad=True)
     losses = {name: (norm * features[0, 0]) + 1 for name, norm in {"first": own / 4, "second": 3 * own / 4}.items()}
-    passed = TrainPass(images=torch.zeros(1), image_sizes=[], targets=[], features={"0": features}, losses=losses)
+    passed = TrainPass(
+        images=torch.zeros(1),
+        normalization=Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        image_sizes=[],
+        targets=[],
+        features={"0": features},
+        losses=losses,
+    )
     return passed, {name: (norm * features[1, 1]) + 1 for name, norm in parts.items()}
 
 
@@ -124,6 +139,6 @@ def test_a_part_without_a_weight_stays_off_and_the_backbones_keeps_its_own():
     fixed.load_state_dict(auto.state_dict(), strict=False)
     passed = one_pass(student)
     ours, theirs = (method(passed, teacher, Clock(step=0, steps=1, epoch=0, epochs=1)) for method in (auto, fixed))
-    assert ours["neck_background"].item() == 0
+    assert ours.keys() == theirs.keys() == {"neck_object", "backbone_object", "head_object", "head_background"}
     assert ours["backbone_object"].item() == theirs["backbone_object"].item() > 0
     assert ours["neck_object"].item() != pytest.approx(theirs["neck_object"].item(), rel=1e-2)
