@@ -1,11 +1,21 @@
-"""What becomes of errors that a run did not foresee."""
+"""How a run begins, and what becomes of errors that it did not foresee."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from worker.run import _as_run_error
+
+LOADED = """
+import gc, sys
+from worker.run import _entry
+_entry("distill")
+assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
 
 
 @pytest.mark.parametrize(
@@ -39,3 +49,10 @@ def test_the_cpus_allocator_is_known() -> None:
 def test_what_the_machine_did(error: Exception, code: str) -> None:
     failure = _as_run_error(error)
     assert (failure.failure_class, failure.code) == ("infra", code)
+
+
+def test_a_run_imports_only_what_it_may_need() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(ended.stdout.split())
+    assert {"torch", "torchvision"} <= loaded
+    assert not loaded & {"timm", "huggingface_hub", "sklearn", "scipy", "pandas", "pycocotools", "celery", "sqlalchemy"}

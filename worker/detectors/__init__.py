@@ -25,6 +25,7 @@ from worker.detectors.mask_rcnn import MaskRCNNConfig, MaskRCNNDetector
 from worker.detectors.retinanet import RetinaNetConfig, RetinaNetDetector
 from worker.detectors.ssd import SSDConfig, SSDDetector
 from worker.detectors.ssdlite import SSDLiteConfig, SSDLiteDetector
+from worker.detectors.unset import Unset
 from worker.report import RunError, write_atomically
 
 __all__ = [
@@ -192,7 +193,8 @@ def load(path: str | Path, *, device: str = "cpu") -> Detector:
         raise RunError(
             "data", "no_header", f"{path.name} does not say which detector it is (no {METADATA_KEY!r} metadata)"
         )
-    detector = build(header["detector"], header["classes"])
+    with Unset():
+        detector = build(header["detector"], header["classes"])
     try:
         detector.load_state_dict(safetensors.torch.load_file(path))
     except RuntimeError as error:

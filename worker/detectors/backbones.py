@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 from urllib.error import URLError
 
-import timm
 import torch
 import torchvision
-from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from worker.report import RunError
@@ -344,7 +342,7 @@ def _torchvision_body(name: str, strides: Sequence[int], *, pretrained: bool, fr
     stages = TORCHVISION_BACKBONES[name]
     levels = [STRIDES.index(stride) for stride in strides]
     net = _torchvision_net(name, pretrained=pretrained)
-    trunk: nn.Module = freeze_batch_norm_2d(net) if frozen_batch_norm else net
+    trunk = freeze_batch_norm(net) if frozen_batch_norm else net
     # Keeps, and runs, nothing behind the last child that is named.
     body: nn.Module = IntermediateLayerGetter(trunk, {stages.ends[stage]: str(i) for i, stage in enumerate(levels)})
     channels, ends = [stages.channels[stage] for stage in levels], list(stages.ends[: levels[-1] + 1])
@@ -368,7 +366,24 @@ def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
     )
 
 
+def freeze_batch_norm(module: nn.Module) -> nn.Module:
+    """Return `module` with every batch norm inside it, or itself, replaced by its frozen form of the same values.
+
+    For plain batch norm; timm's layers that join one with an activation are for timm's own function.
+    """
+    if isinstance(module, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
+    for name, child in module.named_children():
+        setattr(module, name, freeze_batch_norm(child))
+    return module
+
+
 def _timm_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_batch_norm: bool) -> Body:
+    import timm  # as long as a tenth of all other imports: not for a run that asks for none of its networks
+    from timm.layers.norm_act import freeze_batch_norm_2d
+
     reductions, ends = _timm_stages(name)
     levels = [reductions.index(stride) for stride in strides]
     net: Any = timm.create_model(name, features_only=True, pretrained=pretrained, out_indices=levels)
@@ -386,7 +401,10 @@ def _timm_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_ba
 
 def _timm_stages(name: str) -> tuple[list[int], list[str]]:
     """Return the strides of a timm network's stages in pixels, and the modules that end them."""
-    net: Any = timm.create_model(name, features_only=True)
+    import timm
+
+    with torch.device("meta"):  # for its description alone: no memory is filled
+        net: Any = timm.create_model(name, features_only=True)
     modules = dict(net.named_modules())
     # A network that timm has flattened has `stages_0` for `stages.0`.
     names = [end if end in modules else end.replace(".", "_") for end in net.feature_info.module_name()]

@@ -28,6 +28,7 @@ from worker.detectors.mask_rcnn import MaskRCNNConfig
 from worker.detectors.retinanet import RetinaNetConfig
 from worker.detectors.ssd import SSDConfig
 from worker.detectors.ssdlite import SSDLiteConfig
+from worker.detectors.unset import Unset
 from worker.report import RunError
 
 
@@ -113,7 +114,8 @@ def load_pretrained(name: str, weights_name: str) -> Detector:
             "user", "unknown_weights", f"{name} has no weights {weights_name!r}; it has: {', '.join(entry.weights)}"
         )
     weights = entry.weights[weights_name]
-    detector = build(entry.config.model_dump(mode="json"), classes_of(weights))
+    with Unset():
+        detector = build(entry.config.model_dump(mode="json"), classes_of(weights))
     try:
         # The hash is part of the file's name and checked as it is downloaded.
         state: dict[str, Any] = cast(dict[str, Any], weights.get_state_dict(progress=False, check_hash=True))

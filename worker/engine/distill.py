@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from worker.data.canonical import CanonicalDataset, Split
 from worker.data.loader import PictureReader
 from worker.detectors.base import Detector, full_coverage
 from worker.detectors.pretrained import load_pretrained
+from worker.detectors.unset import Unset
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import JobConfig, StudentConfig, TeacherConfig
 from worker.engine.evaluate import summary
@@ -144,10 +146,15 @@ def _build(
     """Build a detector to be trained, with its initial weights: random, ImageNet's, or a checkpoint's."""
     assert isinstance(config.detector, dict)
     reseed(seed, subject, "init")
-    detector = detectors.build(
-        config.detector, classes, pretrained_backbone=config.initial_weights == "imagenet", where=f"{subject}.detector"
-    )
-    if config.initial_weights not in ("random", "imagenet"):
+    from_checkpoint = config.initial_weights not in ("random", "imagenet")
+    with Unset() if from_checkpoint else nullcontext():
+        detector = detectors.build(
+            config.detector,
+            classes,
+            pretrained_backbone=config.initial_weights == "imagenet",
+            where=f"{subject}.detector",
+        )
+    if from_checkpoint:
         if weights is None:
             raise RunError(
                 "user",

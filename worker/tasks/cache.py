@@ -18,7 +18,27 @@ from worker.report import RunError
 log = structlog.get_logger(__name__)
 
 KEPT: Final = 5
+# What `worker.data.canonical` packs; not imported: it belongs to the runs' side.
+_MEMBER = re.compile(r"dataset\.json|images/[0-9a-f]{64}\.[a-z]{3,4}")
+_CHUNK_BYTES = 1024 * 1024
 _CONTENT_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def _unpack(tar: Path, directory: Path) -> None:
+    """Unpack a canonical dataset's tar into `directory`, which must not exist: plain files of its own two kinds only.
+
+    About half the time of tarfile's `extractall`, which makes sure of much that such a name rules out.
+
+    Raises `tarfile.TarError` for anything else.
+    """
+    (directory / "images").mkdir(parents=True)
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+            if content is None or not _MEMBER.fullmatch(member.name):
+                raise tarfile.TarError(f"{member.name[:200]!r} does not belong into a dataset")
+            with content, (directory / member.name).open("wb") as file:
+                shutil.copyfileobj(content, file, _CHUNK_BYTES)
 
 
 class DatasetCache:
@@ -60,8 +80,7 @@ class DatasetCache:
         tar = beside.with_suffix(".tar")
         try:
             self._storage.get_file(key, tar)
-            with tarfile.open(tar, "r:") as archive:
-                archive.extractall(beside, filter="data")
+            _unpack(tar, beside)
             tar.unlink()
             self._put_in_place(beside, path)
         except ObjectMissing as error:

@@ -51,6 +51,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert found == {(subject, epoch) for subject in ("teacher", "student") for epoch in (1, 2)}
     phases = [one["phase"] for one in events(directory, "progress")]
     assert list(dict.fromkeys(phases)) == ["preparing", "teacher", "evaluation", "distillation", "finishing"]
+    times = {kind: [one["time"] for one in events(directory, kind)] for kind in ("progress", "evaluation")}
+    assert times["progress"][phases.index("evaluation")] < times["evaluation"][0], "the phase begins with the work"
     fractions = [one["fraction"] for one in events(directory, "progress")]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0

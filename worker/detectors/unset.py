@@ -1,0 +1,33 @@
+"""Detectors built without values, for weights that are loaded next."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_DRAWS = frozenset({Tensor.normal_, Tensor.uniform_})
+
+
+class Unset(TorchFunctionMode):
+    """While it is entered, modules are made with their parameters' memory as found, and no random number is drawn.
+
+    To draw them takes longer than to read a weights file. For `load_state_dict`, strict, right afterwards: whatever is
+    a parameter or a buffer is then overwritten, and what is computed otherwise was computed as ever.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Leave initial values out, and call anything else."""
+        del types
+        # Functions of `nn.init` that know of overriding come here whole; the others draw by the tensor's methods.
+        initial = getattr(func, "__module__", None) == torch.nn.init.__name__ and func.__name__.endswith("_")
+        if initial or func in _DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
