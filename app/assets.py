@@ -1,7 +1,8 @@
 """What datasets and checkpoints have in common: ids, and a content that is uploaded once."""
 
 import re
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Final, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -16,10 +17,14 @@ from app.queue import Queue
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, QUEUED
 from app.storage import Storage
-from app.uploads import Part, discard, receive, store
+from app.uploads import Part, announced_length, discard, receive, store
+from app.usage import quotas
 
 Asset = TypeVar("Asset", Dataset, Checkpoint)
 Owned = TypeVar("Owned", Dataset, Checkpoint, Job)
+
+NAMED: Final = 5
+"""How many of the jobs that use something a message names."""
 
 _ID = re.compile(r"[a-z]{2,8}_[0-9a-z]{1,30}")
 
@@ -36,6 +41,12 @@ def found(row: Owned | None, row_id: str) -> Owned:
     if row is None:
         raise NotFound(f"there is no {row_id}")
     return row
+
+
+def listed(jobs: Sequence[str]) -> str:
+    """Return the jobs' ids as a message names them: the first few."""
+    more = " and more" if len(jobs) > NAMED else ""
+    return f"{', '.join(jobs[:NAMED])}{more}"
 
 
 def _waiting(session: Session, caller: Caller, model: type[Asset], row_id: str) -> Asset:
@@ -63,22 +74,25 @@ async def upload(
 ) -> Asset:
     """Take the request's body as the content of a row that waits for it, and queue its check.
 
-    Raises `NotFound`, `Conflict` if the row has its content (also where another upload was faster), and what
-    `app.uploads.receive` raises; then the row still waits and the upload can be repeated.
+    Raises `NotFound`, `Conflict` if the row has its content (also where another upload was faster), `QuotaExceeded`,
+    and what `app.uploads.receive` raises; then the row still waits and the upload can be repeated.
     """
 
     def _check() -> None:
         with database.read() as session:
             _waiting(session, caller, model, row_id)
+            length = announced_length(request, settings.max_upload_bytes)
+            quotas.check(session, settings, caller.tenant_id, "storage_bytes", more=length or 1)
 
     def _keep(part: Part) -> Asset:
         key = store(storage, f"{model.__tablename__}/{row_id}", part)
         try:
             with database.write() as session:
-                return _attach(session, caller, model, row_id, key, queue)
+                quotas.check(session, settings, caller.tenant_id, "storage_bytes", more=part.size_bytes)
+                return _attach(session, caller, model, row_id, key, part.size_bytes, queue)
         except ServiceError:
-            # Another upload was faster. After any other error the commit may have happened after all, and then the
-            # row refers to this object.
+            # Another upload was faster, or the tenant's quota is used up. After any other error the commit may have
+            # happened after all, and then the row refers to this object.
             discard(storage, key)
             raise
 
@@ -87,9 +101,12 @@ async def upload(
         return await run_in_threadpool(_keep, part)
 
 
-def _attach(session: Session, caller: Caller, model: type[Asset], row_id: str, key: str, queue: Queue) -> Asset:
+def _attach(
+    session: Session, caller: Caller, model: type[Asset], row_id: str, key: str, size_bytes: int, queue: Queue
+) -> Asset:
     mine = (model.id == row_id, model.tenant_id == caller.tenant_id, model.status == AWAITING_UPLOAD)
-    if not update_count(session, update(model).where(*mine).values(status=QUEUED, upload_key=key)):
+    values = {"status": QUEUED, "upload_key": key, "upload_bytes": size_bytes}
+    if not update_count(session, update(model).where(*mine).values(**values)):
         raise _taken(row_id, "no longer awaiting_upload")
     row = session.get_one(model, row_id)
     queue.enqueue(session, row)

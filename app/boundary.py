@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import PayloadTooLarge
 from app.ids import new_id
+from app.metrics import HTTP_REQUESTS
 from app.problems import render
 
 log = structlog.get_logger()
@@ -19,6 +20,7 @@ MAX_BODY_BYTES = 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Uploads count for themselves: their limit is a setting.
 _UPLOAD = re.compile(r"/v1/(datasets|checkpoints)/[^/]+/content")
+_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -71,13 +73,15 @@ class _Exchange:
                 raise
             await render(Request(self.scope), error)(self.scope, self.receive, self.send)
         finally:
-            log.info(
-                "request",
-                method=self.scope["method"],
-                path=self.scope["path"],
-                status=self.status,
-                duration_ms=round((time.perf_counter() - start) * 1000, 1),
-            )
+            self._report(time.perf_counter() - start)
+
+    def _report(self, took_s: float) -> None:
+        method, path = self.scope["method"], self.scope["path"]
+        log.info("request", method=method, path=path, status=self.status, duration_ms=round(took_s * 1000, 1))
+        # Only what we define ourselves becomes a label: paths and methods are the caller's, and without end.
+        route = getattr(self.scope.get("route"), "path", "none")
+        known = method if method in _METHODS else "other"
+        HTTP_REQUESTS.labels(known, route, str(self.status or "none")).observe(took_s)
 
     def _announced(self) -> int:
         value = Headers(scope=self.scope).get("content-length", "")

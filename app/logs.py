@@ -32,3 +32,9 @@ def configure(level: str) -> None:
         logger_factory=_to_stderr,
         cache_logger_on_first_use=False,
     )
+
+
+def current_request_id() -> str | None:
+    """Return the id of the request that is served here and now; None outside of one."""
+    found = structlog.contextvars.get_contextvars().get("request_id")
+    return None if found is None else str(found)

@@ -18,8 +18,10 @@ from app.db import Database
 from app.health import ReadinessCache
 from app.idempotency import forget_old
 from app.jobs.spec import JobSpec
+from app.metrics import SWEEPS_FAILED, api_registry, serve
 from app.problems import ProblemDocument
 from app.queue import Queue
+from app.retention import service as retention
 from app.settings import Settings, get_settings
 from app.storage import Storage
 from app.sweep import sweep
@@ -58,22 +60,24 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.storage = Storage(settings.storage_url)
     app.state.queue = queue = Queue(settings.redis_url)
     app.state.readiness = ReadinessCache()
-    sweeper = _Sweeper(database, queue, settings)
+    stop_serving = serve(api_registry(database, settings), settings)
+    sweeper = _Sweeper(database, queue, app.state.storage, settings)
     sweeper.start()
     try:
         yield
     finally:
+        await run_in_threadpool(stop_serving)
         await run_in_threadpool(sweeper.stop)
         queue.close()
         database.dispose()
 
 
 class _Sweeper(threading.Thread):
-    """Looks for lost work, old keys and abandoned uploads as long as the process lives."""
+    """Looks for lost work, old keys, abandoned uploads and what retention lets go as long as the process lives."""
 
-    def __init__(self, database: Database, queue: Queue, settings: Settings) -> None:
+    def __init__(self, database: Database, queue: Queue, storage: Storage, settings: Settings) -> None:
         super().__init__(name="sweep", daemon=True)
-        self._database, self._queue, self._settings = database, queue, settings
+        self._database, self._queue, self._storage, self._settings = database, queue, storage, settings
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -83,12 +87,14 @@ class _Sweeper(threading.Thread):
             except Exception:
                 # Whatever was wrong this time (a database that restarts), the next sweep must come.
                 log.exception("sweep_failed")
+                SWEEPS_FAILED.inc()
 
     def _sweep(self) -> None:
         sweep(self._database, self._queue, self._settings)
         with self._database.write() as session:
             forget_old(session)
         remove_abandoned(self._settings)
+        retention.run_if_due(self._database, self._storage, self._settings)
 
     def stop(self) -> None:
         """End the thread; a sweep that is under way is waited for a little."""

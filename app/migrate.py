@@ -5,6 +5,8 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
@@ -28,6 +30,14 @@ def upgrade(database_url: str, revision: str = "head") -> None:
 def downgrade(database_url: str, revision: str) -> None:
     """Take migrations back until `revision` (`base`: all of them). Data in what they made is lost."""
     _run(database_url, lambda config: command.downgrade(config, revision))
+
+
+def revisions(connection: Connection) -> tuple[str | None, str]:
+    """Return the database's revision (None: it has no tables of ours) and the one that this version needs."""
+    head = ScriptDirectory.from_config(_config(connection)).get_current_head()
+    if head is None:
+        raise RuntimeError("this installation has no migrations")
+    return MigrationContext.configure(connection).get_current_revision(), head
 
 
 def _run(database_url: str, action: Callable[[Config], None]) -> None:

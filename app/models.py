@@ -3,18 +3,35 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db import UTCDateTime, utcnow
-from app.states import CANCELLING, CHECKING, PREPARING, QUEUED, RUNNING
+from app.logs import current_request_id
+from app.states import CANCELLING, CHECKING, PAUSING, PREPARING, QUEUED, RUNNING
 
 # `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
 Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
 # SQLite numbers rows by itself only in a column declared INTEGER.
 AutoId = BigInteger().with_variant(Integer, "sqlite")
 Id = String(40)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """Return the arguments that make an index partial on both databases."""
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class Base(DeclarativeBase):
@@ -39,6 +56,8 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(200), unique=True)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
+    # What differs from the service's quotas: {"queued_jobs": 100, "datasets": null for no limit, …}.
+    limits: Mapped[dict[str, Any] | None]
 
 
 class ApiKey(Base):
@@ -58,7 +77,8 @@ class Leased:
     """A row that a worker claims, renews and finishes: see `app.leases`.
 
     `attempt` counts claims and is the fencing token: every write of a worker is conditional on the attempt it
-    claimed, so one that lost its lease can change nothing.
+    claimed, so one that lost its lease can change nothing. `losses` is what is held against the row: attempts in a
+    row whose worker was lost or whose machine failed, with no new checkpoint between them.
     """
 
     CLAIMABLE: ClassVar[str] = QUEUED
@@ -73,9 +93,13 @@ class Leased:
     status: Mapped[str] = mapped_column(String(20))
     failure: Mapped[dict[str, Any] | None]
     attempt: Mapped[int] = mapped_column(default=0)
+    losses: Mapped[int] = mapped_column(default=0, server_default="0")
+    not_before: Mapped[datetime | None]  # when a queued row may be claimed, where that is not at once
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
     enqueued_at: Mapped[datetime | None]
+    # Of the request that made the row, so that every log line about it can be found by the id that its sender got.
+    request_id: Mapped[str | None] = mapped_column(String(64), default=current_request_id)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -97,6 +121,7 @@ class Dataset(Leased, Base):
     source: Mapped[dict[str, Any]]  # {"kind": "upload"} or {"kind": "reference", "uri": "file://…"}
     max_dropped_fraction: Mapped[float]
     upload_key: Mapped[str | None] = mapped_column(String(200))
+    upload_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the object at upload_key
     storage_key: Mapped[str | None] = mapped_column(String(200))
     content_hash: Mapped[str | None] = mapped_column(String(80))
     format: Mapped[str | None] = mapped_column(String(20))
@@ -122,11 +147,13 @@ class Checkpoint(Leased, Base):
     detector: Mapped[dict[str, Any] | None]  # a detector spec; null until known where the file carries its own
     classes: Mapped[list[str] | None]
     upload_key: Mapped[str | None] = mapped_column(String(200))
+    upload_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the object at upload_key
     storage_key: Mapped[str | None] = mapped_column(String(200))
     sha256: Mapped[str | None] = mapped_column(String(64))
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     coverage: Mapped[dict[str, Any] | None]  # {"loaded": n, "total": n, "missing": [...], "unexpected": [...]}
     source_job_id: Mapped[str | None] = mapped_column(Id)
+    downloaded_at: Mapped[datetime | None]  # the last time, to about an hour
 
 
 class Job(Leased, Base):
@@ -136,32 +163,47 @@ class Job(Leased, Base):
     __table_args__ = (
         Index("ix_jobs_page", "tenant_id", "created_at", "id"),
         Index("ix_jobs_lease", "status", "lease_expires_at"),
+        # A filtered page reads as many rows as it shows, however many jobs there are of other states and datasets.
+        Index("ix_jobs_status_page", "tenant_id", "status", "created_at", "id"),
+        Index("ix_jobs_dataset_page", "dataset_id", "created_at", "id"),
+        Index("ix_jobs_resume", "finished_at", **_where("resume_key IS NOT NULL")),
+        Index("ix_jobs_history", "finished_at", **_where("history_swept_at IS NULL")),
     )
     CLAIMED = PREPARING
-    HELD = frozenset({PREPARING, RUNNING, CANCELLING})
+    HELD = frozenset({PREPARING, RUNNING, PAUSING, CANCELLING})
     TASK = "worker.tasks.run_job"
     QUEUE = "jobs"
 
-    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     spec: Mapped[dict[str, Any]]  # resolved: every default filled in
     labels: Mapped[dict[str, Any]]
     progress: Mapped[dict[str, Any] | None]
     results: Mapped[dict[str, Any] | None]
-    # The run's newest training checkpoint in the object store, from which another attempt goes on.
+    # The run's newest training checkpoint in the object store, from which another attempt goes on; a job that failed or
+    # was cancelled keeps it for `retry`.
     resume_key: Mapped[str | None] = mapped_column(String(200))
+    # What the service changed in the spec so that it fits into memory: the new values, in the spec's own shape.
+    adjustments: Mapped[dict[str, Any] | None]
+    # When retention reduced the ended job's events and metrics; null again when another attempt ends.
+    history_swept_at: Mapped[datetime | None]
 
 
 class JobEvent(Base):
-    """A message about a job for people: what happened, with a level."""
+    """A message about a job for people: what happened, with a level.
+
+    `origin` is where a worker's message comes from: the attempt, and the place in its run's `events.jsonl`. A message
+    that is sent again, because the answer to its commit was lost, is so found to be there.
+    """
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_page", "job_id", "id"),)
+    __table_args__ = (Index("ix_job_events_page", "job_id", "id"), UniqueConstraint("job_id", "origin"))
 
     id: Mapped[int] = mapped_column(AutoId, primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     level: Mapped[str] = mapped_column(String(10))  # info, warn, error
     code: Mapped[str] = mapped_column(String(60))
     message: Mapped[str] = mapped_column(Text)
+    origin: Mapped[str | None] = mapped_column(String(60))
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
@@ -217,3 +259,13 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     response: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=utcnow, index=True)
+
+
+class SweepPass(Base):
+    """A sweep that one process at a time carries out, and not more often than is set: see `app.retention`."""
+
+    __tablename__ = "sweep_passes"
+
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    began_at: Mapped[datetime]
+    cursor: Mapped[str | None] = mapped_column(String(300))  # the last object that was looked at; null: begin anew

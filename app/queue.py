@@ -1,5 +1,6 @@
 """Messages to workers. A message carries a row's id and wakes somebody up; the row itself is the truth."""
 
+from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
@@ -81,6 +82,23 @@ class Queue:
             self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         ) as client:
             client.ping()
+
+    def workers(self, *, timeout_s: float = 2.0) -> dict[str, list[str]]:
+        """Return the queues of every worker that answers within the time, by its name.
+
+        Raises one of `BROKER_ERRORS` if the broker does not answer.
+        """
+        answers = self._celery.control.inspect(timeout=timeout_s).active_queues() or {}
+        return {name: sorted(str(queue["name"]) for queue in queues) for name, queues in answers.items()}
+
+    def server(self) -> dict[str, str]:
+        """Return the broker's `version` and `eviction` policy. Raises one of `BROKER_ERRORS`."""
+        with redis.Redis.from_url(
+            self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+        ) as client:
+            found: dict[str, Any] = client.info()
+        version = found.get("valkey_version") or found["redis_version"]
+        return {"version": str(version), "eviction": str(found.get("maxmemory_policy", "noeviction"))}
 
     def close(self) -> None:
         """Close every connection."""

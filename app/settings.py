@@ -11,6 +11,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+HOUR_S = 60 * 60.0
+DAY_S = 24 * HOUR_S
 _LEAST_SECRET = 16
 
 
@@ -18,11 +20,15 @@ class Settings(BaseSettings):
     """Settings by environment variable.
 
     `DATABASE_URL`, `REDIS_URL` and `STORAGE_URL` go by their common names; everything else is prefixed `DEFEAT_`
-    (`home` is `DEFEAT_HOME`). What is not set lies under `DEFEAT_HOME`.
+    (`home` is `DEFEAT_HOME`); `none` is None. What is not set lies under `DEFEAT_HOME`.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="DEFEAT_", extra="ignore", populate_by_name=True, hide_input_in_errors=True
+        env_prefix="DEFEAT_",
+        env_parse_none_str="none",
+        extra="ignore",
+        populate_by_name=True,
+        hide_input_in_errors=True,
     )
 
     home: Path = Field(
@@ -63,11 +69,83 @@ class Settings(BaseSettings):
     redeliver_s: float = Field(
         default=120.0, gt=0, description="A queued row whose last message is older than this is sent again, seconds."
     )
-    max_attempts: int = Field(default=5, ge=1, description="Claims of one row before it is given up as failed.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="Attempts in a row that may end by a lost worker or an infra failure, with no new training "
+        "checkpoint between them, before a row is given up as failed.",
+    )
+    retry_backoff_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Pause before a row is tried again after an infra failure, seconds; doubled with each in a row.",
+    )
+    retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Longest of these pauses, seconds.")
     cancel_grace_s: float = Field(
         default=20.0,
         gt=0,
         description="How long a cancelled run may take to save and end before it is killed, seconds.",
+    )
+    retention_s: float = Field(
+        default=3600.0, gt=0, description="Time between two passes that delete what the rules below let go, seconds."
+    )
+    keep_training_checkpoints_s: float | None = Field(
+        default=30 * DAY_S,
+        ge=0,
+        description="How long an ended job keeps the training checkpoint that it could go on from, seconds. None: for "
+        "ever.",
+    )
+    keep_empty_uploads_s: float | None = Field(
+        default=7 * DAY_S,
+        ge=HOUR_S,
+        description="How long a dataset or checkpoint may wait for its content before it is deleted, seconds, at least "
+        "3600. None: for ever.",
+    )
+    keep_failed_uploads_s: float | None = Field(
+        default=30 * DAY_S,
+        ge=0,
+        description="How long the upload of a dataset or checkpoint whose check failed is kept, seconds. None: for "
+        "ever.",
+    )
+    keep_orphans_s: float | None = Field(
+        default=7 * DAY_S,
+        ge=HOUR_S,
+        description="How long an object that no row refers to stays in the store, seconds, at least 3600. None: for "
+        "ever.",
+    )
+    keep_history_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="How long an ended job keeps all its metrics and events; later it keeps `history_points` of each "
+        "series, and its warnings, errors and last events, seconds. None: for ever.",
+    )
+    history_points: int = Field(
+        default=1000,
+        ge=2,
+        le=10_000,
+        description="Metrics of one series, and events, that a job's reduced history keeps.",
+    )
+    keep_teachers_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="How long a checkpoint that a job trained as its teacher is kept when no job's spec names it, from "
+        "its end or its last download, seconds. None: for ever.",
+    )
+    quota_queued_jobs: int | None = Field(
+        default=None, ge=0, description="Jobs that a tenant may have queued at once. None: no limit."
+    )
+    quota_uploads: int | None = Field(
+        default=None,
+        ge=0,
+        description="Datasets and checkpoints of a tenant that may wait for their content at once. None: no limit.",
+    )
+    quota_datasets: int | None = Field(
+        default=None, ge=0, description="Datasets that a tenant may have. None: no limit."
+    )
+    quota_storage_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Bytes of datasets, checkpoints and artifacts from which on a tenant may add none. None: no limit.",
     )
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
     picture_memory_bytes: int | None = Field(
@@ -75,6 +153,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Most memory in which a run keeps decoded pictures, bytes. None: 2 GiB or a quarter of what is "
         "free, whichever is less.",
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port on which /metrics is served, without a key. None: not at all."
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address on which /metrics is served. Nobody outside may reach it: it counts what all tenants do.",
     )
     log_level: str = Field(default="INFO", description="Least level that is logged.")
 

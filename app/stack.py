@@ -138,14 +138,17 @@ class Stack:
         self._api = self._start("api", [*python, "uvicorn", "app.main:create_app", "--factory", *address, *options])
         # A worker each, so that a long job does not hold up the check of a dataset.
         self._workers = [
-            self._start(f"worker-{queue}", [*python, "worker", "--queues", queue, "--name", queue])
-            for queue in ("jobs", "checks")
+            self._start(f"worker-{queue}", [*python, "worker", "--queues", queue, "--name", queue], number)
+            for number, queue in enumerate(("jobs", "checks"), start=1)
         ]
         self._wait_for("the API", self._ready)
         return key
 
-    def _start(self, name: str, command: list[str]) -> Child:
-        child = Child(name, command, environment=self._environment, log_path=self._logs / f"{name}.log")
+    def _start(self, name: str, command: list[str], number: int = 0) -> Child:
+        environment = self._environment
+        if self.settings.metrics_port is not None:  # they share an address, so each serves on the next port
+            environment = environment | {"DEFEAT_METRICS_PORT": str(self.settings.metrics_port + number)}
+        child = Child(name, command, environment=environment, log_path=self._logs / f"{name}.log")
         child.start()
         return child
 

@@ -9,10 +9,11 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -31,6 +32,7 @@ _MAX_PARTS = 9_000
 _SPAN_BYTES = 64 * CHUNK_BYTES
 _MAX_KEY_LENGTH = 300
 _SEGMENT = re.compile(r"[A-Za-z0-9_=+@~-][A-Za-z0-9_.=+@~-]*")
+_PART = re.compile(r"#\d+$")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -60,6 +62,41 @@ class Stored:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Found:
+    """An object as a scan finds it.
+
+    Attributes:
+        key: where it lies.
+        size_bytes: its length.
+        written_at: when it was stored, aware.
+    """
+
+    key: str
+    size_bytes: int
+    written_at: datetime
+
+
+def _walk(root: Path, folder: tuple[str, ...], after: tuple[str, ...]) -> Iterator[Found]:
+    """Yield the files under `root/folder` behind `after`, by the names of their folders and their own."""
+    try:
+        entries = sorted(os.scandir(root.joinpath(*folder)), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        path = (*folder, entry.name)
+        if path < after[: len(path)] or path == after:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, path, after)
+            continue
+        try:
+            state = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue  # deleted just now
+        yield Found("/".join(path), state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+
+
 def check_key(key: str) -> str:
     """Return `key` if it is one: segments of letters, digits and `_.=+@~-` joined by single slashes.
 
@@ -79,9 +116,13 @@ def _errors(key: str) -> Iterator[None]:
     """Turn the store's errors into `ObjectMissing` and `OSError` with the system's errno, EIO where it gives none."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise ObjectMissing(key) from error
-    except BaseError as error:
+    except (FileNotFoundError, BaseError) as error:
+        # S3 says 404 for both, and only one of them is an object that somebody may do without.
+        if "NoSuchBucket" in str(error):
+            text = f"object store, {key}: the bucket does not exist; make it, or mend STORAGE_URL"
+            raise OSError(errno.ENOENT, text) from error
+        if isinstance(error, FileNotFoundError):
+            raise ObjectMissing(key) from error
         # The library reports a local disk's error in its text only.
         text = str(error).split("\n", 1)[0]
         found = _OS_ERROR.search(text)
@@ -254,6 +295,28 @@ class Storage:
         with _errors(prefix):
             pages = obstore.list(self._store, check_key(prefix))
             return sorted(str(meta["path"]) for page in pages for meta in page)
+
+    def scan(self, prefix: str, *, after: str | None, limit: int) -> "Sequence[Found]":
+        """Return the next objects under the folder `prefix` behind the key `after`, at most `limit`.
+
+        In an order of the store's own that stays the same. On a local disk also what a write left that never ended:
+        its key has a `#`.
+        """
+        check_key(prefix)
+        if self._root:
+            behind = tuple((after or "").split("/"))
+            return list(islice(_walk(self._root, (prefix,), behind), limit))
+        with _errors(prefix):
+            pages = obstore.list(self._store, prefix, offset=after, chunk_size=min(limit, 1000))
+            metas = islice((meta for page in pages for meta in page), limit)
+            return [Found(str(meta["path"]), int(meta["size"]), meta["last_modified"]) for meta in metas]
+
+    def discard(self, found: "Found") -> None:
+        """Delete what `scan` found; one that is not there any more is fine."""
+        if self._root and _PART.search(found.key):
+            (self._root / found.key).unlink(missing_ok=True)
+        else:
+            self.delete(found.key)
 
     def ping(self) -> None:
         """Write, read and delete a tiny object. Raises `OSError` if that does not work."""

@@ -4,6 +4,7 @@ import structlog
 
 from app.db import Database
 from app.leases import find_lost
+from app.metrics import ROWS_RESENT, SWEEPS_FAILED
 from app.queue import BROKER_ERRORS, Queue
 from app.settings import Settings
 
@@ -19,10 +20,12 @@ def sweep(database: Database, queue: Queue, settings: Settings) -> int:
         queue.ping()
     except BROKER_ERRORS as error:
         log.warning("sweep_without_broker", error=str(error))
+        SWEEPS_FAILED.inc()
         return 0
     with database.write() as session:
         lost = find_lost(session, redeliver_s=settings.redeliver_s, max_attempts=settings.max_attempts)
     for model, row_id in lost:
         log.info("lost_row_found", row=row_id)
         queue.send(model, row_id)
+        ROWS_RESENT.labels(model.QUEUE).inc()
     return len(lost)

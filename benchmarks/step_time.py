@@ -124,7 +124,7 @@ class Bench:
         self.plain = _step(_build(case, size, size.student, device), None, {"method": "baseline"}, size)
         self.teacher = teacher
         images = [to_float(image, device) for image in self.batch.images]
-        self.seen: Tensor = teacher.transform(images)[0].tensors  # type: ignore[operator, union-attr]
+        self.seen: Tensor = teacher.transform(images)[0].tensors
 
     def defeat(self) -> None:
         """Take DeFeat's step."""

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from client.commands import catalog, checkpoints, datasets, jobs, up
+from client.commands import catalog, checkpoints, datasets, doctor, jobs, up
 from client.console import FAILED, UNREACHABLE, USAGE, show_error
 from client.errors import ApiError, ClientError, ConnectionFailed, InvalidInput
 
@@ -43,6 +43,7 @@ app = typer.Typer(
     "The server and the key come from DEFEAT_URL and DEFEAT_API_KEY.",
 )
 app.command(name="up")(up.up)
+app.command(name="doctor")(doctor.doctor)
 app.command(name="catalog")(catalog.catalog)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -55,6 +55,10 @@ class Client:
         """Return what can be asked for: detectors, backbones, methods, schedule parameters, dataset formats."""
         return cast(dict[str, Any], self._transport.get("/v1/catalog"))
 
+    def usage(self) -> dict[str, Any]:
+        """Return what the key's team stores, in bytes by kind, and how much of each quota it uses."""
+        return cast(dict[str, Any], self._transport.get("/v1/usage"))
+
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()

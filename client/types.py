@@ -3,7 +3,10 @@
 from typing import Any, Literal, TypedDict
 
 AssetStatus = Literal["awaiting_upload", "queued", "checking", "ready", "invalid", "failed"]
-JobStatus = Literal["queued", "preparing", "running", "cancelling", "succeeded", "failed", "cancelled"]
+JobStatus = Literal[
+    "queued", "preparing", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
+]
+RetryFrom = Literal["checkpoint", "beginning"]
 Subject = Literal["teacher", "student"]
 
 ASSET_TERMINAL = frozenset({"ready", "invalid", "failed"})
@@ -117,6 +120,8 @@ class Job(TypedDict):
     attempt: int
     dataset_id: str
     spec: dict[str, Any]
+    adjustments: dict[str, Any] | None
+    not_before: str | None
     progress: Progress | None
     results: dict[str, Any] | None
     failure: Failure | None

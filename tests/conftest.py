@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from app.db import Database
 from app.migrate import upgrade
 from app.models import Base
-from tests import postgres
+from tests import postgres, s3
 
 # One thread for torch, here and in every run that a test starts: on tensors this small a second thread costs more than
 # it brings, and beside another busy process it waits for it, by spinning, for minutes.
@@ -90,6 +90,35 @@ def database(database_url: str) -> Iterator[Database]:
     opened = Database(database_url)
     yield opened
     opened.dispose()
+
+
+@pytest.fixture(scope="session")
+def _s3_environment() -> Iterator[dict[str, str]]:
+    try:
+        with s3.server() as environment:
+            yield environment
+    except s3.NoS3 as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def s3_url(_s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a place without objects on an S3 server; the `AWS_*` variables lead there."""
+    for name, value in _s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return s3.make_bucket(_s3_environment)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storage", choices=("local", "s3"), default="local", help="object store of the app's tests")
+
+
+@pytest.fixture
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an object store without objects: a directory, or with `--storage s3` on an S3 server."""
+    if request.config.getoption("--storage") == "s3":
+        return str(request.getfixturevalue("s3_url"))
+    return (tmp_path / "home" / "objects").as_uri()
 
 
 @pytest.fixture(scope="session")

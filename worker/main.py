@@ -17,15 +17,18 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from celery.signals import celeryd_init, worker_ready
+from celery.signals import celeryd_init, worker_init, worker_ready
+from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import logs
 from app.db import Database
+from app.metrics import SWEEPS_FAILED
 from app.queue import BROKER_ERRORS, Queue
 from app.settings import get_settings
 from app.storage import Storage
 from app.sweep import sweep
+from worker import metrics
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Adapter, Context
@@ -92,9 +95,31 @@ def _set_up_logs(**_: object) -> None:
     logs.configure(get_settings().log_level)
 
 
+@worker_init.connect
+def _drain_on_signal(**_: object) -> None:
+    """Let SIGUSR2 drain this worker: it finishes what it is at, takes nothing new, and ends.
+
+    This is Celery's warm shutdown. SIGTERM still makes it hand over at once, before and while it drains.
+    """
+
+    def _on_signal(_signal: int, _frame: FrameType | None) -> None:
+        log.info("draining")
+        state.should_stop = 0  # type: ignore[assignment]  # it begins as None, and is read as an exit code
+
+    signal.signal(signal.SIGUSR2, _on_signal)
+
+
+@worker_ready.connect
+def _start_serving_metrics(**_: object) -> None:
+    metrics.serve_worker(get_settings())
+
+
 @worker_ready.connect
 def _start_sweeping(**_: object) -> None:
     threading.Thread(target=_sweep_forever, name="sweep", daemon=True).start()
+
+
+_AWAY: tuple[type[Exception], ...] = (SQLAlchemyError, *BROKER_ERRORS)
 
 
 def _sweep_forever() -> None:
@@ -104,8 +129,7 @@ def _sweep_forever() -> None:
     while True:
         try:
             sweep(database, queue, settings)
-        except SQLAlchemyError as error:
+        except _AWAY as error:
             log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
-        except BROKER_ERRORS as error:
-            log.warning("sweep_failed", error=str(error))
+            SWEEPS_FAILED.inc()
         never.wait(settings.sweep_s)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class RunProcess:
                 start_new_session=True,
                 preexec_fn=dies_with_parent(),
             )
+        self._ended = _descriptor(self._process.pid)
 
     @property
     def pid(self) -> int:
@@ -53,6 +55,12 @@ class RunProcess:
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for the end; return the exit code (negative: the signal's number), or None if it still runs."""
+        # Popen's own wait looks twenty times a second, for days; a descriptor of the process wakes us up once.
+        if self._ended is not None:
+            ended = select.poll()
+            ended.register(self._ended, select.POLLIN)
+            ended.poll(timeout_s * 1000)
+            return self._process.poll()
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -67,6 +75,19 @@ class RunProcess:
         with contextlib.suppress(ProcessLookupError):  # all of them have ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        if self._ended is not None:
+            os.close(self._ended)
+            self._ended = None
+
+
+def _descriptor(pid: int) -> int | None:
+    """Return a descriptor that is readable once the process has ended; None where the system has none (not Linux)."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # an old kernel, or a sandbox that forbids it
+        return None
 
 
 def describe_exit(code: int) -> str:

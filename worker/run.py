@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from worker import ranks
-from worker.report import Cancelled, Reporter, RunError, Status
+from worker.report import Cancelled, Reporter, RunError, Status, log
 
 EXIT_CODES: dict[Status, int] = {"succeeded": 0, "failed": 1, "cancelled": 3}
 
@@ -29,6 +29,15 @@ ENTRIES: dict[str, str] = {
     "import_dataset": "worker.data.importer:run",
     "check_checkpoint": "worker.detectors.check:run",
 }
+
+
+# What torch raises as a plain RuntimeError: by its CPU allocator, and by libraries that ask the driver themselves.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 def _entry(kind: str) -> Entry:
@@ -58,9 +67,9 @@ def _imported(name: str) -> ModuleType:
 def _as_run_error(error: Exception) -> RunError:
     """Give an unforeseen exception its class; the traceback is in the log."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's: not imported here
-        return RunError("oom", "out_of_memory", f"{error}; lower schedule.batch_size or the detector's image size")
-    if isinstance(error, MemoryError):
-        return RunError("oom", "out_of_memory", "the machine's memory is exhausted; lower schedule.batch_size")
+        return RunError("oom", "out_of_memory", f"the GPU's memory is exhausted: {error}"[:2000])
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return RunError("oom", "out_of_memory", f"the memory is exhausted: {error or 'no more was to be had'}"[:2000])
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError("infra", "disk_full", f"could not write {error.filename or 'a file'}: {error.strerror}")
     return RunError("infra", "unexpected_error", f"{type(error).__name__}: {error}"[:2000])
@@ -111,6 +120,7 @@ def main(directory: Path) -> int:
     ranks.die_with_the_first()
     reporter = Reporter(ranks.home(directory))
     reporter.listen_for_cancel()
+    log(f"{request['kind']} {request.get('id')}, attempt {request.get('attempt')}, request {request.get('request_id')}")
     ending = _Ending(reporter)
     count = request["spec"].get("resources", {}).get("gpus", 1) if request["kind"] == "distill" else 1
     with ranks.started(directory, count) as others:

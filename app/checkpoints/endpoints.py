@@ -16,17 +16,19 @@ from app.idempotency import IdempotencyHeader, KeyReused, once
 from app.models import Checkpoint
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
+from app.usage.quotas import QuotaBusy
 
 router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])
 
 
-@router.post("", status_code=201, responses=problems(Invalid, KeyReused, PayloadTooLarge, CrossSite))
+@router.post("", status_code=201, responses=problems(Invalid, KeyReused, QuotaBusy, PayloadTooLarge, CrossSite))
 def create_checkpoint(
     body: CheckpointCreate,
     response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     catalog: CatalogDep,
+    settings: SettingsDep,
     idempotency_key: IdempotencyHeader = None,
 ) -> CheckpointOut:
     """Make a checkpoint whose weights follow."""
@@ -39,7 +41,7 @@ def create_checkpoint(
             key=idempotency_key,
             body=body.model_dump(),
             output=CheckpointOut,
-            create=lambda: CheckpointOut.of(service.create(session, caller, body, catalog)),
+            create=lambda: CheckpointOut.of(service.create(session, caller, body, catalog, settings)),
         )
 
 
@@ -94,6 +96,7 @@ def download_checkpoint(
     """Return the weights as one safetensors file that carries its detector spec and classes."""
     with database.read() as session:
         row = service.get_ready(session, caller, checkpoint_id)
+    service.note_download(database, row)
     return downloads.respond(
         request,
         storage,

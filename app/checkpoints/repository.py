@@ -1,13 +1,14 @@
 """Queries on checkpoints, each limited to one tenant."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, or_, select, update
 from sqlalchemy.orm import Session
 
+from app.db import update_count
 from app.models import Checkpoint, Job
-from app.states import JOB_TERMINAL
 
 
 def of_tenant(tenant_id: str) -> Select[Checkpoint]:
@@ -32,7 +33,19 @@ def find_to_delete(session: Session, tenant_id: str, checkpoint_id: str) -> Chec
     return session.scalars(statement.with_for_update()).one_or_none()
 
 
-def open_jobs(session: Session, tenant_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return (id, spec) of the tenant's jobs that have not ended."""
-    statement = select(Job.id, Job.spec).where(Job.tenant_id == tenant_id, Job.status.not_in(JOB_TERMINAL))
-    return ((job_id, spec) for job_id, spec in session.execute(statement))
+NAMED_AT = (("teacher", "id"), ("teacher", "initial_weights"), ("student", "initial_weights"))
+"""Where a job's spec may name a checkpoint."""
+
+
+def jobs_using(
+    session: Session, tenant_id: str, checkpoint_ids: Sequence[str], *which: ColumnElement[bool]
+) -> Sequence[tuple[str, dict[str, Any]]]:
+    """Return (id, spec) of the tenant's jobs, of those limited by `which`, whose spec names one of the checkpoints."""
+    named = or_(*(Job.spec[path].as_string().in_(checkpoint_ids) for path in NAMED_AT))
+    statement = select(Job.id, Job.spec).where(Job.tenant_id == tenant_id, *which, named)
+    return [(job_id, spec) for job_id, spec in session.execute(statement)]
+
+
+def note_download(session: Session, checkpoint_id: str, moment: datetime) -> None:
+    """Remember when the checkpoint was downloaded."""
+    update_count(session, update(Checkpoint).where(Checkpoint.id == checkpoint_id).values(downloaded_at=moment))

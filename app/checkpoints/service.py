@@ -1,7 +1,10 @@
 """Rules of checkpoints: how one is made, filled, read and deleted."""
 
+from datetime import timedelta
 from typing import Any
 
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import assets
@@ -10,14 +13,20 @@ from app.bodies import invalid
 from app.catalog import Catalog
 from app.checkpoints import repository
 from app.checkpoints.schemas import CheckpointCreate
-from app.db import after_commit
+from app.db import Database, after_commit, utcnow
 from app.errors import Conflict
 from app.ids import new_id
-from app.models import Checkpoint
-from app.states import AWAITING_UPLOAD, CHECKING, READY
+from app.models import Checkpoint, Job
+from app.settings import Settings
+from app.states import AWAITING_UPLOAD, CHECKING, JOB_TERMINAL, READY
 from app.storage import Storage
 from app.uploads import discard_prefix
+from app.usage import quotas
 from app.validation import check_detector
+
+log = structlog.get_logger()
+
+NOTED_EVERY = timedelta(hours=1)
 
 
 class CheckpointInUse(Conflict):
@@ -32,14 +41,20 @@ class CheckpointNotReady(Conflict):
     code, title = "checkpoint_not_ready", "Checkpoint not ready"
 
 
-def create(session: Session, caller: Caller, body: CheckpointCreate, catalog: Catalog) -> Checkpoint:
-    """Make a checkpoint that waits for its weights. Raises `Invalid` for a detector that the catalog does not know."""
+def create(
+    session: Session, caller: Caller, body: CheckpointCreate, catalog: Catalog, settings: Settings
+) -> Checkpoint:
+    """Make a checkpoint that waits for its weights.
+
+    Raises `Invalid` for a detector that the catalog does not know, `QuotaBusy`.
+    """
     detector = None
     if body.detector is not None:
         section = check_detector(catalog, body.detector, ("detector",))
         if section.problems:
             raise invalid(section.problems)
         detector = section.value
+    quotas.check(session, settings, caller.tenant_id, "uploads")
     row = Checkpoint(
         id=new_id("ckpt"),
         tenant_id=caller.tenant_id,
@@ -68,6 +83,19 @@ def get_ready(session: Session, caller: Caller, checkpoint_id: str) -> Checkpoin
     return row
 
 
+def note_download(database: Database, row: Checkpoint) -> None:
+    """Remember that the weights are wanted, once an hour at most: what was downloaded lately is not swept."""
+    moment = utcnow()
+    if row.downloaded_at is not None and moment - row.downloaded_at < NOTED_EVERY:
+        return
+    try:
+        with database.write() as session:
+            repository.note_download(session, row.id, moment)
+    except SQLAlchemyError as error:
+        # A full disk must not keep anybody from fetching what there is.
+        log.warning("download_not_noted", row=row.id, error=str(error).split("\n", 1)[0])
+
+
 def not_ready(row: Checkpoint) -> str:
     """Say why a checkpoint cannot be used, and what would do."""
     if row.failure:
@@ -76,11 +104,10 @@ def not_ready(row: Checkpoint) -> str:
     return f"{row.id} is {row.status}; {hint}"
 
 
-def uses(spec: dict[str, Any], checkpoint_id: str) -> bool:
-    """Say whether a job's spec refers to the checkpoint."""
-    teacher, student = spec.get("teacher") or {}, spec.get("student") or {}
-    named = (teacher.get("id"), teacher.get("initial_weights"), student.get("initial_weights"))
-    return checkpoint_id in named
+def named(spec: dict[str, Any]) -> list[str]:
+    """Return the ids of the checkpoints that a job's spec refers to."""
+    given = ((spec.get(part) or {}).get(key) for part, key in repository.NAMED_AT)
+    return [value for value in given if value is not None and value.startswith("ckpt_")]
 
 
 def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storage) -> None:
@@ -90,9 +117,11 @@ def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storag
     """
     row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(checkpoint_id))
     row = assets.found(row, checkpoint_id)
-    for job_id, spec in repository.open_jobs(session, caller.tenant_id):
-        if uses(spec, row.id):
-            raise CheckpointInUse(f"{row.id} is used by {job_id}, which has not ended; cancel that or wait for its end")
+    open_jobs = Job.status.not_in(JOB_TERMINAL)
+    if jobs := [job for job, _ in repository.jobs_using(session, caller.tenant_id, [row.id], open_jobs)]:
+        raise CheckpointInUse(
+            f"{row.id} is used by jobs that have not ended: {assets.listed(jobs)}; cancel them or wait for their end"
+        )
     if row.status == CHECKING:
         raise Conflict(f"{row.id} is being checked; delete it when that has ended")
     session.delete(row)

@@ -16,11 +16,12 @@ from app.models import Dataset
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
 from app.uploads import BadDigest, EmptyUpload, UploadTooLarge
+from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 UPLOAD_PROBLEMS = problems(
-    NotFound, Conflict, UploadTooLarge, UploadIncomplete, EmptyUpload, BadDigest, StorageFull, CrossSite
+    NotFound, Conflict, UploadTooLarge, UploadIncomplete, EmptyUpload, BadDigest, StorageFull, QuotaExceeded, CrossSite
 )
 RAW_BODY: dict[str, Any] = {
     "requestBody": {
@@ -39,7 +40,9 @@ RAW_BODY: dict[str, Any] = {
 
 
 @router.post(
-    "", status_code=201, responses=problems(Invalid, ReferenceNotAllowed, KeyReused, PayloadTooLarge, CrossSite)
+    "",
+    status_code=201,
+    responses=problems(Invalid, ReferenceNotAllowed, KeyReused, QuotaExceeded, QuotaBusy, PayloadTooLarge, CrossSite),
 )
 def create_dataset(
     body: DatasetCreate,

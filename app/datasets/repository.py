@@ -1,8 +1,11 @@
 """Queries on datasets, each limited to one tenant."""
 
-from sqlalchemy import Select, func, select
+from collections.abc import Sequence
+
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
+from app.assets import NAMED
 from app.models import Dataset, Job
 
 
@@ -28,11 +31,7 @@ def find_to_delete(session: Session, tenant_id: str, dataset_id: str) -> Dataset
     return session.scalars(statement.with_for_update()).one_or_none()
 
 
-def count_jobs(session: Session, dataset_id: str) -> int:
-    """Return how many jobs refer to the dataset."""
-    return session.scalar(select(func.count()).select_from(Job).where(Job.dataset_id == dataset_id)) or 0
-
-
-def first_job(session: Session, dataset_id: str) -> str | None:
-    """Return the id of one job that refers to the dataset, the newest."""
-    return session.scalar(select(Job.id).where(Job.dataset_id == dataset_id).order_by(Job.id.desc()).limit(1))
+def jobs_using(session: Session, dataset_id: str) -> Sequence[str]:
+    """Return the ids of the newest jobs that refer to the dataset: one more than a message names."""
+    newest = select(Job.id).where(Job.dataset_id == dataset_id).order_by(Job.created_at.desc(), Job.id.desc())
+    return session.scalars(newest.limit(NAMED + 1)).all()

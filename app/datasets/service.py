@@ -16,6 +16,7 @@ from app.settings import Settings
 from app.states import AWAITING_UPLOAD, CHECKING, QUEUED
 from app.storage import Storage
 from app.uploads import discard_prefix
+from app.usage import quotas
 
 
 class DatasetInUse(Conflict):
@@ -27,12 +28,14 @@ class DatasetInUse(Conflict):
 def create(session: Session, caller: Caller, body: DatasetCreate, settings: Settings, queue: Queue) -> Dataset:
     """Make a dataset that waits for its upload, or one from a reference, whose check begins at once.
 
-    Raises `ReferenceNotAllowed`.
+    Raises `ReferenceNotAllowed`, `QuotaExceeded`, `QuotaBusy`.
     """
     source = body.source.model_dump()
     referenced = isinstance(body.source, ReferenceSource)
     if isinstance(body.source, ReferenceSource):
         source["uri"] = check_reference(settings, body.source.uri)
+    quotas.check(session, settings, caller.tenant_id, "datasets")
+    quotas.check(session, settings, caller.tenant_id, "storage_bytes" if referenced else "uploads")
     row = Dataset(
         id=new_id("ds"),
         tenant_id=caller.tenant_id,
@@ -70,9 +73,8 @@ def delete(session: Session, caller: Caller, dataset_id: str, storage: Storage) 
     """
     row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(dataset_id))
     row = assets.found(row, dataset_id)
-    if count := repository.count_jobs(session, row.id):
-        newest = repository.first_job(session, row.id)
-        raise DatasetInUse(f"{row.id} is used by {count} jobs, of which {newest} is the newest; a used dataset is kept")
+    if jobs := repository.jobs_using(session, row.id):
+        raise DatasetInUse(f"{row.id} is used by {assets.listed(jobs)}; a used dataset is kept")
     if row.status == CHECKING:
         raise Conflict(f"{row.id} is being checked; delete it when that has ended")
     session.delete(row)

@@ -8,10 +8,10 @@ from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
 from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep
+from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.idempotency import IdempotencyHeader, KeyReused, once
-from app.jobs import repository, service
+from app.jobs import lifecycle, repository, service
 from app.jobs.resolve import DatasetNotReady, resolve
 from app.jobs.schemas import (
     EvaluationOut,
@@ -20,12 +20,14 @@ from app.jobs.schemas import (
     JobOut,
     JobStatus,
     MetricsOut,
+    RetryBody,
     Subject,
     ValidatedOut,
 )
 from app.models import Job
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
+from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -40,7 +42,12 @@ SPEC_SCHEMA: dict[str, Any] = {
 SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)
 
 
-@router.post("", status_code=201, responses=problems(*SPEC_PROBLEMS, KeyReused), openapi_extra=SPEC_SCHEMA)
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(*SPEC_PROBLEMS, KeyReused, QuotaExceeded, QuotaBusy),
+    openapi_extra=SPEC_SCHEMA,
+)
 def create_job(
     body: SpecBody,
     response: Response,
@@ -48,6 +55,7 @@ def create_job(
     database: DatabaseDep,
     catalog: CatalogDep,
     queue: QueueDep,
+    settings: SettingsDep,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
     """Make a job and queue it."""
@@ -60,7 +68,7 @@ def create_job(
             key=idempotency_key,
             body=body,
             output=JobOut,
-            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue)),
+            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue, settings)),
         )
 
 
@@ -102,7 +110,51 @@ def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut
 def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
     """Ask a job to end. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(service.cancel(session, caller, job_id))
+        return JobOut.of(lifecycle.cancel(session, caller, job_id))
+
+
+@router.post("/{job_id}/pause", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+    """Ask a job to save and rest, until it is resumed. Asking again changes nothing."""
+    with database.write() as session:
+        return JobOut.of(lifecycle.pause(session, caller, job_id))
+
+
+@router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def resume_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep) -> JobOut:
+    """Put a paused job back into the queue. Asking again changes nothing."""
+    with database.write() as session:
+        return JobOut.of(lifecycle.resume(session, caller, job_id, queue))
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    responses=problems(NotFound, Conflict, Invalid, PayloadTooLarge, CrossSite, KeyReused),
+)
+def retry_job(
+    job_id: str,
+    response: Response,
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    queue: QueueDep,
+    storage: StorageDep,
+    body: RetryBody | None = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> JobOut:
+    """Begin another attempt of a job that failed or was cancelled."""
+    start = body.start if body is not None else None
+    with database.write() as session:
+        return once(
+            session,
+            caller,
+            response,
+            route="jobs/retry",
+            key=idempotency_key,
+            body={"job": job_id, "from": start},
+            output=JobOut,
+            create=lambda: JobOut.of(lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage)),
+        )
 
 
 @router.get("/{job_id}/events", responses=problems(NotFound, Invalid))

@@ -1,4 +1,4 @@
-"""Rules of jobs: how one is made, read and cancelled."""
+"""Rules of jobs: how one is made and read. What may become of one is in `lifecycle`."""
 
 import re
 from typing import Any
@@ -12,20 +12,27 @@ from app.ids import new_id
 from app.jobs import repository
 from app.jobs.resolve import resolve
 from app.jobs.schemas import EVENT_PREFIX, EventOut, MetricOut, MetricsOut
-from app.models import Job, JobEvent
+from app.models import Job
 from app.pagination import Page, bad_cursor
 from app.queue import Queue
-from app.states import CANCELLED, CANCELLING, JOB_MOVES, QUEUED, check_move
+from app.settings import Settings
+from app.states import QUEUED
+from app.usage import quotas
 
 _EVENT_ID = re.compile(rf"{EVENT_PREFIX}(\d{{1,18}})")
 
 
-def create(session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue) -> Job:
+def create(
+    session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue, settings: Settings
+) -> Job:
     """Make a job and queue it.
 
-    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`.
+    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`, `QuotaBusy`,
+    `QuotaExceeded`.
     """
     resolved = resolve(session, caller.tenant_id, catalog, body)
+    for quota in ("queued_jobs", "storage_bytes"):
+        quotas.check(session, settings, caller.tenant_id, quota)
     row = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,
@@ -38,39 +45,15 @@ def create(session: Session, caller: Caller, body: dict[str, Any], catalog: Cata
     )
     session.add(row)
     session.flush()
-    _add_event(session, row, "created", "the job was created and waits for a worker")
+    repository.add_event(session, row, "created", "the job was created and waits for a worker")
     queue.enqueue(session, row)
     session.flush()
     return row
 
 
-def _add_event(session: Session, job: Job, code: str, message: str) -> None:
-    session.add(JobEvent(job_id=job.id, level="info", code=code, message=message))
-
-
 def get(session: Session, caller: Caller, job_id: str) -> Job:
     """Return the caller's job. Raises `NotFound`."""
     return assets.found(repository.find(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
-
-
-def cancel(session: Session, caller: Caller, job_id: str) -> Job:
-    """Ask a job to end: a queued one ends at once, a running one saves what it has and ends soon.
-
-    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
-    """
-    row = assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
-    if row.status == CANCELLING:
-        return row
-    wanted = CANCELLED if row.status == QUEUED else CANCELLING
-    check_move(JOB_MOVES, row.status, wanted, what=row.id)
-    reached = repository.cancel(session, row)
-    assert reached == wanted, "the row is locked, or SQLite's one writer is us"
-    if reached == CANCELLED:
-        _add_event(session, row, "cancelled", "the job was cancelled before a worker had begun it")
-    else:
-        _add_event(session, row, "cancelling", "the job was asked to end; it saves what it has")
-    session.refresh(row)
-    return row
 
 
 def list_events(session: Session, caller: Caller, job_id: str, *, after: str | None, limit: int) -> Page[EventOut]:

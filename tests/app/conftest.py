@@ -51,11 +51,12 @@ class Tenant:
 
 
 @pytest.fixture
-def settings(database_url: str, tmp_path: Path) -> Settings:
+def settings(database_url: str, storage_url: str, tmp_path: Path) -> Settings:
     (tmp_path / "data").mkdir()
     return Settings(
         home=tmp_path / "home",
         database_url=database_url,
+        storage_url=storage_url,
         secret=SecretStr("a secret for tests only"),
         dataset_roots=[tmp_path / "data"],
         max_upload_bytes=4 * MIB,

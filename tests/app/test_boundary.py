@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 
 from app.boundary import MAX_BODY_BYTES
 from app.db import Database
+from app.models import Dataset
 from tests.app.conftest import ONE_DATABASE, Tenant
 
 GOOD = {"name": "a", "source": {"kind": "upload"}}
@@ -205,7 +206,7 @@ def test_health_and_readiness(app: FastAPI, client: TestClient, monkeypatch: pyt
 
 def test_the_catalog_is_served(api: TestClient):
     document = api.get("/v1/catalog").json()
-    assert set(document["methods"]) == {"defeat", "baseline"}
+    assert set(document["methods"]) == {"defeat", "baseline", "hints"}
 
 
 def test_the_document_describes_every_problem(client: TestClient):
@@ -231,3 +232,10 @@ def test_references_in_the_document_lead_somewhere(client: TestClient):
     text = json.dumps(document)
     named = {part.split('"', 1)[0] for part in text.split('"#/components/schemas/')[1:]}
     assert named <= schemas
+
+
+def test_a_row_keeps_the_id_of_the_request_that_made_it(api: TestClient, database: Database) -> None:
+    body = {"name": "cells", "source": {"kind": "upload"}}
+    answer = api.post("/v1/datasets", json=body, headers={"X-Request-Id": "my-request-1"})
+    with database.read() as session:
+        assert session.get(Dataset, answer.json()["id"]).request_id == "my-request-1"

@@ -117,9 +117,13 @@ def test_a_checkpoint_is_kept_while_a_job_may_read_it(
     student = {"initial_weights": row.id if place == "student_initial" else "random"}
     data = seed.dataset(database, alice.id)
     job = seed.job(database, alice.id, data.id, status="running", spec={"teacher": teacher, "student": student})
+    second = seed.job(database, alice.id, data.id, status="queued", spec=job.spec)
+    seed.job(database, bob.id, seed.dataset(database, bob.id).id, status="running", spec=job.spec)
     answer = api.delete(f"/v1/checkpoints/{row.id}")
     assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_in_use")
     assert job.id in answer.json()["detail"]
+    assert second.id in answer.json()["detail"]
     with database.write() as session:
         session.get_one(type(job), job.id).status = "succeeded"
+        session.get_one(type(job), second.id).status = "cancelled"
     assert api.delete(f"/v1/checkpoints/{row.id}").status_code == 204

@@ -211,6 +211,17 @@ def test_a_used_dataset_is_kept(api: TestClient, database: Database, storage: St
     assert api.get(f"/v1/datasets/{row.id}").status_code == 200
 
 
+def test_the_jobs_that_use_a_dataset_are_named_up_to_five(api: TestClient, database: Database, alice: Tenant):
+    row = seed.dataset(database, alice.id)
+    jobs = [seed.job(database, alice.id, row.id).id for _ in range(5)]
+    detail = api.delete(f"/v1/datasets/{row.id}").json()["detail"]
+    assert all(job in detail for job in jobs)
+    assert "and more" not in detail
+    newest = seed.job(database, alice.id, row.id).id
+    detail = api.delete(f"/v1/datasets/{row.id}").json()["detail"]
+    assert f"{row.id} is used by {newest}, {jobs[4]}, {jobs[3]}, {jobs[2]}, {jobs[1]} and more;" in detail
+
+
 def test_a_dataset_is_not_deleted_under_its_worker(api: TestClient, database: Database, alice: Tenant):
     row = seed.dataset(database, alice.id, status="checking")
     answer = api.delete(f"/v1/datasets/{row.id}")

@@ -1,7 +1,11 @@
+"""The object store in a local directory and on an S3 server."""
+
 import errno
 import hashlib
+import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,16 @@ from app.storage import CHUNK_BYTES, ObjectMissing, Storage
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
+def local(tmp_path: Path) -> Storage:
     return Storage((tmp_path / "with space").as_uri())
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    """A store without objects, of each kind that is supported."""
+    if request.param == "local":
+        return request.getfixturevalue("local")
+    return Storage(request.getfixturevalue("s3_url"))
 
 
 @pytest.fixture
@@ -29,7 +41,7 @@ def test_a_file_comes_back_as_it_was_put(storage: Storage, file: Path, tmp_path:
     assert stored.key == "jobs/job_1/a.bin"
     assert stored.size_bytes == storage.size(stored.key) == 2_560_000
     assert stored.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert {path.name for path in tmp_path.iterdir()} == {"with space", "file", "back"}
+    assert {path.name for path in tmp_path.iterdir()} - {"with space"} == {"file", "back"}
 
 
 def test_an_empty_file_is_an_object_too(storage: Storage, tmp_path: Path) -> None:
@@ -91,7 +103,7 @@ def test_what_is_missing(storage: Storage, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_folders(storage: Storage, file: Path, tmp_path: Path) -> None:
+def test_folders(storage: Storage, file: Path) -> None:
     for key in ("jobs/a/2", "jobs/a/sub/1", "jobs/ab/1"):
         storage.put_file(key, file)
     assert storage.list("jobs/a") == ["jobs/a/2", "jobs/a/sub/1"]
@@ -99,7 +111,12 @@ def test_folders(storage: Storage, file: Path, tmp_path: Path) -> None:
     storage.delete_prefix("jobs/a")
 
     assert storage.list("jobs") == ["jobs/ab/1"]
-    assert not (tmp_path / "with space" / "jobs" / "a").exists()
+
+
+def test_an_emptied_folder_goes_too(local: Storage, file: Path, tmp_path: Path) -> None:
+    local.put_file("jobs/a/sub/1", file)
+    local.delete_prefix("jobs/a")
+    assert list((tmp_path / "with space").iterdir()) == [tmp_path / "with space" / "jobs"]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +137,39 @@ def test_a_malformed_key_is_refused_everywhere(storage: Storage, file: Path, tmp
     for call in calls:
         with pytest.raises(ValueError, match="not a storage key"):
             call()
+
+
+def test_an_object_of_many_parts(storage: Storage, tmp_path: Path) -> None:
+    content = hashlib.shake_256(b"content").digest(20 * CHUNK_BYTES + 1)
+    (tmp_path / "large").write_bytes(content)
+
+    stored = storage.put_file("large", tmp_path / "large")
+
+    assert (stored.size_bytes, stored.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert b"".join(storage.stream("large")) == content
+
+
+def test_two_prefixes_of_a_bucket_are_two_stores(s3_url: str, file: Path) -> None:
+    one, other = Storage(f"{s3_url}/one"), Storage(f"{s3_url}/other")
+    one.put_file("a/b", file)
+    assert (one.list("a"), other.list("a")) == (["a/b"], [])
+    assert Storage(s3_url).list("one") == ["one/a/b"]
+
+
+def test_a_bucket_that_is_not_there_is_no_missing_object(s3_url: str, file: Path) -> None:
+    storage = Storage("s3://defeat-no-such-bucket")
+    calls = (lambda: storage.put_file("a/b", file), storage.ping, lambda: storage.list("a"))
+    for call in calls:
+        with pytest.raises(OSError, match="the bucket does not exist; make it, or mend STORAGE_URL"):
+            call()
+
+
+def test_an_s3_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, s3_url: str) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(OSError, match="object store, ping/"):
+            Storage(s3_url).ping()
 
 
 @pytest.mark.parametrize("url", ["", "objects", "file://host/dir", "http://bucket/x", "s3://"])
@@ -157,16 +207,16 @@ for action in (lambda: storage.put_file("a/b", file), lambda: storage.get_file("
 """
 
 
-def test_a_write_that_fails_leaves_the_old_object(storage: Storage, file: Path, tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_object(local: Storage, file: Path, tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"old")
-    storage.put_file("a/b", tmp_path / "old")
-    storage.put_file("big", file)
+    local.put_file("a/b", tmp_path / "old")
+    local.put_file("big", file)
 
     command = [sys.executable, "-c", FULL, (tmp_path / "with space").as_uri(), str(file), str(tmp_path / "back")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == ["EFBIG", "EFBIG"]
-    assert b"".join(storage.stream("a/b")) == b"old"
+    assert b"".join(local.stream("a/b")) == b"old"
     assert [path.name for path in (tmp_path / "with space" / "a").iterdir()] == ["b"]
     assert {path.name for path in tmp_path.iterdir()} == {"with space", "file", "old"}
 
@@ -189,3 +239,31 @@ def test_a_full_disk_is_enospc_and_leaves_the_old_object(tmp_path: Path) -> None
         assert storage.list("a") == ["a/b"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_scan_finds_every_object_of_a_folder_once(storage: Storage, file: Path, limit: int) -> None:
+    keys = {"jobs/job_1/a", "jobs/job_1/resume/1.pt", "jobs/job_1=x/a", "jobs/job_2/b/c/d", "jobs/z"}
+    for key in (*keys, "datasets/ds_1/a"):
+        storage.put_file(key, file)
+    found, after = [], None
+    while batch := storage.scan("jobs", after=after, limit=limit):
+        assert len(batch) <= limit
+        found += batch
+        after = batch[-1].key
+    assert sorted(one.key for one in found) == sorted(keys)
+    assert {one.size_bytes for one in found} == {2_560_000}
+    assert all(abs((one.written_at - datetime.now(UTC)).total_seconds()) < 60 for one in found)
+    assert storage.scan("checkpoints", after=None, limit=limit) == []
+
+
+def test_a_scan_finds_what_a_killed_write_left(storage: Storage, file: Path, tmp_path: Path) -> None:
+    storage.put_file("jobs/job_1/a", file)
+    part = tmp_path / "with space" / "jobs" / "job_1" / "a#123"
+    part.write_bytes(b"half")
+    found = {one.key: one for one in storage.scan("jobs", after=None, limit=10)}
+    assert set(found) == {"jobs/job_1/a", "jobs/job_1/a#123"}
+    for one in found.values():
+        storage.discard(one)
+        storage.discard(one)
+    assert storage.scan("jobs", after=None, limit=10) == []

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from app.models import Artifact, Dataset, Job, JobEvaluation, JobMetric
-from tests.dashboard.conftest import Service, wait_until
+from tests.dashboard.conftest import Complaints, Service, wait_until
 from tests.dashboard.seed import Seeder
 
 DETECTOR = {"architecture": "faster_rcnn", "backbone": "timm/resnet18"}
@@ -87,6 +87,17 @@ def test_the_losses_are_drawn_by_part_for_teacher_and_student(page: Page, servic
     page.get_by_role("button", name="Log").click()
     wait_until(page, "document.querySelector('#loss-chart').layout.yaxis.type === 'log'")
     expect(page.get_by_role("button", name="Log")).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_shares_of_the_gradient_add_up(page: Page, service: Service) -> None:
+    open_job(page, service.seeded.succeeded)
+    page.get_by_role("button", name="Gradient").click()
+    wait_until(page, "document.querySelector('#loss-chart').data?.[0].stackgroup === 'shares'")
+    drawn = curves(page, "loss-chart")
+    assert {"classifier", "neck object", "head background"} <= set(drawn)
+    assert "total" not in drawn
+    for shares in zip(*(curve["y"] for curve in drawn.values()), strict=True):
+        assert sum(shares) == pytest.approx(1)
 
 
 def test_a_teacher_in_training_shows_its_own_losses(page: Page, service: Service) -> None:
@@ -224,6 +235,37 @@ def test_cancelling_asks_first(page: Page, service: Service, running_job: str) -
     expect(page.get_by_role("button", name="Cancel job")).to_be_disabled()
     with service.database.read() as session:
         assert session.get_one(Job, running_job).status == "cancelling"
+
+
+def test_a_job_is_paused_resumed_and_tried_again(page: Page, service: Service, running_job: str) -> None:
+    def _leave(status: str) -> None:
+        with service.database.write() as session:
+            session.get_one(Job, running_job).status = status
+
+    status, button = page.locator("#status"), lambda name: page.get_by_role("button", name=name, exact=True)
+    open_job(page, running_job)
+    expect(button("Resume")).to_be_hidden()
+    button("Pause").click()
+    expect(status).to_have_text("Pausing")
+    expect(page.locator("#phase")).to_have_text("Saving before it pauses")
+    expect(button("Pause")).to_be_hidden()
+    _leave("paused")
+    button("Resume").click()
+    expect(status).to_have_text("Queued")
+    _leave("failed")
+    expect(status).to_have_text("Failed")
+    button("Try again").click()
+    expect(status).to_have_text("Queued")
+    expect(button("Try again")).to_be_hidden()
+    expect(page.locator("#events")).to_contain_text("the job is tried again")
+
+
+def test_what_was_moved_meanwhile_says_so(page: Page, running_job: str, complaints: Complaints) -> None:
+    complaints.expected = ["409 (Conflict)"]
+    open_job(page, running_job)
+    page.route("**/pause", lambda route: route.fulfill(status=409, json={"detail": "it is cancelling"}))
+    page.get_by_role("button", name="Pause", exact=True).click()
+    expect(page.locator("#action-error")).to_have_text("it is cancelling")
 
 
 def log_steps(service: Service, job_id: str, steps: range, value: float) -> None:

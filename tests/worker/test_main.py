@@ -2,14 +2,19 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from app.models import Job
 from app.processes import dies_with_parent
 from app.queue import BROKER_ERRORS, Queue
 from app.stack import broker_binary, broker_command
@@ -81,7 +86,7 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
 
     worker.wait(20)
     row = world.now(job)
-    assert (row.status, row.attempt, row.lease_owner) == ("queued", 1, None)
+    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
     assert world.content(row.resume_key) == b"saved"
     until(lambda: not alive(int(pid.read_text())))
 
@@ -90,6 +95,40 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
     start_worker(start, "two")  # whose sweep sends the message
     until(lambda: world.now(job).status == "succeeded")
     assert world.now(job).attempt == 2
+
+
+def draining(world: World, queue: Queue, start: Start, *last: list) -> "tuple[Job, subprocess.Popen[bytes]]":
+    """Return a job and the worker that is at it and has been told to drain."""
+    job = world.job(["event", "progress", "teacher", {"fraction": 0.1}], *last)
+    worker = start_worker(start, "one")
+    queue.send(type(job), job.id)
+    until(lambda: world.now(job).status == "running")
+    worker.send_signal(signal.SIGUSR2)
+    until(lambda: "draining" in (world.home / "processes.log").read_text())
+    return job, worker
+
+
+def test_a_worker_that_drains_finishes_and_takes_nothing_new(
+    world: World, queue: Queue, start: Start, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    job, worker = draining(world, queue, start, ["wait_for", str(go)], ["finish", "succeeded", {}])
+    other = world.job(["finish", "succeeded", {}])
+    queue.send(type(other), other.id)
+    go.touch()
+    assert worker.wait(20) == 0
+    assert (world.now(job).status, world.now(job).attempt) == ("succeeded", 1)
+    assert (world.now(other).status, world.now(other).attempt) == ("queued", 0)
+
+
+def test_a_worker_that_drains_still_hands_over_when_it_is_told_to_end(world: World, queue: Queue, start: Start) -> None:
+    saved = [["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]]
+    job, worker = draining(world, queue, start, *saved)
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(20)
+    row = world.now(job)
+    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
+    assert world.content(row.resume_key) == b"saved"
 
 
 def test_a_worker_that_is_killed_loses_no_job(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:
@@ -148,3 +187,34 @@ def test_a_job_outlives_the_broker(world: World, queue: Queue, start: Start, tmp
     start(*command)  # and it knows nothing any more
     until(lambda: world.now(waiting).status == "succeeded")
     assert world.now(running).attempt == 1
+
+
+def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = world.job(["finish", "succeeded", {}])
+    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", "one")
+    worker = start(
+        "env", f"DEFEAT_METRICS_PORT={port}", f"PROMETHEUS_MULTIPROC_DIR={tmp_path}", sys.executable, *command
+    )
+
+    def _scrape() -> dict[tuple[str, tuple[str, ...]], float]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                families = text_string_to_metric_families(answer.read().decode())
+        except urllib.error.URLError:
+            return {}
+        samples = (sample for family in families for sample in family.samples)
+        return {(sample.name, tuple(sample.labels.values())): sample.value for sample in samples}
+
+    until(lambda: ("defeat_attempt_seconds_count", ("", "job", "succeeded")) in _scrape())
+    samples = _scrape()
+    assert [queues for name, queues in queue.workers().items() if name.startswith("one@")] == [["jobs"]]
+    assert world.now(job).status == "succeeded"
+    assert samples["defeat_claims_total", ("no", "job")] == 1
+    assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row
+    assert ("defeat_disk_free_bytes", ()) in samples
+
+    worker.terminate()
+    assert worker.wait(20) == 0

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from app import logs
 from app.db import utcnow
 from app.models import Job, JobEvaluation, JobEvent, JobMetric
 from tests.worker.support.world import World, alive, until
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "home")
+def world(tmp_path: Path, storage_url: str) -> World:
+    return World(tmp_path / "home", storage_url=storage_url)
 
 
 @pytest.fixture
-def each_world(tmp_path: Path, database_url: str) -> Iterator[World]:
+def each_world(tmp_path: Path, database_url: str, storage_url: str) -> Iterator[World]:
     """A world on SQLite, and one on PostgreSQL."""
-    world = World(tmp_path / "home", database_url=database_url)
+    world = World(tmp_path / "home", database_url=database_url, storage_url=storage_url)
     yield world
     world.database.dispose()
 
@@ -46,12 +47,13 @@ def test_a_run_that_succeeds(each_world: World) -> None:
         ["artifact", "student-best.safetensors", "student", "weights", {"epoch": 3}],
         ["artifact", "gallery/0.jpg", "gallery", "picture", {}],
         ["finish", "succeeded", {"student": {"ap": 0.25, "epoch": 3}}],
+        history_swept_at=utcnow(),  # of an earlier end
     )
 
     world.work(job)
 
     row = world.now(job)
-    assert row.status == "succeeded"
+    assert (row.status, row.history_swept_at) == ("succeeded", None)
     assert (row.failure, row.lease_owner, row.lease_expires_at, row.resume_key) == (None, None, None, None)
     assert row.started_at <= row.finished_at
     assert row.results == {"student": {"ap": 0.25, "epoch": 3}, "teacher_checkpoint_id": None}
@@ -397,3 +399,13 @@ def test_a_mistake_in_the_worker_is_recorded(world: World, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="boom"):
         world.work(job)
     assert world.now(job).failure["code"] == "worker_error"
+
+
+def test_the_requests_id_reaches_the_run_and_the_log(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO")
+    copied = world.home / "run.json"
+    job = world.job(["copy", "run.json", str(copied)], ["finish", "succeeded", {}], request_id="my-request-1")
+    world.work(job)
+    assert json.loads(copied.read_text())["request_id"] == "my-request-1"
+    claimed = next(line for line in capsys.readouterr().err.splitlines() if '"claimed"' in line)
+    assert json.loads(claimed)["request_id"] == "my-request-1"

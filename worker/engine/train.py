@@ -62,6 +62,8 @@ def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: i
         context.plan.advance(pictures * world.size * EVALUATION_COST)
         reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
+    # Said before it begins, so that what goes wrong in its first batch is known to be its own.
+    reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
     found = detect_split(
         detector,
         context.eval_pictures,
@@ -126,6 +128,7 @@ class Training:
             size=InputSize.taken_from(detector),
             augmentation=context.augmentation,
             device=context.device,
+            masks=detector.trains_masks,
             cache_bytes=context.picture_memory_bytes,
             rank=context.world.rank,
             world=context.world.size,
@@ -169,6 +172,7 @@ class Training:
         batches = self._batches.epoch(seed_for(context.seed, self.subject, "order", epoch), start=start)
         self.detector.train()
         self._method.train()
+        self._progress(epoch, epoch * steps + start, steps, images_per_s=None)  # as in `evaluate`
         watch, asked_at = Stopwatch(), time.monotonic()
         for index, batch in enumerate(batches, start):
             waited = time.monotonic() - asked_at
@@ -184,9 +188,7 @@ class Training:
             if self._average:
                 self._average.update(self.detector, step=step)
             self._watch.look(values, step=step)
-            taken = time.monotonic() - asked_at
-            asked_at = time.monotonic()
-            self._running.add({**values, "data_wait": waited / taken})
+            self._running.add({**values, "data_wait": waited / (time.monotonic() - asked_at)})
             rate = watch.lap(schedule.batch_size)
             context.plan.advance(schedule.batch_size * self._picture_cost)
             if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
@@ -197,13 +199,14 @@ class Training:
                 raise Cancelled
             if time.monotonic() - self._saved_at > 60 * schedule.checkpoint_minutes:
                 self._save(epoch, index + 1)
+            asked_at = time.monotonic()
 
     def _log(self, step: int, steps: int, *, images_per_s: float) -> None:
         means = self._running.take()
         means |= {"images_per_s": images_per_s, "memory_bytes": memory_bytes(self.context.device)}
         self.context.history.log_metrics(self.subject, step=step, epoch=step / steps, values=means)
 
-    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float) -> None:
+    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float | None) -> None:
         plan = self.context.plan
         self.context.reporter.progress(
             "teacher" if self.subject == "teacher" else "distillation",

@@ -15,6 +15,8 @@ const PHASES = {
 
 const RESTING = {
   queued: "Waiting for a worker",
+  pausing: "Saving before it pauses",
+  paused: "Paused",
   cancelling: "Cancelling",
   succeeded: "Done",
   failed: "Failed",
@@ -23,7 +25,20 @@ const RESTING = {
 
 export const isTerminal = (status) => TERMINAL.has(status);
 
-const phaseOf = (job) => RESTING[job.status] ?? PHASES[job.progress?.phase] ?? "Preparing";
+const waitsUntil = (job) => (job.status === "queued" && job.not_before ? Date.parse(job.not_before) : null);
+
+const phaseOf = (job) => {
+  const due = waitsUntil(job);
+  if (due !== null && due > Date.now()) return `Failed, and is tried again at ${format.clockTime(due)}`;
+  return RESTING[job.status] ?? PHASES[job.progress?.phase] ?? "Preparing";
+};
+
+// What may be asked of a job, by its status; `cancel` stands apart, since it is always shown.
+const ACTIONS = {
+  pause: new Set(["queued", "preparing", "running"]),
+  resume: new Set(["paused"]),
+  retry: new Set(["failed", "cancelled"]),
+};
 
 /** A job's progress for its row: `fraction` (0 to 1) and a few words with the epoch. */
 export function describeProgress(job) {
@@ -36,7 +51,7 @@ export function describeProgress(job) {
   return { fraction, text: words.join(" · ") };
 }
 
-/** Fill the job page's badge, bar, facts and cancel button. */
+/** Fill the job page's badge, bar, facts and buttons. */
 export function showProgress(job) {
   const { progress } = job;
   const live = !isTerminal(job.status);
@@ -52,5 +67,6 @@ export function showProgress(job) {
   setText(byId("fact-eta"), live ? format.duration(progress?.eta_s) : format.NONE);
   setText(byId("fact-elapsed"), format.duration(format.elapsed(job.started_at, job.finished_at)));
   setText(byId("fact-attempt"), format.count(job.attempt));
+  for (const [action, statuses] of Object.entries(ACTIONS)) byId(action).hidden = !statuses.has(job.status);
   byId("cancel").disabled = !live || job.status === "cancelling";
 }

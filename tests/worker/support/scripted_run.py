@@ -49,6 +49,9 @@ class Steps:
     def write(self, name: str, text: str) -> None:
         (self.directory / name).write_text(text)
 
+    def copy(self, name: str, path: str) -> None:
+        Path(path).write_text((self.directory / name).read_text())
+
     def link(self, name: str, target: str) -> None:
         self.reporter.artifact(name, kind="log", content_type="text/plain").symlink_to(target)
 
@@ -64,6 +67,11 @@ class Steps:
 
     def ignore_sigterm(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def copy_request(self, name: str) -> None:
+        """Leave what the run was asked to do as an artifact."""
+        path = self.reporter.artifact(name, kind="log", content_type="application/json")
+        path.write_text((self.directory / "run.json").read_text())
 
     def helper(self, path: str) -> None:
         """Leave a process of the same group behind, its id in `path`."""

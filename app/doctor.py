@@ -1,0 +1,232 @@
+"""Looks at everything that the service needs and says what is wrong and what would do: `python -m app.doctor`.
+
+Exit code 0: nothing is wrong (there may be warnings); 1: something is; 2: the settings themselves cannot be read.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Final, Literal
+
+from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db import Database
+from app.leases import LEASED
+from app.migrate import revisions
+from app.queue import BROKER_ERRORS, Queue
+from app.settings import GIB, Settings
+from app.storage import ObjectMissing, Storage
+
+State = Literal["ok", "warning", "wrong"]
+_MARKS: Final[dict[State, str]] = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
+_PACKAGES: Final = ("defeat-service", "fastapi", "celery", "sqlalchemy", "obstore", "torch", "torchvision")
+_LEAST_POSTGRES: Final = 13
+_SKEW_WARNING_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was looked at.
+        state: `wrong` keeps the service or a part of it from working; `warning` will, or loses something.
+        detail: what was found.
+        advice: what would do; None where nothing need be done.
+    """
+
+    check: str
+    state: State
+    detail: str
+    advice: str | None = None
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Yield what each check finds. Writes and deletes one probe in the object store and one in the scratch space."""
+    yield _versions()
+    yield _secret(settings)
+    yield _scratch(settings)
+    with _opened(settings.database_url) as database:
+        yield from _database(database, settings)
+    yield _storage(settings)
+    with closing(Queue(settings.redis_url)) as queue:
+        yield from _broker(queue)
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Database]:
+    database = Database(url)
+    try:
+        yield database
+    finally:
+        database.dispose()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def _versions() -> Finding:
+    found = [f"Python {python_version()}"]
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")  # an API has no torch
+    return Finding("versions", "ok", ", ".join(found))
+
+
+def _secret(settings: Settings) -> Finding:
+    if settings.secret.get_secret_value():
+        return Finding("secret", "ok", "DEFEAT_SECRET is set")
+    if settings.database_url.startswith("sqlite"):
+        return Finding("secret", "ok", f"kept in {settings.home / 'secret'}")
+    return Finding(
+        "secret",
+        "warning",
+        f"DEFEAT_SECRET is not set, so each machine makes its own under {settings.home}",
+        "give every API the same DEFEAT_SECRET, or keys made by one are unknown to the others",
+    )
+
+
+def _scratch(settings: Settings) -> Finding:
+    advice = "give DEFEAT_HOME a disk with room for the datasets worked on, three times over"
+    try:
+        settings.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=settings.scratch) as file:
+            file.write(b"probe")
+        usage = shutil.disk_usage(settings.scratch)
+    except OSError as error:
+        return Finding("scratch", "wrong", f"{settings.scratch} cannot be written: {error.strerror}", advice)
+    room = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB are free in {settings.scratch}"
+    if usage.free < GIB:
+        return Finding("scratch", "wrong", room, advice)
+    return Finding("scratch", "warning" if usage.free < 0.1 * usage.total else "ok", room, advice)
+
+
+def _database(database: Database, settings: Settings) -> Iterator[Finding]:
+    try:
+        with database.engine.connect() as connection:
+            current, head = revisions(connection)
+            before = datetime.now(UTC)
+            if connection.dialect.name == "postgresql":
+                query = text("SELECT current_setting('server_version'), clock_timestamp()")
+                server, now = connection.execute(query).one()
+            else:
+                server, now = connection.execute(text("SELECT sqlite_version()")).scalar_one(), None
+            after = datetime.now(UTC)
+            name = connection.dialect.name
+    except SQLAlchemyError as error:
+        yield Finding(
+            "database", "wrong", _first_line(error), "start the database, or mend DATABASE_URL and the network to it"
+        )
+        return
+    yield _server(name, str(server))
+    yield _migrations(current, head)
+    if now is not None:
+        yield _clock((before + (after - before) / 2 - now).total_seconds(), settings)
+
+
+def _server(name: str, found: str) -> Finding:
+    if name == "postgresql" and int(found.split(".", 1)[0]) < _LEAST_POSTGRES:
+        return Finding("database", "wrong", f"PostgreSQL {found}", f"use PostgreSQL {_LEAST_POSTGRES} or newer")
+    return Finding("database", "ok", f"{name} {found}")
+
+
+def _migrations(current: str | None, head: str) -> Finding:
+    if current == head:
+        return Finding("migrations", "ok", f"at revision {head}")
+    detail = f"the database is at revision {current or 'none'}, and this version needs {head}"
+    return Finding("migrations", "wrong", detail, "python -m app.migrate, with the newest version that runs here")
+
+
+def _clock(skew_s: float, settings: Settings) -> Finding:
+    detail = f"this machine is {abs(skew_s):.2f} s {'ahead of' if skew_s > 0 else 'behind'} the database"
+    advice = "let both keep time by NTP: leases are told by the clock"
+    if abs(skew_s) > settings.lease_s / 2:
+        return Finding("clock", "wrong", f"{detail}, and a lease is {settings.lease_s:g} s", advice)
+    return Finding("clock", "warning" if abs(skew_s) > _SKEW_WARNING_S else "ok", detail, advice)
+
+
+def _storage(settings: Settings) -> Finding:
+    try:
+        start = time.perf_counter()
+        Storage(settings.storage_url).ping()
+    except (OSError, ValueError, ObjectMissing) as error:
+        advice = "see STORAGE_URL, the AWS_* variables, and what the credentials may do: write, read, list and delete"
+        return Finding("storage", "wrong", _first_line(error), advice)
+    took = time.perf_counter() - start
+    return Finding("storage", "ok", f"wrote, read and deleted a probe in {took * 1000:.0f} ms")
+
+
+def _broker(queue: Queue) -> Iterator[Finding]:
+    try:
+        server = queue.server()
+        if server["eviction"] == "noeviction":
+            yield Finding("broker", "ok", f"version {server['version']}")
+        else:
+            detail = (
+                f"version {server['version']} drops messages when it is full (maxmemory-policy {server['eviction']})"
+            )
+            yield Finding("broker", "warning", detail, "set maxmemory-policy to noeviction")
+        yield from _workers(queue.workers())
+    except BROKER_ERRORS as error:
+        yield Finding(
+            "broker", "wrong", _first_line(error), "start the broker, or mend REDIS_URL and the network to it"
+        )
+
+
+def _workers(workers: dict[str, list[str]]) -> Iterator[Finding]:
+    for wanted in sorted({model.QUEUE for model in LEASED}):
+        takers = sorted(name for name, queues in workers.items() if wanted in queues)
+        if takers:
+            yield Finding(f"workers for {wanted}", "ok", ", ".join(takers))
+        else:
+            advice = f"start one: python -m worker --queues {wanted}"
+            yield Finding(f"workers for {wanted}", "wrong", "no worker answers", advice)
+
+
+def _print_line(finding: Finding) -> None:
+    print(f"{_MARKS[finding.state]}  {finding.check}: {finding.detail}", flush=True)
+    if finding.advice and finding.state != "ok":
+        print(f"         -> {finding.advice}", flush=True)
+
+
+def _worst(findings: Sequence[Finding]) -> State:
+    states = {finding.state for finding in findings}
+    return "wrong" if "wrong" in states else "warning" if "warning" in states else "ok"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check everything and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m app.doctor", description="Checks what the service needs.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: status and checks")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        parser.error(str(error))
+    findings: list[Finding] = []
+    for finding in examine(settings):
+        findings.append(finding)
+        if not options.json:
+            _print_line(finding)
+    worst = _worst(findings)
+    if options.json:
+        print(json.dumps({"status": worst, "checks": [asdict(finding) for finding in findings]}))
+    return 1 if worst == "wrong" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What Prometheus reads: counters of this process, and what the database says about queues and storage.
+
+Served on a port of its own (`DEFEAT_METRICS_PORT`), never by the API: the numbers tell what every tenant does.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Generic, TypeVar
+
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.db import Database, utcnow
+from app.leases import LEASED
+from app.models import Artifact, Checkpoint, Dataset, Job
+from app.settings import Settings
+from app.states import ASSET_MOVES, JOB_MOVES
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+# A scrape costs the database two small queries; what is summed over whole tables is asked for rarely.
+_QUEUES_KEPT_S: Final = 5.0
+_SUMS_KEPT_S: Final = 300.0
+_LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
+
+HTTP_REQUESTS: Final = Histogram(
+    "defeat_http_request_duration_seconds",
+    "Time from a request's first byte to its answer's last, by the route's template.",
+    ["method", "route", "status"],
+    buckets=_LATENCY_S,
+)
+ROWS_RESENT: Final = Counter(
+    "defeat_rows_resent", "Rows whose message or worker was lost and whose message was sent again.", ["queue"]
+)
+SWEEPS_FAILED: Final = Counter("defeat_sweeps_failed", "Sweeps for lost work that could not be made.")
+
+
+class Kept(Generic[T]):
+    """A value that is asked for again only when it is older than `kept_s`. Safe between threads."""
+
+    def __init__(self, ask: Callable[[], T], kept_s: float) -> None:
+        self._ask, self._kept_s = ask, kept_s
+        self._lock = threading.Lock()
+        self._value: T | None = None
+        self._asked_at = -float("inf")
+
+    def get(self) -> T:
+        """Return the value as of at most `kept_s` ago. Raises what asking raises."""
+        with self._lock:
+            if self._value is None or time.monotonic() - self._asked_at > self._kept_s:
+                self._value = self._ask()
+                self._asked_at = time.monotonic()
+            return self._value
+
+
+class ServiceCollector(Collector):
+    """Queue depth, the longest wait and what is stored, from the database; room on this process's disk.
+
+    Every API process reports the same rows: take the maximum over them. A database that does not answer leaves its
+    families out and sets `defeat_database_up` to 0.
+    """
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database, self._settings = database, settings
+        self._queues = Kept(lambda: self._read(_queue_families), _QUEUES_KEPT_S)
+        self._stored = Kept(lambda: self._read(_stored_family), _SUMS_KEPT_S)
+
+    def _read(self, query: Callable[[Session], list[Metric]]) -> list[Metric]:
+        with self._database.read() as session:
+            return query(session)
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: registering must not ask the database."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families, as of a few seconds ago."""
+        up = GaugeMetricFamily("defeat_database_up", "Whether the database answered this scrape.", value=1)
+        try:
+            yield from [*self._queues.get(), *self._stored.get()]
+        except SQLAlchemyError as error:
+            log.warning("metrics_without_database", error=str(error).split("\n", 1)[0])
+            up = GaugeMetricFamily("defeat_database_up", "Whether the database answered this scrape.", value=0)
+        yield up
+        yield from disk_families(self._settings)
+
+
+def _queue_families(session: Session) -> list[Metric]:
+    rows = GaugeMetricFamily(
+        "defeat_rows", "Jobs, datasets and checkpoints that have not ended, by status.", labels=["kind", "status"]
+    )
+    depth = GaugeMetricFamily("defeat_queue_depth", "Rows that wait for a worker.", labels=["queue"])
+    oldest = GaugeMetricFamily(
+        "defeat_queue_oldest_seconds",
+        "How long the oldest row of the queue has waited; 0: none waits.",
+        labels=["queue"],
+    )
+    waiting: dict[str, int] = {}
+    longest: dict[str, float] = {}
+    for model in LEASED:
+        moves = JOB_MOVES if model is Job else ASSET_MOVES
+        # Ended rows are left out: there may be millions, and nobody watches them.
+        alive = [state for state, onward in moves.items() if onward]
+        found = select(model.status, func.count(), func.min(model.created_at)).where(model.status.in_(alive))
+        counts = {status: (count, since) for status, count, since in session.execute(found.group_by(model.status))}
+        for status in alive:
+            rows.add_metric([kind_of(model), status], counts.get(status, (0, None))[0])
+        count, since = counts.get(model.CLAIMABLE, (0, None))
+        waiting[model.QUEUE] = waiting.get(model.QUEUE, 0) + count
+        age = max(0.0, (utcnow() - since).total_seconds()) if since is not None else 0.0
+        longest[model.QUEUE] = max(longest.get(model.QUEUE, 0.0), age)
+    for queue in waiting:
+        depth.add_metric([queue], waiting[queue])
+        oldest.add_metric([queue], longest[queue])
+    return [rows, depth, oldest]
+
+
+def kind_of(model: type[Job] | type[Dataset] | type[Checkpoint]) -> str:
+    """Return what a row is called in labels: job, dataset or checkpoint."""
+    return model.__name__.lower()
+
+
+def _stored_family(session: Session) -> list[Metric]:
+    stored = GaugeMetricFamily(
+        "defeat_stored_bytes", "Bytes of finished objects in the object store, by what they are.", labels=["kind"]
+    )
+    for kind, column in (
+        ("artifact", Artifact.size_bytes),
+        ("dataset", Dataset.size_bytes),
+        ("checkpoint", Checkpoint.size_bytes),
+    ):
+        stored.add_metric([kind], float(session.scalar(select(func.sum(column))) or 0))
+    return [stored]
+
+
+def disk_families(settings: Settings) -> Iterator[Metric]:
+    """Yield the size of the disk that holds `DEFEAT_HOME`, or will once it is made, and what is free on it."""
+    place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    usage = shutil.disk_usage(place)
+    yield GaugeMetricFamily("defeat_disk_bytes", "Size of the disk under DEFEAT_HOME.", value=usage.total)
+    yield GaugeMetricFamily("defeat_disk_free_bytes", "Free room on the disk under DEFEAT_HOME.", value=usage.free)
+
+
+def serve(registry: CollectorRegistry, settings: Settings) -> Callable[[], None]:
+    """Serve the registry at `/metrics` on `DEFEAT_METRICS_HOST` and `DEFEAT_METRICS_PORT`, if a port is set.
+
+    Returns what ends it; a process that ends anyway need not call it. Raises `OSError` if the port cannot be had.
+    """
+    if settings.metrics_port is None:
+        return lambda: None
+    server, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+    log.info("metrics_served", host=settings.metrics_host, port=settings.metrics_port)
+
+    def _stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return _stop
+
+
+def api_registry(database: Database, settings: Settings) -> CollectorRegistry:
+    """Return what an API process serves: its own counters and what the database says."""
+    registry = CollectorRegistry()
+    registry.register(REGISTRY)
+    registry.register(ServiceCollector(database, settings))
+    return registry

@@ -1,0 +1,1 @@
+"""What the service deletes by itself, by the operator's rules; see docs/operations.md."""

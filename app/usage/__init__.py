@@ -1,0 +1,1 @@
+"""What tenants use, and how much they may."""
