@@ -1,4 +1,4 @@
-"""How a run begins, and what becomes of errors that it did not foresee."""
+"""How a run begins, what it imports and what not; and what becomes of errors that it did not foresee."""
 
 import errno
 import subprocess
@@ -16,6 +16,13 @@ _entry("distill")
 assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
+
+
+def test_a_run_imports_only_what_it_may_need() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(ended.stdout.split())
+    assert {"torch", "torchvision"} <= loaded
+    assert not loaded & {"timm", "huggingface_hub", "sklearn", "scipy", "pandas", "pycocotools", "celery", "sqlalchemy"}
 
 
 @pytest.mark.parametrize(
@@ -49,10 +56,3 @@ def test_the_cpus_allocator_is_known() -> None:
 def test_what_the_machine_did(error: Exception, code: str) -> None:
     failure = _as_run_error(error)
     assert (failure.failure_class, failure.code) == ("infra", code)
-
-
-def test_a_run_imports_only_what_it_may_need() -> None:
-    ended = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=120)
-    loaded = set(ended.stdout.split())
-    assert {"torch", "torchvision"} <= loaded
-    assert not loaded & {"timm", "huggingface_hub", "sklearn", "scipy", "pandas", "pycocotools", "celery", "sqlalchemy"}
