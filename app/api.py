@@ -13,6 +13,7 @@ from app.datasets.endpoints import router as datasets
 from app.health import router as health
 from app.jobs.endpoints import router as jobs
 from app.problems import problems
+from app.workers.endpoints import router as workers
 
 catalog = APIRouter(prefix="/v1/catalog", tags=["catalog"])
 
@@ -23,4 +24,4 @@ def get_catalog(caller: CurrentCaller, contents: CatalogDep) -> dict[str, Any]: 
     return contents.document
 
 
-ROUTERS: tuple[APIRouter, ...] = (health, catalog, datasets, checkpoints, jobs, artifacts, dashboard)
+ROUTERS: tuple[APIRouter, ...] = (health, catalog, datasets, checkpoints, jobs, artifacts, workers, dashboard)

@@ -1,7 +1,8 @@
 """Who works on a row: claim, renew, give up, sweep. The row is the truth; a queue message only wakes somebody up.
 
-A claim is one conditional UPDATE. It raises `attempt`, and that number is the fencing token: everything a worker
-writes goes through `fenced`, which matches the attempt, so that a worker whose lease was taken over changes nothing.
+`app.scheduling` says which row is next. A claim is one conditional UPDATE. It raises `attempt`, and that number is the
+fencing token: everything a worker writes goes through `fenced`, which matches the attempt, so that a worker whose
+lease was taken over changes nothing.
 """
 
 from datetime import timedelta
@@ -10,8 +11,10 @@ from typing import Any, TypeVar
 from sqlalchemy import and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from app import scheduling
 from app.db import update_count, utcnow
 from app.models import Checkpoint, Dataset, Job, Leased
+from app.scheduling import Offer
 from app.states import CANCELLING, FAILED
 
 LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
@@ -25,10 +28,8 @@ class LeaseLost(Exception):
 def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_s: float) -> Row | None:
     """Claim the row if it is queued, or if its lease has expired; return it, or None if it is not to be had."""
     now = utcnow()
-    free = or_(
-        model.status == model.CLAIMABLE,
-        and_(model.status.in_(model.HELD), model.lease_expires_at < now),
-    )
+    # A row that somebody else is just changing is passed over: nobody waits for another's transaction.
+    free = select(model.id).where(model.id == row_id, scheduling.free(model, now)).with_for_update(skip_locked=True)
     values: dict[str, Any] = {
         "attempt": model.attempt + 1,
         "lease_owner": owner,
@@ -37,9 +38,28 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
         # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
         "status": case((model.status == CANCELLING, CANCELLING), else_=model.CLAIMED),
     }
-    if not update_count(session, update(model).where(model.id == row_id, free).values(**values)):
+    if not update_count(session, update(model).where(model.id == free.scalar_subquery()).values(**values)):
         return None
     return session.get(model, row_id, populate_existing=True)
+
+
+def claim_next(
+    session: Session, model: type[Row], offer: Offer, *, owner: str, lease_s: float, max_attempts: int
+) -> Row | None:
+    """Claim the row that is next for a worker with this offer; None if there is none, or the worker is draining.
+
+    What others claim at the same moment is left to them. A row whose lost workers have used up its attempts is left
+    to the sweep, which fails it.
+    """
+    if scheduling.draining(session, offer):
+        return None
+    passed: set[str] = set()
+    while (row_id := scheduling.next_id(session, model, offer, passed=passed, max_attempts=max_attempts)) is not None:
+        row = claim(session, model, row_id, owner=owner, lease_s=lease_s)
+        if row is not None:
+            return row
+        passed.add(row_id)
+    return None
 
 
 def fenced(session: Session, row: Leased, **values: Any) -> None:

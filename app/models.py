@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -15,6 +15,9 @@ Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True),
 # SQLite numbers rows by itself only in a column declared INTEGER.
 AutoId = BigInteger().with_variant(Integer, "sqlite")
 Id = String(40)
+
+MAX_PRIORITY = 100
+"""A job's priority is between its negative and itself."""
 
 
 class Base(DeclarativeBase):
@@ -52,6 +55,27 @@ class ApiKey(Base):
     key_hash: Mapped[str] = mapped_column(String(64), unique=True)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     revoked_at: Mapped[datetime | None]
+    # The highest priority that this key may give a job.
+    max_priority: Mapped[int] = mapped_column(default=MAX_PRIORITY, server_default=str(MAX_PRIORITY))
+
+
+class Worker(Base):
+    """A worker that is up, or was lately: what it has, and when it was last heard of. See `app.workers.service`."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)  # another one at each start
+    name: Mapped[str] = mapped_column(String(200))
+    host: Mapped[str] = mapped_column(String(200))
+    queues: Mapped[list[str]]
+    labels: Mapped[list[str]]
+    device: Mapped[str] = mapped_column(String(10))  # cuda or cpu
+    gpus: Mapped[int]
+    gpu_memory_gb: Mapped[float | None]  # of its smallest GPU
+    processes: Mapped[int]  # the most `resources.gpus` that it takes
+    draining: Mapped[bool] = mapped_column(default=False)  # finishes what it has and takes nothing new
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
 
 
 class Leased:
@@ -88,6 +112,7 @@ class Dataset(Leased, Base):
     __table_args__ = (
         Index("ix_datasets_page", "tenant_id", "created_at", "id"),
         Index("ix_datasets_lease", "status", "lease_expires_at"),
+        Index("ix_datasets_service", "tenant_id", "started_at"),
     )
     CLAIMED = CHECKING
     HELD = frozenset({CHECKING})
@@ -113,6 +138,7 @@ class Checkpoint(Leased, Base):
     __table_args__ = (
         Index("ix_checkpoints_page", "tenant_id", "created_at", "id"),
         Index("ix_checkpoints_lease", "status", "lease_expires_at"),
+        Index("ix_checkpoints_service", "tenant_id", "started_at"),
     )
     CLAIMED = CHECKING
     HELD = frozenset({CHECKING})
@@ -136,6 +162,9 @@ class Job(Leased, Base):
     __table_args__ = (
         Index("ix_jobs_page", "tenant_id", "created_at", "id"),
         Index("ix_jobs_lease", "status", "lease_expires_at"),
+        Index("ix_jobs_service", "tenant_id", "started_at"),
+        Index("ix_jobs_next", "status", "tenant_id", text("priority DESC"), "created_at", "id"),
+        Index("ix_jobs_recipe", "recipe", "status", "finished_at"),
     )
     CLAIMED = PREPARING
     HELD = frozenset({PREPARING, RUNNING, CANCELLING})
@@ -145,6 +174,14 @@ class Job(Leased, Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
     spec: Mapped[dict[str, Any]]  # resolved: every default filled in
     labels: Mapped[dict[str, Any]]
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    # What the spec's `resources` ask of a worker, as columns that a claim can compare.
+    gpus: Mapped[int] = mapped_column(default=1, server_default="1")
+    gpu_memory_gb: Mapped[float | None]
+    worker_label: Mapped[str | None] = mapped_column(String(50))
+    # What durations are learned by, see `app.jobs.durations`; null in rows that are older than that.
+    recipe: Mapped[str | None] = mapped_column(String(40))
+    workload: Mapped[float | None]
     progress: Mapped[dict[str, Any] | None]
     results: Mapped[dict[str, Any] | None]
     # The run's newest training checkpoint in the object store, from which another attempt goes on.

@@ -25,10 +25,9 @@ def main() -> None:
     # Celery waits for the whole task at SIGTERM, unless it is told to take it as SIGQUIT, which cancels the task: the
     # pool's child gets a signal, by which the supervisor knows. It reads this when it is imported.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
-    from worker.main import celery
+    from worker.main import start
 
-    options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
-    celery.worker_main(["worker", "--queues", arguments.queues, "--hostname", f"{arguments.name}@%h", *options])
+    start(name=arguments.name, queues=arguments.queues.split(","))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """The Celery app. Start a worker with `python -m worker --queues jobs,checks`.
 
 A message wakes a worker up and is acknowledged at once; the lease in the database guards the work, so nothing here
-depends on the broker to remember a task that runs.
+depends on the broker to remember a task that runs. What the worker then works on is the row that is next for it (see
+`app.scheduling`). A message that wakes one which cannot meet its row's demands goes on to the others that wait.
 """
 
 import os
-import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FrameType
@@ -20,12 +20,17 @@ from celery import Celery
 from celery.signals import celeryd_init, worker_ready
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import logs
+from app import logs, scheduling
 from app.db import Database
+from app.leases import LEASED
+from app.models import Worker
 from app.queue import BROKER_ERRORS, Queue
+from app.scheduling import Offer
 from app.settings import get_settings
 from app.storage import Storage
 from app.sweep import sweep
+from app.workers import registry, repository
+from worker.hardware import describe
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Adapter, Context
@@ -74,13 +79,67 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@lru_cache(maxsize=1)
+def _queue() -> Queue:
+    """Return the process's producer: likewise."""
+    return Queue(get_settings().redis_url)
+
+
+class _Presence:
+    """This worker's row, made before the pool's child is forked, which thereby has the same."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.ended = threading.Event()
+
+    @property
+    def registered(self) -> Worker:
+        assert self.worker is not None, "start a worker with `python -m worker`"
+        return self.worker
+
+
+_presence = _Presence()
+
+
+def start(*, name: str, queues: Sequence[str]) -> None:
+    """Become the worker of this name and work on these queues."""
+    _presence.worker = describe(get_settings(), name=name, queues=queues)
+    options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
+    try:
+        celery.worker_main(["worker", "--queues", ",".join(queues), "--hostname", f"{name}@%h", *options])
+    finally:
+        _presence.ended.set()
+        _forget(_presence.registered)
+
+
 def _register(name: str, adapter: type[Adapter[Any]]) -> None:
     @celery.task(name=name)
-    def _task(row_id: str) -> None:
-        context = _context()
-        owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    def _task(row_id: str, hops: int = 0) -> None:
+        context, worker = _context(), _presence.registered
+        owner = f"{worker.id}/{socket.gethostname()}:{os.getpid()}"
+        # Checks first: they are short, and a long job would hold them up.
+        kinds = [kind for kind in reversed(ADAPTERS.values()) if kind.model.QUEUE in worker.queues]
         with _stop_on_signal() as stop:
-            Supervisor(context, owner=owner, stop=stop).work(adapter(context), row_id)
+            supervisor = Supervisor(context, owner=owner, stop=stop, offer=Offer.of(worker))
+            if not supervisor.serve([kind(context) for kind in kinds]) and not stop.is_set():
+                _pass_on(context, adapter.model, row_id, hops)
+
+
+def _pass_on(context: Context, model: Any, row_id: str, hops: int) -> None:
+    """Wake another worker for a row that still waits: each that is there in turn, as the longest idle one hears next.
+
+    Where none could take it, the one that can finds it as soon as it is free or starts.
+    """
+    with context.database.read() as session:
+        waits = scheduling.waits(session, model, row_id)
+        others = len(registry.present(session, context.settings, queue=model.QUEUE)) - 1
+    if not waits or hops >= others:
+        log.info("nothing_to_do", row=row_id)
+        return
+    try:
+        _queue().send(model, row_id, hops=hops + 1)
+    except BROKER_ERRORS as error:
+        log.warning("message_not_sent", row=row_id, error=str(error))
 
 
 for _name, _adapter in ADAPTERS.items():
@@ -93,19 +152,57 @@ def _set_up_logs(**_: object) -> None:
 
 
 @worker_ready.connect
-def _start_sweeping(**_: object) -> None:
-    threading.Thread(target=_sweep_forever, name="sweep", daemon=True).start()
-
-
-def _sweep_forever() -> None:
+def _start_threads(**_: object) -> None:
     settings = get_settings()
     database, queue = Database(settings.database_url), Queue(settings.redis_url)
-    never = threading.Event()
-    while True:
-        try:
-            sweep(database, queue, settings)
-        except SQLAlchemyError as error:
-            log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
-        except BROKER_ERRORS as error:
-            log.warning("sweep_failed", error=str(error))
-        never.wait(settings.sweep_s)
+    worker = _presence.registered
+
+    def _beat() -> None:
+        with database.write() as session:
+            registry.beat(session, worker)
+
+    def _begin() -> None:
+        _beat()
+        _wake(database, queue, worker)
+
+    _repeat("heartbeat", _beat, settings.lease_s / 3, first=_begin)
+    _repeat("sweep", lambda: sweep(database, queue, settings), settings.sweep_s)
+
+
+def _forget(worker: Worker) -> None:
+    database = Database(get_settings().database_url)
+    try:
+        with database.write() as session:
+            repository.forget(session, worker.id)
+    except SQLAlchemyError as error:
+        log.warning("not_forgotten", error=str(error).split("\n", 1)[0])
+
+
+def _wake(database: Database, queue: Queue, worker: Worker) -> None:
+    """Send for the rows that have waited for a worker like this one: their messages have found nobody."""
+    for model in LEASED:
+        if model.QUEUE in worker.queues:
+            with database.read() as session:
+                row_id = scheduling.next_id(session, model, Offer.of(worker))
+            if row_id is not None:
+                queue.send(model, row_id)
+
+
+def _repeat(
+    name: str, action: Callable[[], object], every_s: float, *, first: Callable[[], object] | None = None
+) -> None:
+    """Do `action` in a thread as long as the worker lives, `first` the first time; what is away is asked again."""
+
+    def _loop() -> None:
+        current = first or action
+        while not _presence.ended.is_set():
+            try:
+                current()
+                current = action
+            except SQLAlchemyError as error:
+                log.warning(f"{name}_failed", error=str(error).split("\n", 1)[0])
+            except BROKER_ERRORS as error:
+                log.warning(f"{name}_failed", error=str(error))
+            _presence.ended.wait(every_s)
+
+    threading.Thread(target=_loop, name=name, daemon=True).start()
