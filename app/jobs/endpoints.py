@@ -3,12 +3,13 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Response
+from sqlalchemy.orm import Session
 
 from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
 from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep
+from app.dependencies import DatabaseDep, QueueDep, SettingsDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.idempotency import IdempotencyHeader, KeyReused, once
 from app.jobs import repository, service
@@ -18,6 +19,7 @@ from app.jobs.schemas import (
     EvaluationsOut,
     EventOut,
     JobOut,
+    JobPatch,
     JobStatus,
     MetricsOut,
     Subject,
@@ -26,6 +28,7 @@ from app.jobs.schemas import (
 from app.models import Job
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
+from app.settings import Settings
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -40,6 +43,10 @@ SPEC_SCHEMA: dict[str, Any] = {
 SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)
 
 
+def _one(session: Session, settings: Settings, row: Job) -> JobOut:
+    return service.shown(session, settings, [row])[0]
+
+
 @router.post("", status_code=201, responses=problems(*SPEC_PROBLEMS, KeyReused), openapi_extra=SPEC_SCHEMA)
 def create_job(
     body: SpecBody,
@@ -48,6 +55,7 @@ def create_job(
     database: DatabaseDep,
     catalog: CatalogDep,
     queue: QueueDep,
+    settings: SettingsDep,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
     """Make a job and queue it."""
@@ -60,21 +68,24 @@ def create_job(
             key=idempotency_key,
             body=body,
             output=JobOut,
-            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue)),
+            create=lambda: _one(session, settings, service.create(session, caller, body, catalog, queue, settings)),
         )
 
 
 @router.post("/validate", responses=problems(*SPEC_PROBLEMS), openapi_extra=SPEC_SCHEMA)
-def validate_job(body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep) -> ValidatedOut:
+def validate_job(
+    body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep, settings: SettingsDep
+) -> ValidatedOut:
     """Check a spec and return it resolved; nothing is made."""
     with database.read() as session:
-        return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body).spec)
+        return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body, settings).spec)
 
 
 @router.get("", responses=problems(Invalid))
 def list_jobs(
     caller: CurrentCaller,
     database: DatabaseDep,
+    settings: SettingsDep,
     page: Annotated[PageQuery, Depends(page_query)],
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
     dataset: Annotated[
@@ -88,21 +99,34 @@ def list_jobs(
     statement = repository.of_tenant(caller.tenant_id, status=status, dataset_id=dataset, name=name)
     with database.read() as session:
         rows, cursor = page_of(session, statement, Job, page)
-        return Page(data=[JobOut.of(row) for row in rows], has_more=cursor is not None, next_cursor=cursor)
+        return Page(data=service.shown(session, settings, rows), has_more=cursor is not None, next_cursor=cursor)
 
 
 @router.get("/{job_id}", responses=problems(NotFound))
-def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Return one job."""
     with database.read() as session:
-        return JobOut.of(service.get(session, caller, job_id))
+        return _one(session, settings, service.get(session, caller, job_id))
+
+
+@router.patch(
+    "/{job_id}", responses=problems(NotFound, Conflict, Invalid, service.PriorityTooHigh, CrossSite, PayloadTooLarge)
+)
+def change_job(
+    job_id: str, body: JobPatch, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep
+) -> JobOut:
+    """Change a job's priority."""
+    with database.write() as session:
+        row = service.set_priority(session, caller, job_id, body.priority)
+        session.flush()
+        return _one(session, settings, row)
 
 
 @router.post("/{job_id}/cancel", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
-def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Ask a job to end. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(service.cancel(session, caller, job_id))
+        return _one(session, settings, service.cancel(session, caller, job_id))
 
 
 @router.get("/{job_id}/events", responses=problems(NotFound, Invalid))

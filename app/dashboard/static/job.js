@@ -1,6 +1,6 @@
 // A job's page: one poll keeps every part of it live until the job has ended.
 
-import { get, getAll, poll, post } from "./api.js";
+import { get, getAll, patch, poll, post } from "./api.js";
 import { accuracyChart, lossChart } from "./charts.js";
 import { byId, initialData, segments, showFailure } from "./dom.js";
 import { showClasses, showTiles } from "./evaluation.js";
@@ -120,9 +120,26 @@ function listenToCancel(wake) {
   });
 }
 
+function listenToPriority(wake) {
+  const error = byId("priority-error");
+  byId("priority-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    error.hidden = true;
+    try {
+      showProgress(await patch(base, { priority: byId("priority").valueAsNumber }));
+      wake();
+    } catch (problem) {
+      error.textContent = problem.message;
+      error.hidden = false;
+    }
+  });
+}
+
 byId("loss-subject").hidden = !trainsTeacher;
 segments(byId("loss-subject"), (subject) => losses.select(subject));
 segments(byId("loss-scale"), (scale) => losses.scale(scale));
 showProgress(initial);
 showFailure(initial.failure);
-listenToCancel(poll(refresh).wake);
+const { wake } = poll(refresh);
+listenToCancel(wake);
+listenToPriority(wake);

@@ -23,12 +23,24 @@ const RESTING = {
 
 export const isTerminal = (status) => TERMINAL.has(status);
 
+/** Where a queued job stands, in words. */
+export function describeQueue(queue) {
+  const ahead = queue.position === null ? `${queue.jobs_ahead} or more jobs ahead` : `${queue.jobs_ahead} ahead`;
+  const words = [queue.jobs_ahead === 0 ? "Next in the queue" : ahead, `waits for ${queue.waiting_for}`];
+  if (queue.eta_s !== null) {
+    const spread = `${format.duration(queue.eta_low_s)} to ${format.duration(queue.eta_high_s)}`;
+    words.push(`begins in ${format.duration(queue.eta_s)} (${spread})`);
+  }
+  return words.join(" · ");
+}
+
 const phaseOf = (job) => RESTING[job.status] ?? PHASES[job.progress?.phase] ?? "Preparing";
 
 /** A job's progress for its row: `fraction` (0 to 1) and a few words with the epoch. */
 export function describeProgress(job) {
   const { progress } = job;
   const fraction = job.status === "succeeded" ? 1 : (progress?.fraction ?? 0);
+  if (job.queue) return { fraction, text: describeQueue(job.queue) };
   const words = [phaseOf(job)];
   if (progress?.epoch != null && job.status !== "succeeded") {
     words.push(`epoch ${format.outOf(progress.epoch, progress.epochs)}`);
@@ -52,5 +64,8 @@ export function showProgress(job) {
   setText(byId("fact-eta"), live ? format.duration(progress?.eta_s) : format.NONE);
   setText(byId("fact-elapsed"), format.duration(format.elapsed(job.started_at, job.finished_at)));
   setText(byId("fact-attempt"), format.count(job.attempt));
+  setText(byId("fact-priority"), String(job.priority));
+  byId("queue").hidden = !job.queue;
+  if (job.queue) setText(byId("queue-place"), describeQueue(job.queue));
   byId("cancel").disabled = !live || job.status === "cancelling";
 }
