@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+BENCHMARKS := $(filter-out __init__ %_runs %_setups,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup setup-browser demo up test test-fast test-slow lint types catalog format clean
+.PHONY: help setup setup-browser demo up test test-fast test-slow test-gpu bench lint types catalog format clean
 
 help: ## print every command
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +37,12 @@ test-fast: setup ## unit tests only: no stack, no browser
 
 test-slow: setup ## what takes minutes: the demo, and blood cells where ../shared/data/bccd or DEFEAT_TEST_DATA is there
 	$(PYTEST) -m slow --timeout=3600 -rs
+
+test-gpu: setup ## what needs a GPU
+	$(PYTEST) -m gpu --timeout=1800 -rs
+
+bench: setup ## every benchmark in its short form; each prints one JSON object on its last line
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || true; done
 
 lint: setup ## ruff, import rules, and whether app/catalog.json is up to date
 	$(BIN)/ruff check

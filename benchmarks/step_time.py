@@ -9,6 +9,7 @@ one JSON object; the exit code is 1 if a goal is missed.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -58,13 +59,15 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained on: `pictures` of height x width px, and the two backbones."""
+    """What is trained on: `pictures` of height x width px; the two backbones; what else the detectors' specs say."""
 
     teacher: str
     student: str
     pictures: int
     height: int
     width: int
+    detector: Mapping[str, Any]
+    two_stage: Mapping[str, Any]
     schedule: Mapping[str, Any]
     repeats: int
 
@@ -75,6 +78,8 @@ GPU = Size(
     pictures=8,
     height=800,
     width=1333,
+    detector={},
+    two_stage={},
     schedule={"precision": "bfloat16", "channels_last": True},
     repeats=30,
 )
@@ -84,6 +89,9 @@ CPU = Size(
     pictures=2,
     height=192,
     width=256,
+    # As the examples for a CPU: narrow pyramids, and as many proposals for a picture's area as the paper's have.
+    detector={"pyramid_channels": 64},
+    two_stage={"box_samples": 32, "train_proposals": 200, "test_proposals": 100},
     schedule={},
     repeats=15,
 )
@@ -116,7 +124,7 @@ class Bench:
         self.plain = _step(_build(case, size, size.student, device), None, {"method": "baseline"}, size)
         self.teacher = teacher
         images = [to_float(image, device) for image in self.batch.images]
-        self.seen: Tensor = teacher.transform(images)[0].tensors  # type: ignore[operator, union-attr]
+        self.seen: Tensor = teacher.transform(images)[0].tensors
 
     def defeat(self) -> None:
         """Take DeFeat's step."""
@@ -143,6 +151,8 @@ def _build(case: Case, size: Size, backbone: str, device: torch.device) -> Detec
         "backbone": backbone,
         "min_size": min(size.height, size.width),
         "max_size": max(size.height, size.width),
+        **size.detector,
+        **(size.two_stage if case.architecture == "faster_rcnn" else {}),
     }
     return detectors.build(spec, CLASSES).to(device)
 
@@ -191,9 +201,12 @@ def measure(case: Case, size: Size, device: torch.device) -> dict[str, Any]:
 
 def _sized(arguments: argparse.Namespace) -> Size:
     size = GPU if arguments.device == "cuda" else CPU
-    if not arguments.quick:
-        return size
-    return Size(**{**vars(size), "repeats": max(3, size.repeats // 5)})
+    changes: dict[str, Any] = {}
+    if arguments.quick:
+        changes["repeats"] = max(5, size.repeats // 5)
+    if arguments.channels:
+        changes["detector"] = {**size.detector, "pyramid_channels": arguments.channels}
+    return dataclasses.replace(size, **changes)
 
 
 def _cases(size: Size, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -207,6 +220,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and print; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a fifth of the repeats")
+    parser.add_argument("--channels", type=int, help="channels of the pyramids, instead of the size's own")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     size, device = _sized(given), torch.device(given.device)
@@ -219,7 +233,7 @@ def main(arguments: Sequence[str]) -> int:
         "ok": all(result["ok"] for result in cases.values()),
         "cases": cases,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "size": {key: value for key, value in vars(size).items() if key != "schedule"} | dict(size.schedule),
+        "size": vars(size),
     }
     print(json.dumps(summary))
     return 0 if summary["ok"] else 1

@@ -96,6 +96,9 @@ def losses(subject: str, job_id: str, epochs: float, *, distilled: bool, seed: i
                 "loss/head_background": 0.02 + 0.1 * fall,
             }
         parts = {name: round(value * rng.lognormvariate(0, 0.09), 5) for name, value in parts.items()}
+        pulls = (
+            {name.replace("loss/", "gradient_share/"): value for name, value in parts.items()} if step % 5 == 1 else {}
+        )
         yield JobMetric(
             job_id=job_id,
             subject=subject,
@@ -104,6 +107,7 @@ def losses(subject: str, job_id: str, epochs: float, *, distilled: bool, seed: i
             values={
                 "loss/total": round(sum(parts.values()), 5),
                 **parts,
+                **{name: value / sum(pulls.values()) for name, value in pulls.items()},
                 "learning_rate": 0.02,
                 "images_per_s": round(rng.uniform(38, 44), 2),
             },

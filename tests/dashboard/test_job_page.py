@@ -89,6 +89,17 @@ def test_the_losses_are_drawn_by_part_for_teacher_and_student(page: Page, servic
     expect(page.get_by_role("button", name="Log")).to_have_attribute("aria-pressed", "true")
 
 
+def test_the_shares_of_the_gradient_add_up(page: Page, service: Service) -> None:
+    open_job(page, service.seeded.succeeded)
+    page.get_by_role("button", name="Gradient").click()
+    wait_until(page, "document.querySelector('#loss-chart').data?.[0].stackgroup === 'shares'")
+    drawn = curves(page, "loss-chart")
+    assert {"classifier", "neck object", "head background"} <= set(drawn)
+    assert "total" not in drawn
+    for shares in zip(*(curve["y"] for curve in drawn.values()), strict=True):
+        assert sum(shares) == pytest.approx(1)
+
+
 def test_a_teacher_in_training_shows_its_own_losses(page: Page, service: Service) -> None:
     open_job(page, service.seeded.at_teacher)
     expect(page.get_by_role("button", name="Teacher", exact=True)).to_have_attribute("aria-pressed", "true")

@@ -8,11 +8,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import overwrite_eps
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
-from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
+from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
 from worker.detectors.backbones import Pyramid
@@ -20,6 +19,7 @@ from worker.detectors.base import Detections, Detector, HeadKind, Part, Target, 
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
 from worker.detectors.mobilenet import BACKBONE, STRIDE, MobileNetPyramid
 from worker.detectors.outputs import select_outputs
+from worker.detectors.precision import WideAnchors, WideRPNHead, widened
 
 ROI_SIZE = 7
 
@@ -145,7 +145,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     def __init__(self, config: TwoStageConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
         pyramid = config.make_pyramid(pretrained=pretrained_backbone)
-        anchors = AnchorGenerator(
+        anchors = WideAnchors(
             sizes=config.anchor_sizes(pyramid.strides),
             aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
         )
@@ -164,7 +164,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             ),
             box_head=_box_head(config),
             box_predictor=FastRCNNPredictor(config.head_channels, len(classes) + 1),
-            rpn_head=RPNHead(
+            rpn_head=WideRPNHead(
                 config.pyramid_channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convolutions
             ),
             box_score_thresh=config.score_threshold,
@@ -302,7 +302,8 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     ) -> tuple[Tensor, Tensor]:
         heads = self.roi_heads
         pooled = heads.box_roi_pool(features, proposals, image_sizes)
-        return cast(tuple[Tensor, Tensor], heads.box_predictor(heads.box_head(pooled)))
+        class_logits, box_regression = heads.box_predictor(heads.box_head(pooled))
+        return widened(class_logits), widened(box_regression)
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:

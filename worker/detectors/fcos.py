@@ -6,11 +6,11 @@ from typing import Annotated, Literal, cast
 from pydantic import Field
 from torch import Tensor
 from torchvision.models.detection import FCOS
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from worker.detectors.base import Part, Target
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, SigmoidDetector
+from worker.detectors.precision import WideAnchors
 
 
 class FCOSConfig(OneStageConfig):
@@ -45,7 +45,7 @@ class FCOSDetector(SigmoidDetector, FCOS):
     def __init__(self, config: FCOSConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
         pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
-        anchors = AnchorGenerator(
+        anchors = WideAnchors(
             sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
             aspect_ratios=((1.0,),) * len(pyramid.strides),
         )

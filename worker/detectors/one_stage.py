@@ -18,6 +18,7 @@ from torch import Tensor
 from worker.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
 from worker.detectors.config import PyramidConfig, Strides
 from worker.detectors.outputs import select_outputs
+from worker.detectors.precision import widened
 
 
 class OneStageConfig(PyramidConfig):
@@ -58,7 +59,8 @@ class OneStageDetector(Detector):
         batch, scaled = self.transform(images, targets)
         maps = self.maps(batch.tensors)
         levels = list(maps.features.values())
-        outputs, anchors = self.head(levels), self.anchor_generator(batch, levels)
+        outputs = {name: widened(output) for name, output in self.head(levels).items()}
+        anchors = self.anchor_generator(batch, levels)
         losses = self.match_and_compare(scaled, outputs, anchors, levels)
         return TrainPass(
             images=batch.tensors,

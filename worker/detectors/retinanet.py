@@ -8,12 +8,12 @@ from typing import Annotated, Literal, cast
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from worker.detectors.base import Part, Target
 from worker.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageConfig, SigmoidDetector
+from worker.detectors.precision import WideAnchors
 
 NORM_GROUPS = 32
 
@@ -53,7 +53,7 @@ class RetinaNetDetector(SigmoidDetector, RetinaNet):
         """Build the detector with random weights, or with an ImageNet backbone."""
         pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
         octaves = [2 ** (octave / config.anchor_octaves) for octave in range(config.anchor_octaves)]
-        anchors = AnchorGenerator(
+        anchors = WideAnchors(
             # Whole pixels, cut off as torchvision does: its weights were trained on these.
             sizes=tuple(
                 tuple(int(config.anchor_scale * stride * octave) for octave in octaves) for stride in pyramid.strides

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.ops import box_iou
@@ -23,6 +22,7 @@ from worker.detectors.base import Target
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
 from worker.detectors.one_stage import OneStageDetector
 from worker.detectors.outputs import select_outputs
+from worker.detectors.precision import WideDefaultBoxes
 
 # Section 3.1 and the authors' SSD300 for COCO: box sides as shares of the picture's, and aspect ratios beside 1.
 SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
@@ -121,7 +121,7 @@ class SSDDetector(SSDFamilyDetector, SSD):
         strides = (*config.strides, config.size / 3, config.size)
         super().__init__(
             VGGPyramid(_vgg16(pretrained=pretrained_backbone), highres=False),
-            DefaultBoxGenerator(ASPECT_RATIOS, scales=SCALES, steps=list(strides)),
+            WideDefaultBoxes(ASPECT_RATIOS, scales=SCALES, steps=list(strides)),
             (config.size, config.size),
             len(classes) + 1,
             # The backbone's weights come from Caffe: the mean alone is taken off, of values from 0 to 255.

@@ -13,13 +13,13 @@ import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection._utils import retrieve_out_channels
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
 
 from worker.detectors.backbones import weights_unavailable
 from worker.detectors.base import Target, TrainPass
 from worker.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from worker.detectors.precision import WideDefaultBoxes
 from worker.detectors.ssd import Candidates, SSDFamilyConfig, SSDFamilyDetector
 from worker.report import RunError
 
@@ -77,7 +77,7 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
         backbone = _mobilenet(config, norm_layer, pretrained=pretrained_backbone)
         size = (config.size, config.size)
         channels = retrieve_out_channels(backbone, size)
-        boxes = DefaultBoxGenerator(ASPECT_RATIOS, min_ratio=0.2, max_ratio=0.95)
+        boxes = WideDefaultBoxes(ASPECT_RATIOS, min_ratio=0.2, max_ratio=0.95)
         super().__init__(
             backbone,
             boxes,

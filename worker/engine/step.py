@@ -34,14 +34,16 @@ class Losses(nn.Module):
         self.precision = precision
 
     def forward(self, batch: Batch, clock: Clock, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return each part of the loss and, if `measured`, the norm of its gradient at the detector's pyramid."""
+        """Return each part of the loss and, if `measured`, the norm of its gradient where all of them meet."""
         device = next(self.detector.parameters()).device
         images = [to_float(image, device) for image in batch.images]
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
             passed = self.detector.train_pass(images, batch.targets_on(device))
             losses = {**passed.losses, **self.method(passed, self.frozen[0], clock)}
         losses = {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
-        return losses, gradient_norms(losses, list(passed.features.values())) if measured else {}
+        # At the backbone's maps, so that a part that looks at them counts; at the pyramid where those are not seen.
+        shared = list((passed.backbone or passed.features).values())
+        return losses, gradient_norms(losses, shared) if measured else {}
 
 
 class Step:
@@ -96,8 +98,8 @@ class Step:
 
         Returns:
             Means over all processes of: each part of the loss and their sum (`loss/…`), the norm of the whole gradient
-            before clipping, and, if `measured`, each part's share of the gradient norms at the pyramid
-            (`gradient_share/…`); and whether any process was asked to end.
+            before clipping, the learning rate, and, if `measured`, each part's share of the gradient norms at the
+            backbone's maps (`gradient_share/…`); and whether any process was asked to end.
 
         Raises:
             RunError: `loss_not_finite`, naming the parts, the weights being as before the step; `out_of_memory`.

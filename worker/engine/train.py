@@ -183,9 +183,7 @@ class Training:
             if self._average:
                 self._average.update(self.detector, step=step)
             self._watch.look(values, step=step)
-            taken = time.monotonic() - asked_at
-            asked_at = time.monotonic()
-            self._running.add({**values, "data_wait": waited / taken})
+            self._running.add({**values, "data_wait": waited / (time.monotonic() - asked_at)})
             rate = watch.lap(schedule.batch_size)
             context.plan.advance(schedule.batch_size * self._picture_cost)
             if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
@@ -196,6 +194,7 @@ class Training:
                 raise Cancelled
             if time.monotonic() - self._saved_at > 60 * schedule.checkpoint_minutes:
                 self._save(epoch, index + 1)
+            asked_at = time.monotonic()
 
     def _log(self, step: int, steps: int, *, images_per_s: float) -> None:
         means = self._running.take()

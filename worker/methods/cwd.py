@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, pointwise_if_needed
-from worker.methods.losses import widened
 
 
 class CWDConfig(Config):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.methods.balance import Balance
 from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from worker.methods.masks import MaskMode, object_masks
@@ -41,6 +42,14 @@ class DefeatConfig(Config):
     backbone_background_weight: Annotated[Weight, Field(description="Weight of the backbone's background cells.")] = 0.0
     head_object_weight: Annotated[Weight, Field(description="Weight of positive proposals.")] = 2.0
     head_background_weight: Annotated[Weight, Field(description="Weight of negative proposals.")] = 2.0
+    weights: Annotated[
+        Literal["fixed", "auto"],
+        Field(
+            description="`fixed`: as given. `auto`: each neck and head part that has a weight pulls at the student's "
+            "pyramid as hard as its own losses together, by gradient norms that are measured now and then; which "
+            "weight it has makes no difference."
+        ),
+    ] = "fixed"
     head_object_temperature: Annotated[Temperature, Field(description="Temperature of positive proposals.")] = 1.0
     head_background_temperature: Annotated[Temperature, Field(description="Temperature of negative proposals.")] = 1.0
     proposals: Annotated[
@@ -70,27 +79,17 @@ class DefeatConfig(Config):
         ),
     ] = "constant"
 
-    @property
-    def uses_neck(self) -> bool:
-        """Whether any neck part has a weight."""
-        return self.neck_object_weight > 0 or self.neck_background_weight > 0
-
-    @property
-    def uses_backbone(self) -> bool:
-        """Whether any backbone part has a weight."""
-        return self.backbone_object_weight > 0 or self.backbone_background_weight > 0
-
-    @property
-    def uses_head(self) -> bool:
-        """Whether any head part has a weight."""
-        return self.head_object_weight > 0 or self.head_background_weight > 0
+    def parts(self, *of: Literal["neck", "backbone", "head"]) -> list[str]:
+        """Return the names of the losses `of` these places that have a weight."""
+        names = [f"{place}_{part}" for place in of for part in ("object", "background")]
+        return [name for name in names if getattr(self, f"{name}_weight") > 0]
 
 
 def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
     """Raise `RunError` if the head part is asked for and a detector has no proposals to compare."""
     detectors = {"student": student, "teacher": teacher}
     without = [who for who, detector in detectors.items() if detector and detector.head_kind != "two_stage"]
-    if config.uses_head and without:
+    if config.parts("head") and without:
         raise RunError(
             "user",
             "head_does_not_pair",
@@ -105,7 +104,7 @@ def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) 
     Raises:
         RunError: `backbones_do_not_pair` if it is asked for and there are none.
     """
-    if not config.uses_backbone:
+    if not config.parts("backbone"):
         return []
     ours, theirs = student.backbone_channels, teacher.backbone_channels
     if shared := [stride for stride in BACKBONE_STRIDES if stride in ours and stride in theirs]:
@@ -131,10 +130,11 @@ class Defeat(NeckMethod):
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("defeat", student, teacher, NearZero if config.uses_neck else lambda *_: nn.Identity())
+        super().__init__("defeat", student, teacher, NearZero if config.parts("neck") else lambda *_: nn.Identity())
         assert teacher is not None
         self.config = config
         _require_heads(config, student, teacher)
+        self.balance = Balance(config.parts("neck", "head")) if config.weights == "auto" else None
         self.backbone_strides = _pair_backbones(config, student, teacher)
         self.backbone_adapters = nn.ModuleList(
             nn.Sequential(NearZero(student.backbone_channels[stride], teacher.backbone_channels[stride]), nn.ReLU())
@@ -142,16 +142,19 @@ class Defeat(NeckMethod):
         )
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
-        """See `Method.losses`: `neck_object`, `neck_background`; likewise of `backbone` and `head`."""
+        """See `Method.losses`: `neck_object`, `neck_background`, of `backbone`, of `head`; what has a weight."""
         losses: dict[str, Tensor] = {}
-        if self.config.uses_neck:
+        if self.config.parts("neck"):
             losses |= self._neck(student, teacher)
-        if self.config.uses_backbone:
+        if self.config.parts("backbone"):
             losses |= self._backbone(student, teacher)
-        if self.config.uses_head:
+        if self.config.parts("head"):
             losses |= self._head(student, teacher)
+        if self.balance is not None:
+            losses = self.balance(student, losses, clock.step)
         factor = strength(clock, warmup_steps=self.config.warmup_steps, decay=self.config.decay)
-        return {name: factor * loss for name, loss in losses.items()}
+        weighed = self.config.parts("neck", "backbone", "head")
+        return {name: factor * losses[name] for name in weighed}
 
     def _masks(self, student: TrainPass, sizes: list[tuple[int, int]], strides: list[int]) -> list[Tensor]:
         return object_masks(

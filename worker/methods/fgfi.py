@@ -13,8 +13,9 @@ from torchvision.ops import box_iou
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass
-from worker.methods.losses import mean_over_ranks, widened
+from worker.methods.losses import mean_over_ranks
 from worker.report import RunError
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, pointwise
-from worker.methods.losses import widened
 
 
 class FitNetConfig(Config):

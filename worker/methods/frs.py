@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
-from worker.methods.losses import widened
 from worker.methods.strength import strength
 from worker.report import RunError
 

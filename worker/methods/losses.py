@@ -8,13 +8,10 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from worker.detectors.precision import widened
+
 # Values that the neck loss works on at a time: few enough to stay in a processor's cache, and to need no memory.
 BLOCK = {"cpu": 2**19, "cuda": 2**23}
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 or wider, also under autocast: a sum of millions of squares does not fit a half."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def mean_over_ranks(counts: Tensor) -> tuple[Tensor, float]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, pointwise_if_needed
-from worker.methods.losses import widened
 
 
 class MGDConfig(Config):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
+from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
-from worker.methods.losses import widened
 from worker.report import RunError
 
 LEVELS = 4  # The authors leave the levels behind the fourth alone.

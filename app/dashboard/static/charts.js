@@ -69,17 +69,40 @@ export function thin(x, y, most = MOST_POINTS) {
   return thinned;
 }
 
-/** "loss/neck_object" as "neck object". */
-const partName = (name) => name.slice("loss/".length).replaceAll("_", " ").replaceAll("/", " ");
+/** "loss/neck_object" and "gradient_share/neck_object" as "neck object". */
+const partName = (name) => name.slice(name.indexOf("/") + 1).replaceAll("_", " ").replaceAll("/", " ");
 
 // Class names and loss names come from people, and Plotly reads <b> and the like in them.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
+// A short curve starts at 0 on a linear scale; a logarithm has no 0.
+const AXES = {
+  linear: { type: "linear", rangemode: "tozero" },
+  log: { type: "log" },
+  share: { type: "linear", range: [0, 1], tickformat: ".0%" },
+};
 
 /** The loss by step, one curve for each part, of the teacher's training or of the student's. */
 export function lossChart(element, empty) {
   const rows = { teacher: [], student: [] };
   let subject = "student";
   let scale = "linear";
+
+  /** Each part's share of the gradient, one on the other: they add up to 1 wherever they were measured. */
+  function shares() {
+    const measured = rows[subject].filter((row) => Object.keys(row.values).some((name) => name.startsWith("gradient_share/")));
+    const names = new Set(measured.flatMap((row) => Object.keys(row.values)));
+    const parts = [...names].filter((name) => name.startsWith("gradient_share/")).sort();
+    return parts.map((name, index) => ({
+      x: measured.map((row) => row.step),
+      y: measured.map((row) => row.values[name] ?? 0),
+      name: plain(partName(name)),
+      mode: measured.length === 1 ? "markers" : "lines",
+      stackgroup: "shares",
+      line: { width: 1, color: color(`series-${index % 8}`) },
+      hovertemplate: "%{y:.1%}",
+    }));
+  }
 
   function traces() {
     const steps = rows[subject].map((row) => row.step);
@@ -101,8 +124,9 @@ export function lossChart(element, empty) {
   }
 
   async function draw() {
-    const drawn = traces();
+    const drawn = scale === "share" ? shares() : traces();
     empty.hidden = drawn.length > 0;
+    empty.textContent = scale === "share" ? "No gradient measured so far." : "No losses logged so far.";
     element.hidden = drawn.length === 0;
     if (drawn.length === 0) return;
     const Plotly = await loadPlotly();
@@ -110,8 +134,7 @@ export function lossChart(element, empty) {
     await Plotly.react(
       element,
       drawn,
-      // A short curve starts at 0 on a linear scale; a logarithm has no 0.
-      layout(element, "step", "loss", {}, scale === "log" ? { type: "log" } : { type: "linear", rangemode: "tozero" }),
+      layout(element, "step", scale === "share" ? "share of the gradient" : "loss", {}, AXES[scale]),
       CONFIG,
     );
     setAttribute(

@@ -15,7 +15,8 @@ from worker.engine.checkpoint import TrainingState
 from worker.report import Reporter
 
 NAMES = ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors")
-# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves.
+# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves,
+# part weights that are measured.
 SCHEDULE = {
     "epochs": 2,
     "batch_size": 4,
@@ -29,7 +30,7 @@ SCHEDULE = {
 JOB = spec(
     teacher={**spec()["teacher"], "schedule": {**SCHEDULE, "epochs": 1}},
     schedule=SCHEDULE,
-    distillation={"method": "defeat", "proposals": "both", "warmup_steps": 3},
+    distillation={"method": "defeat", "proposals": "both", "weights": "auto", "warmup_steps": 3},
 )
 
 
@@ -106,7 +107,17 @@ def test_killed_twice_without_warning(whole, dataset, tmp_path):
     the_same(whole[0], last)
 
 
-def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("when", "at"),
+    [
+        # Seen after the third step, so that the fourth is the last.
+        (lambda phase, given: phase == "distillation" and given["step"] == 3, ("student", 0, 4)),
+        # While the last epoch is being measured: its steps are kept, and measured again.
+        (lambda phase, given: phase == "distillation" and given["step"] == 8, ("student", 1, 4)),
+    ],
+    ids=["in_an_epoch", "while_measuring"],
+)
+def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path, when, at):
     job = {**JOB, "schedule": {**SCHEDULE, "checkpoint_minutes": 60}}
     directory = write_run(tmp_path / "first", dataset, job)
     with pytest.MonkeyPatch.context() as patch:
@@ -114,35 +125,13 @@ def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path):
 
         def _progress(self, phase, **given):
             plain(self, phase, **given)
-            self.cancelled |= phase == "distillation" and given["step"] == 3
+            self.cancelled |= when(phase, given)
 
         patch.setattr(Reporter, "progress", _progress)
         assert run(directory)["status"] == "cancelled"
     checkpoint = directory / "checkpoints" / "last.pt"
     state = TrainingState.load(checkpoint, device=torch.device("cpu"))
-    assert (state.subject, state.epoch, state.step) == ("student", 0, 4)
-    resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
-    assert run(resumed)["status"] == "succeeded"
-    the_same(whole[0], resumed)
-
-
-def test_asked_to_end_while_measuring_it_keeps_the_epoch(whole, dataset, tmp_path):
-    job = {**JOB, "schedule": {**SCHEDULE, "checkpoint_minutes": 60}}
-    directory = write_run(tmp_path / "first", dataset, job)
-    with pytest.MonkeyPatch.context() as patch:
-        plain = Reporter.progress
-
-        def _progress(self, phase, **given):
-            plain(self, phase, **given)
-            self.cancelled |= (phase == "distillation" and given["step"] == 8) or (
-                phase == "evaluation" and given["epoch"] == 2
-            )
-
-        patch.setattr(Reporter, "progress", _progress)
-        assert run(directory)["status"] == "cancelled"
-    checkpoint = directory / "checkpoints" / "last.pt"
-    state = TrainingState.load(checkpoint, device=torch.device("cpu"))
-    assert (state.subject, state.epoch, state.step) == ("student", 1, 4)
+    assert (state.subject, state.epoch, state.step) == at
     resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
     assert run(resumed)["status"] == "succeeded"
     the_same(whole[0], resumed)

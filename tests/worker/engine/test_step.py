@@ -16,7 +16,6 @@ from worker.engine.world import World
 from worker.methods.base import Clock
 from worker.report import RunError
 
-CPU = torch.device("cpu")
 START = Clock(step=0, steps=10, epoch=0, epochs=1)
 # A RetinaNet without batch norm in motion: its losses are means over pictures, so parts of a batch add up to the whole.
 RETINANET = {
@@ -36,15 +35,22 @@ def batch_of(count):
     return Batch(images=[(255 * image).byte() for image in images], targets=targets)
 
 
-def step_for(detector=RETINANET, distillation=None, **schedule):
+def step_for(detector=RETINANET, distillation=None, device="cpu", **schedule):
     torch.manual_seed(0)
-    student = detectors.build(detector, CLASSES).train()
+    student = detectors.build(detector, CLASSES).train().to(device)
     teacher = None
     if distillation is not None:
-        teacher = detectors.build({**detector, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
-    method = methods.build(distillation or {"method": "baseline"}, student, teacher)
+        teacher = detectors.build({**detector, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False).to(device)
+    method = methods.build(distillation or {"method": "baseline"}, student, teacher).to(device)
     given = {"warmup_steps": 0, "batch_size": 4, "learning_rate": 0.01, **schedule}
-    step = Step(student, method=method, teacher=teacher, schedule=ScheduleConfig(**given), world=World(), device=CPU)
+    step = Step(
+        student,
+        method=method,
+        teacher=teacher,
+        schedule=ScheduleConfig(**given),
+        world=World(),
+        device=torch.device(device),
+    )
     return step
 
 
@@ -196,3 +202,53 @@ def test_a_part_that_stays_zero_is_told_once():
     ((level, code, message),) = reporter.messages
     assert (level, code) == ("warn", "loss_part_zero")
     assert message.startswith("loss/neck of the student has been 0 for 50 steps, up to step 49")
+
+
+@pytest.mark.slow
+def test_compiled_trunks_take_the_same_steps():
+    method = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0}
+    compiled, plain = (step_for(distillation=method, compile=one) for one in (True, False))
+    assert compiled.losses.detector.state_dict().keys() == plain.losses.detector.state_dict().keys()
+    for number in range(3):
+        found = []
+        for step in (compiled, plain):
+            torch.manual_seed(number)
+            found.append(step(batch_of(4), START, measured=number == 1)[0])
+        assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("detector", [RETINANET, TINY], ids=["retinanet", "faster_rcnn"])
+def test_steps_on_a_gpu_are_those_on_the_cpu(detector, precision):
+    method = {"method": "fitnet"}
+    cpu = step_for(detector, distillation=method, gradient_clip=0)
+    gpu = step_for(
+        detector, distillation=method, gradient_clip=0, precision=precision, channels_last=True, device="cuda"
+    )
+    torch.manual_seed(1)
+    expected, _ = cpu(batch_of(4), START, measured=True)
+    torch.manual_seed(1)
+    found, _ = gpu(batch_of(4), START, measured=True)
+    assert found.keys() == expected.keys()
+    # The neck draws nothing; a sampler's numbers differ by device, and with them a two-stage head's losses.
+    assert found["loss/neck"] == pytest.approx(expected["loss/neck"], rel=0.02)
+    if detector is RETINANET:
+        assert found["loss/total"] == pytest.approx(expected["loss/total"], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_memory_that_is_really_exhausted_says_what_would_fit():
+    free, _ = torch.cuda.mem_get_info()
+    step = step_for(TINY, batch_size=8, device="cuda")
+    plain, held = step.losses.detector.train_pass, []
+
+    def _train_pass(images, targets):
+        if len(images) > 2:  # more than there is, by torch's own allocator
+            held.append(torch.empty(2 * free, dtype=torch.uint8, device="cuda"))
+        return plain(images, targets)
+
+    step.losses.detector.train_pass = _train_pass
+    with pytest.raises(RunError, match=r"2 at a time fit: set schedule.accumulation to 4") as raised:
+        step(batch_of(8), START)
+    assert raised.value.code == "out_of_memory"
