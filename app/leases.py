@@ -5,17 +5,18 @@ fencing token: everything a worker writes goes through `fenced`, which matches t
 lease was taken over changes nothing.
 """
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app import scheduling
 from app.db import update_count, utcnow
-from app.models import Checkpoint, Dataset, Job, Leased
+from app.models import Checkpoint, Dataset, Job, JobEvent, Leased
 from app.scheduling import Offer
-from app.states import CANCELLING, FAILED
+from app.states import CANCELLING, FAILED, PAUSED, PAUSING
 
 LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
 Row = TypeVar("Row", Dataset, Checkpoint, Job)
@@ -26,12 +27,17 @@ class LeaseLost(Exception):
 
 
 def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_s: float) -> Row | None:
-    """Claim the row if it is queued, or if its lease has expired; return it, or None if it is not to be had."""
+    """Claim the row if it is queued and due, or if its lease has expired; return it, or None if it is not to be had.
+
+    An expired lease is a loss, which counts towards the limit of attempts. A row that was handed back has lost nothing.
+    """
     now = utcnow()
     # A row that somebody else is just changing is passed over: nobody waits for another's transaction.
     free = select(model.id).where(model.id == row_id, scheduling.free(model, now)).with_for_update(skip_locked=True)
     values: dict[str, Any] = {
         "attempt": model.attempt + 1,
+        "losses": case((model.status == model.CLAIMABLE, model.losses), else_=model.losses + 1),
+        "not_before": None,
         "lease_owner": owner,
         "lease_expires_at": now + timedelta(seconds=lease_s),
         "started_at": func.coalesce(model.started_at, now),
@@ -48,8 +54,8 @@ def claim_next(
 ) -> Row | None:
     """Claim the row that is next for a worker with this offer; None if there is none, or the worker is draining.
 
-    What others claim at the same moment is left to them. A row whose lost workers have used up its attempts is left
-    to the sweep, which fails it.
+    What others claim at the same moment is left to them. A row whose losses have reached the limit is left to the
+    sweep, which fails it.
     """
     if scheduling.draining(session, offer):
         return None
@@ -74,7 +80,7 @@ def fenced(session: Session, row: Leased, **values: Any) -> None:
 
 
 def renew(session: Session, row: Row, *, lease_s: float) -> Row:
-    """Extend the lease and return the row as it is now (its status may say `cancelling`).
+    """Extend the lease and return the row as it is now (its status may say `cancelling` or `pausing`).
 
     Raises `LeaseLost` if another attempt holds the row.
     """
@@ -90,38 +96,58 @@ def finish(session: Session, row: Leased, *, status: str, **values: Any) -> None
     fenced(session, row, status=status, finished_at=utcnow(), lease_expires_at=None, lease_owner=None, **values)
 
 
-def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> list[tuple[type[Leased], str]]:
-    """Return the rows whose message must be sent (again), and fail those that have used up their attempts.
+def give_back(session: Session, row: Leased, *, status: str, **values: Any) -> None:
+    """Let go of a row that has not ended, in one fenced write; where it is queued, the sweep sends its message."""
+    fenced(session, row, status=status, lease_expires_at=None, lease_owner=None, enqueued_at=None, **values)
 
-    Lost are: queued rows whose last message is older than `redeliver_s`, and held rows whose lease has expired. Safe
-    to run anywhere at any time: a row that is found twice is claimed once.
+
+def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> list[tuple[type[Leased], str]]:
+    """Return the rows whose message must be sent (again), and settle what no worker needs to see.
+
+    Lost are: queued rows that may be claimed by now and whose last message is older than `redeliver_s`, and held rows
+    whose lease has expired. Of the latter, those that have used up their attempts fail here, and those that were to be
+    paused are paused. Safe to run anywhere at any time: a row that is found twice is claimed once.
     """
     now = utcnow()
     lost: list[tuple[type[Leased], str]] = []
     for model in LEASED:
-        expired = and_(model.status.in_(model.HELD), model.lease_expires_at < now)
-        exhausted = update(model).where(expired, model.attempt >= max_attempts, model.status != CANCELLING)
-        update_count(
-            session,
-            exhausted.values(
-                status=FAILED,
-                finished_at=now,
-                lease_owner=None,
-                lease_expires_at=None,
-                failure={
-                    "class": "infra",
-                    "code": "attempts_exhausted",
-                    "detail": f"its worker was lost {max_attempts} times; the last one gave no reason",
-                },
-            ),
-        )
+        _settle_lost(session, model, now, max_attempts)
+        expired = scheduling.abandoned(model, now)
         stale = or_(model.enqueued_at.is_(None), model.enqueued_at < now - timedelta(seconds=redeliver_s))
         # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.
         unanswered = or_(stale, model.enqueued_at < model.lease_expires_at)
-        unsent = and_(model.status == model.CLAIMABLE, stale)
+        unsent = and_(model.status == model.CLAIMABLE, scheduling.due(model, now), stale)
         found = select(model.id).where(or_(unsent, and_(expired, unanswered))).limit(1000)
         ids = session.scalars(found).all()
         if ids:
             update_count(session, update(model).where(model.id.in_(ids)).values(enqueued_at=now))
         lost.extend((model, row_id) for row_id in ids)
     return lost
+
+
+def _settle_lost(session: Session, model: type[Leased], now: datetime, max_attempts: int) -> None:
+    """Fail the rows whose lease has expired once too often, and pause those that were about to be."""
+    released: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None, "losses": model.losses + 1}
+    expired = update(model).where(model.status.in_(model.HELD), model.lease_expires_at < now).returning(model.id)
+    paused = expired.where(model.status == PAUSING).values(status=PAUSED, **released)
+    _tell(session, model, paused, "info", "paused", "its worker was lost; the job is paused at its last checkpoint")
+    failure = {
+        "class": "infra",
+        "code": "attempts_exhausted",
+        "detail": f"its worker was lost or its machine failed {max_attempts} times with no new training checkpoint "
+        "between; the last one gave no reason: look at the workers' logs, and whether the run takes more memory or "
+        "disk than its machine has, then try it again",
+    }
+    given_up = expired.where(model.losses + 1 >= max_attempts, model.status.not_in((CANCELLING, PAUSING)))
+    given_up = given_up.values(status=FAILED, finished_at=now, failure=failure, **released)
+    message = f"infra failure {failure['code']}: {failure['detail']}"
+    _tell(session, model, given_up, "error", "failed", message)
+
+
+def _tell(session: Session, model: type[Leased], change: ReturningUpdate[Any], *note: str) -> None:
+    """Make the change, and tell it in the events of the jobs that it touches: `note` is level, code and message."""
+    ids = session.scalars(change, execution_options={"synchronize_session": False}).all()
+    level, code, message = note
+    if model is Job:
+        session.add_all(JobEvent(job_id=row_id, level=level, code=code, message=message) for row_id in ids)
+        session.flush()

@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db import UTCDateTime, utcnow
-from app.states import CANCELLING, CHECKING, PREPARING, QUEUED, RUNNING
+from app.states import CANCELLING, CHECKING, PAUSING, PREPARING, QUEUED, RUNNING
 
 # `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
 Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
@@ -82,7 +82,8 @@ class Leased:
     """A row that a worker claims, renews and finishes: see `app.leases`.
 
     `attempt` counts claims and is the fencing token: every write of a worker is conditional on the attempt it
-    claimed, so one that lost its lease can change nothing.
+    claimed, so one that lost its lease can change nothing. `losses` is what is held against the row: attempts in a
+    row whose worker was lost or whose machine failed, with no new checkpoint between them.
     """
 
     CLAIMABLE: ClassVar[str] = QUEUED
@@ -97,6 +98,8 @@ class Leased:
     status: Mapped[str] = mapped_column(String(20))
     failure: Mapped[dict[str, Any] | None]
     attempt: Mapped[int] = mapped_column(default=0)
+    losses: Mapped[int] = mapped_column(default=0, server_default="0")
+    not_before: Mapped[datetime | None]  # when a queued row may be claimed, where that is not at once
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
     enqueued_at: Mapped[datetime | None]
@@ -167,7 +170,7 @@ class Job(Leased, Base):
         Index("ix_jobs_recipe", "recipe", "status", "finished_at"),
     )
     CLAIMED = PREPARING
-    HELD = frozenset({PREPARING, RUNNING, CANCELLING})
+    HELD = frozenset({PREPARING, RUNNING, PAUSING, CANCELLING})
     TASK = "worker.tasks.run_job"
     QUEUE = "jobs"
 
@@ -184,21 +187,29 @@ class Job(Leased, Base):
     workload: Mapped[float | None]
     progress: Mapped[dict[str, Any] | None]
     results: Mapped[dict[str, Any] | None]
-    # The run's newest training checkpoint in the object store, from which another attempt goes on.
+    # The run's newest training checkpoint in the object store, from which another attempt goes on; a job that failed or
+    # was cancelled keeps it for `retry`.
     resume_key: Mapped[str | None] = mapped_column(String(200))
+    # What the service changed in the spec so that it fits into memory: the new values, in the spec's own shape.
+    adjustments: Mapped[dict[str, Any] | None]
 
 
 class JobEvent(Base):
-    """A message about a job for people: what happened, with a level."""
+    """A message about a job for people: what happened, with a level.
+
+    `origin` is where a worker's message comes from: the attempt, and the place in its run's `events.jsonl`. A message
+    that is sent again, because the answer to its commit was lost, is so found to be there.
+    """
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_page", "job_id", "id"),)
+    __table_args__ = (Index("ix_job_events_page", "job_id", "id"), UniqueConstraint("job_id", "origin"))
 
     id: Mapped[int] = mapped_column(AutoId, primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     level: Mapped[str] = mapped_column(String(10))  # info, warn, error
     code: Mapped[str] = mapped_column(String(60))
     message: Mapped[str] = mapped_column(Text)
+    origin: Mapped[str | None] = mapped_column(String(60))
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 

@@ -19,8 +19,8 @@ from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from app.db import utcnow
-from app.models import Checkpoint, Dataset, Job, Tenant, Worker
-from app.states import CANCELLING
+from app.models import Checkpoint, Dataset, Job, Leased, Tenant, Worker
+from app.states import CANCELLING, PAUSING
 
 LeasedModel = type[Dataset] | type[Checkpoint] | type[Job]
 
@@ -68,19 +68,22 @@ def _demands_met(model: Any, offer: Offer) -> list[ColumnElement[bool]]:
     ]
 
 
-def due(model: Any, now: datetime) -> list[ColumnElement[bool]]:
+def due(model: type[Leased], now: datetime) -> ColumnElement[bool]:
     """Return what holds of a waiting row that may begin: one that is to be tried again later waits until then."""
-    not_before = getattr(model, "not_before", None)
-    return [] if not_before is None else [or_(not_before.is_(None), not_before <= now)]
+    return or_(model.not_before.is_(None), model.not_before <= now)
 
 
-def _expired(model: Any, now: datetime) -> ColumnElement[bool]:
-    return and_(model.status.in_(model.HELD), model.lease_expires_at < now)
+def abandoned(model: type[Leased], now: datetime) -> ColumnElement[bool]:
+    """Return what holds of a row in work whose lease has expired, and that another worker is to take over.
+
+    One that was to be paused is not begun again: the sweep settles it.
+    """
+    return and_(model.status.in_(model.HELD - {PAUSING}), model.lease_expires_at < now)
 
 
-def free(model: Any, now: datetime) -> ColumnElement[bool]:
+def free(model: type[Leased], now: datetime) -> ColumnElement[bool]:
     """Return what holds of a row that may be claimed: it waits and may begin, or its lease has expired."""
-    return or_(and_(model.status == model.CLAIMABLE, *due(model, now)), _expired(model, now))
+    return or_(and_(model.status == model.CLAIMABLE, due(model, now)), abandoned(model, now))
 
 
 def waits(session: Session, model: LeasedModel, row_id: str) -> bool:
@@ -112,11 +115,11 @@ def next_id(
 def _lost_id(
     session: Session, model: Any, offer: Offer, now: datetime, max_attempts: float, passed: Collection[str]
 ) -> str | None:
-    statement = select(model.id).where(_expired(model, now), *_demands_met(model, offer))
+    statement = select(model.id).where(abandoned(model, now), *_demands_met(model, offer))
     if passed:
         statement = statement.where(model.id.not_in(passed))
     if max_attempts < math.inf:
-        statement = statement.where(or_(model.attempt < max_attempts, model.status == CANCELLING))
+        statement = statement.where(or_(model.losses + 1 < max_attempts, model.status == CANCELLING))
     priority = [Job.priority.desc()] if model is Job else []
     found: str | None = session.scalar(statement.order_by(*priority, model.created_at, model.id).limit(1))
     return found
@@ -125,7 +128,7 @@ def _lost_id(
 def _waiting_id(session: Session, model: Any, offer: Offer, now: datetime, passed: Collection[str]) -> str | None:
     priority = [Job.priority.desc()] if model is Job else []
     first = select(model.id).where(model.status == model.CLAIMABLE, model.tenant_id == Tenant.id)
-    first = first.where(*due(model, now), *_demands_met(model, offer))
+    first = first.where(due(model, now), *_demands_met(model, offer))
     if passed:
         first = first.where(model.id.not_in(passed))
     first = first.order_by(*priority, model.created_at, model.id).limit(1).correlate(Tenant)

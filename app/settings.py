@@ -63,7 +63,18 @@ class Settings(BaseSettings):
     redeliver_s: float = Field(
         default=120.0, gt=0, description="A queued row whose last message is older than this is sent again, seconds."
     )
-    max_attempts: int = Field(default=5, ge=1, description="Claims of one row before it is given up as failed.")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        description="Attempts in a row that may end by a lost worker or an infra failure, with no new training "
+        "checkpoint between them, before a row is given up as failed.",
+    )
+    retry_backoff_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Pause before a row is tried again after an infra failure, seconds; doubled with each in a row.",
+    )
+    retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Longest of these pauses, seconds.")
     cancel_grace_s: float = Field(
         default=20.0,
         gt=0,

@@ -11,6 +11,8 @@ from app.errors import Conflict
 QUEUED: Final = "queued"
 PREPARING: Final = "preparing"
 RUNNING: Final = "running"
+PAUSING: Final = "pausing"
+PAUSED: Final = "paused"
 CANCELLING: Final = "cancelling"
 SUCCEEDED: Final = "succeeded"
 FAILED: Final = "failed"
@@ -23,13 +25,16 @@ READY: Final = "ready"
 INVALID: Final = "invalid"
 
 JOB_MOVES: Final[dict[str, frozenset[str]]] = {
-    QUEUED: frozenset({PREPARING, CANCELLED, FAILED}),
-    PREPARING: frozenset({PREPARING, RUNNING, CANCELLING, CANCELLED, SUCCEEDED, FAILED, QUEUED}),
-    RUNNING: frozenset({PREPARING, CANCELLING, CANCELLED, SUCCEEDED, FAILED, QUEUED}),
+    QUEUED: frozenset({PREPARING, PAUSED, CANCELLED, FAILED}),
+    PREPARING: frozenset({PREPARING, RUNNING, PAUSING, CANCELLING, CANCELLED, SUCCEEDED, FAILED, QUEUED}),
+    RUNNING: frozenset({PREPARING, PAUSING, CANCELLING, CANCELLED, SUCCEEDED, FAILED, QUEUED}),
+    PAUSING: frozenset({PAUSED, CANCELLING, SUCCEEDED, FAILED}),
+    PAUSED: frozenset({QUEUED, CANCELLED}),
     CANCELLING: frozenset({CANCELLED, SUCCEEDED, FAILED}),
     SUCCEEDED: frozenset(),
-    FAILED: frozenset(),
-    CANCELLED: frozenset(),
+    # Their owner may have them tried once more; nobody else moves them.
+    FAILED: frozenset({QUEUED}),
+    CANCELLED: frozenset({QUEUED}),
 }
 
 ASSET_MOVES: Final[dict[str, frozenset[str]]] = {
@@ -41,7 +46,7 @@ ASSET_MOVES: Final[dict[str, frozenset[str]]] = {
     FAILED: frozenset(),
 }
 
-JOB_TERMINAL: Final = frozenset(state for state, moves in JOB_MOVES.items() if not moves)
+JOB_TERMINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED})
 ASSET_TERMINAL: Final = frozenset(state for state, moves in ASSET_MOVES.items() if not moves)
 
 

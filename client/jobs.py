@@ -9,7 +9,19 @@ from urllib.parse import quote
 from client.errors import InvalidInput, WaitTimeout
 from client.resource import Resource, wait_until
 from client.transfer import OnProgress, download
-from client.types import JOB_TERMINAL, SUBJECTS, Artifact, Evaluation, Event, Job, JobStatus, Metrics, Subject, Update
+from client.types import (
+    JOB_TERMINAL,
+    SUBJECTS,
+    Artifact,
+    Evaluation,
+    Event,
+    Job,
+    JobStatus,
+    Metrics,
+    RetryFrom,
+    Subject,
+    Update,
+)
 
 _METRICS_PAGE = 1000
 
@@ -44,6 +56,21 @@ class Jobs(Resource):
     def set_priority(self, job_id: str, priority: int) -> Job:
         """Change where a job stands in the queue, -100 to 100, higher first, and return it."""
         return cast(Job, self._transport.patch(self._path(job_id), {"priority": priority}))
+
+    def pause(self, job_id: str) -> Job:
+        """Ask a job to rest and return it: a queued one does at once, a running one saves a checkpoint first."""
+        return cast(Job, self._transport.post(self._path(job_id, "pause")))
+
+    def resume(self, job_id: str) -> Job:
+        """Put a paused job back into the queue, to go on from its last checkpoint, and return it."""
+        return cast(Job, self._transport.post(self._path(job_id, "resume")))
+
+    def retry(self, job_id: str, *, start: RetryFrom | None = None) -> Job:
+        """Begin another attempt of a job that failed or was cancelled, and return it.
+
+        `start` None: from the last training checkpoint if there is one. From the beginning, its metrics are forgotten.
+        """
+        return cast(Job, self._transport.create(self._path(job_id, "retry"), {"from": start}))
 
     def events(self, job_id: str, *, after: str | None = None) -> Iterator[Event]:
         """Yield the job's messages, oldest first; `after` is the id of an event."""

@@ -3,7 +3,10 @@
 from typing import Any, Literal, TypedDict
 
 AssetStatus = Literal["awaiting_upload", "queued", "checking", "ready", "invalid", "failed"]
-JobStatus = Literal["queued", "preparing", "running", "cancelling", "succeeded", "failed", "cancelled"]
+JobStatus = Literal[
+    "queued", "preparing", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
+]
+RetryFrom = Literal["checkpoint", "beginning"]
 Subject = Literal["teacher", "student"]
 
 ASSET_TERMINAL = frozenset({"ready", "invalid", "failed"})
@@ -150,6 +153,8 @@ class Job(TypedDict):
     spec: dict[str, Any]
     priority: int
     queue: Queue | None
+    adjustments: dict[str, Any] | None
+    not_before: str | None
     progress: Progress | None
     results: dict[str, Any] | None
     failure: Failure | None

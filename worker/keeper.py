@@ -57,7 +57,8 @@ class CheckpointKeeper:
         except (OSError, ValueError) as error:
             log.warning("checkpoint_not_kept", error=str(error))
             text = f"a training checkpoint could not be kept for another attempt: {error}"
-            self.warnings.append(Message(level="warn", code="checkpoint_not_kept", message=text))
+            origin = f"checkpoint {self._number}"
+            self.warnings.append(Message(level="warn", code="checkpoint_not_kept", message=text, origin=origin))
             self._uploading = None
             return None
 

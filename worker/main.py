@@ -17,7 +17,8 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from celery.signals import celeryd_init, worker_ready
+from celery.signals import celeryd_init, worker_init, worker_ready
+from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import logs, scheduling
@@ -36,6 +37,8 @@ from worker.tasks import ADAPTERS
 from worker.tasks.base import Adapter, Context
 
 log = structlog.get_logger(__name__)
+
+_DRAIN_AGAIN_S = 1.0
 
 celery = Celery("defeat")
 celery.conf.update(
@@ -90,6 +93,7 @@ class _Presence:
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
+        self.draining = threading.Event()
         self.ended = threading.Event()
 
     @property
@@ -122,17 +126,19 @@ def _register(name: str, adapter: type[Adapter[Any]]) -> None:
         with _stop_on_signal() as stop:
             supervisor = Supervisor(context, owner=owner, stop=stop, offer=Offer.of(worker))
             if not supervisor.serve([kind(context) for kind in kinds]) and not stop.is_set():
-                _pass_on(context, adapter.model, row_id, hops)
+                _pass_on(context, worker, adapter.model, row_id, hops)
 
 
-def _pass_on(context: Context, model: Any, row_id: str, hops: int) -> None:
+def _pass_on(context: Context, worker: Worker, model: Any, row_id: str, hops: int) -> None:
     """Wake another worker for a row that still waits: each that is there in turn, as the longest idle one hears next.
 
     Where none could take it, the one that can finds it as soon as it is free or starts.
     """
     with context.database.read() as session:
         waits = scheduling.waits(session, model, row_id)
-        others = len(registry.present(session, context.settings, queue=model.QUEUE)) - 1
+        present = registry.present(session, context.settings, queue=model.QUEUE)
+    # One that drains is not among those that are there, but still hears messages until it ends.
+    others = sum(other.id != worker.id for other in present)
     if not waits or hops >= others:
         log.info("nothing_to_do", row=row_id)
         return
@@ -151,6 +157,40 @@ def _set_up_logs(**_: object) -> None:
     logs.configure(get_settings().log_level)
 
 
+@worker_init.connect
+def _drain_on_signal(**_: object) -> None:
+    """Let SIGUSR2 drain this worker: it finishes what it is at, takes nothing new, and ends.
+
+    It sets the same flag in the worker's row as `python -m app.workers --drain`, by which the pool's child claims
+    nothing more; its end is Celery's warm shutdown. SIGTERM still makes it hand over at once, before and while it
+    drains.
+    """
+
+    def _on_signal(_signal: int, _frame: FrameType | None) -> None:
+        if not _presence.draining.is_set():
+            _presence.draining.set()
+            threading.Thread(target=_drain, name="drain", daemon=True).start()
+
+    signal.signal(signal.SIGUSR2, _on_signal)
+
+
+def _drain() -> None:
+    """Set the flag as soon as the database is there, and let Celery end once its task has, whether it is or not."""
+    database = Database(get_settings().database_url)
+    while not _presence.ended.is_set():
+        try:
+            with database.write() as session:
+                registry.beat(session, _presence.registered, draining=True)
+        except SQLAlchemyError as error:
+            log.warning("drain_not_recorded", error=str(error).split("\n", 1)[0])
+        else:
+            break
+        finally:
+            state.should_stop = 0  # type: ignore[assignment]  # it begins as None, and is read as an exit code
+        _presence.ended.wait(_DRAIN_AGAIN_S)
+    log.info("draining")
+
+
 @worker_ready.connect
 def _start_threads(**_: object) -> None:
     settings = get_settings()
@@ -159,7 +199,7 @@ def _start_threads(**_: object) -> None:
 
     def _beat() -> None:
         with database.write() as session:
-            registry.beat(session, worker)
+            registry.beat(session, worker, draining=_presence.draining.is_set())
 
     def _begin() -> None:
         _beat()

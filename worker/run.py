@@ -29,6 +29,15 @@ ENTRIES: dict[str, str] = {
 }
 
 
+# What torch raises as a plain RuntimeError: by its CPU allocator, and by libraries that ask the driver themselves.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
+
 def _entry(kind: str) -> Entry:
     if kind not in ENTRIES:
         raise RunError("user", "unknown_kind", f"unknown run kind {kind!r}; known: {', '.join(ENTRIES)}")
@@ -39,9 +48,9 @@ def _entry(kind: str) -> Entry:
 def _as_run_error(error: Exception) -> RunError:
     """Give an unforeseen exception its class; the traceback is in the log."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's: not imported here
-        return RunError("oom", "out_of_memory", f"{error}; lower schedule.batch_size or the detector's image size")
-    if isinstance(error, MemoryError):
-        return RunError("oom", "out_of_memory", "the machine's memory is exhausted; lower schedule.batch_size")
+        return RunError("oom", "out_of_memory", f"the GPU's memory is exhausted: {error}"[:2000])
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return RunError("oom", "out_of_memory", f"the memory is exhausted: {error or 'no more was to be had'}"[:2000])
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError("infra", "disk_full", f"could not write {error.filename or 'a file'}: {error.strerror}")
     return RunError("infra", "unexpected_error", f"{type(error).__name__}: {error}"[:2000])

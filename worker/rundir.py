@@ -45,9 +45,14 @@ class Progress(_Event):
 
 
 class Message(_Event):
-    """Something to tell people."""
+    """Something to tell people.
+
+    `origin` is where in this attempt it comes from, by which it is recorded once however often it is sent: the place of
+    its line in `events.jsonl`, or what the worker calls it. None: it is sent with a write that can happen only once.
+    """
 
     type: Literal["message"] = "message"
+    origin: str | None = Field(default=None, max_length=40)
     level: Literal["info", "warn", "error"]
     code: str = Field(max_length=60)
     message: str = Field(max_length=20_000)
@@ -154,6 +159,11 @@ def _malformed(reason: str, line: bytes) -> Message:
     )
 
 
+def _at(place: int, event: Event) -> Event:
+    """Return the event as the line that begins at byte `place`, whatever it says of itself."""
+    return event.model_copy(update={"origin": str(place)}) if isinstance(event, Message) else event
+
+
 class EventTail:
     """Reads `events.jsonl` while it grows, whole lines only.
 
@@ -176,11 +186,18 @@ class EventTail:
             return []
         if end == 0:
             self._next_offset, self._next_in_long_line = self._offset + len(data), True
-            return [] if self._in_long_line else [_malformed(f"a line of more than {MAX_LINE_BYTES} bytes", data)]
-        lines = data[:end].splitlines()
+            if self._in_long_line:
+                return []
+            return [_at(self._offset, _malformed(f"a line of more than {MAX_LINE_BYTES} bytes", data))]
         self._next_offset, self._next_in_long_line = self._offset + end, False
-        # The rest of a line whose start was refused is no event.
-        return [_parse_event(line) for line in (lines[1:] if self._in_long_line else lines)]
+        events: list[Event] = []
+        place = self._offset
+        for number, line in enumerate(data[:end].split(b"\n")[:-1]):
+            # The rest of a line whose start was refused is no event.
+            if number or not self._in_long_line:
+                events.append(_at(place, _parse_event(line)))
+            place += len(line) + 1
+        return events
 
     def _data(self) -> bytes:
         try:

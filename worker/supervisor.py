@@ -23,11 +23,12 @@ from app import leases
 from app.leases import LeaseLost, Row
 from app.processes import Locked, locked
 from app.scheduling import Offer
-from app.states import CANCELLING, QUEUED
+from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
 from worker.keeper import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess, describe_exit
 from worker.report import RunError
+from worker.retry import PASSING, another, explained
 from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory
 from worker.tasks.base import Adapter, Context, Outcome, Request
 
@@ -143,7 +144,7 @@ class _Attempt(Generic[Row]):
         self._database = supervisor.context.database
         self._adapter: Adapter[Row] = adapter
         self._row: Row = row
-        self._cancelled = row.status == CANCELLING
+        self._status = row.status  # as it was last seen: its owner may ask for a pause, or for the end
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage")
         self._directory = RunDirectory(self._settings.scratch / "runs" / f"{row.id}-{row.attempt}")
         self._keeper = CheckpointKeeper(
@@ -166,7 +167,9 @@ class _Attempt(Generic[Row]):
                 raise
             except Exception as error:
                 log.exception("supervisor_failed")
-                self._record_end(_worker_error(error), {})
+                failed = _worker_error(error)
+                if not self._try_again(failed):
+                    self._record_end(failed, {})
                 raise
             if outcome is None:
                 self._hand_back()
@@ -187,8 +190,12 @@ class _Attempt(Generic[Row]):
     # ---- the run ----
 
     @property
+    def _cancelled(self) -> bool:
+        return self._status == CANCELLING
+
+    @property
     def _must_end(self) -> bool:
-        return self._cancelled or self._supervisor.stop.is_set()
+        return self._cancelled or self._interrupted
 
     def _outcome(self, resources: ExitStack) -> Outcome | None:
         """Return how the run ended; None: it was interrupted, and another attempt is to go on with it."""
@@ -202,8 +209,8 @@ class _Attempt(Generic[Row]):
                 return None
             return Outcome.failed(error.failure_class, error.code, error.detail)
         exit_code = None if self._must_end else self._run(request)
-        self._drain()
         outcome = self._classify(exit_code)
+        self._drain(outcome)
         try:
             return outcome and self._adapter.complete(outcome, self._directory)
         except BadResult as error:
@@ -249,17 +256,21 @@ class _Attempt(Generic[Row]):
         log.info("run_ended", exit_code=code)
         return code
 
-    def _drain(self) -> None:
-        """Record what the run said last. A checkpoint is worth waiting for only if another attempt will need it."""
+    def _drain(self, outcome: Outcome | None) -> None:
+        """Record what the run said last. A checkpoint is worth waiting for only if another attempt may need it."""
+        failure = None if outcome is None else outcome.failure
+        passing = failure is not None and failure["class"] in PASSING
+        needed = passing or outcome is None or outcome.status == "cancelled"
         while not self._directory.events.exhausted or not self._keeper.idle:
-            if not self._interrupted:
+            if not needed:
                 self._keeper.drop_waiting()
             self._tick()
             self._pause_unless_stopping("the run's last events could not be recorded")
 
     @property
     def _interrupted(self) -> bool:
-        return self._supervisor.stop.is_set() and not self._cancelled
+        """Whether the run is to end before its time, for another attempt to go on."""
+        return (self._supervisor.stop.is_set() or self._status == PAUSING) and not self._cancelled
 
     def _classify(self, exit_code: int | None) -> Outcome | None:
         try:
@@ -274,7 +285,7 @@ class _Attempt(Generic[Row]):
         if self._cancelled:
             kept = (result.results, None, result.artifacts) if result is not None else ()
             return Outcome("cancelled", *kept)
-        if self._supervisor.stop.is_set():
+        if self._interrupted:
             return None
         if result is not None and result.status == "cancelled":
             return self._failed("run_terminated", "the run was told to end (SIGTERM) by somebody else than its worker")
@@ -286,7 +297,9 @@ class _Attempt(Generic[Row]):
     # ---- the end ----
 
     def _conclude(self, outcome: Outcome) -> Outcome | None:
-        """Store what the run left and record its end; None: interrupted before it could be stored."""
+        """Store what the run left and record its end, or have it tried again; None: interrupted before that."""
+        if self._try_again(outcome):
+            return outcome
         try:
             uploaded = self._meanwhile(
                 lambda: self._with_retries(lambda: self._adapter.upload(self._row, outcome, self._directory))
@@ -296,6 +309,8 @@ class _Attempt(Generic[Row]):
                 return None
             detail = f"the run {outcome.status}, but what it left could not be stored: {error}"
             outcome, uploaded = self._failed("storage_failed", detail), {}
+            if self._try_again(outcome):
+                return outcome
         self._record_end(outcome, uploaded)
         try:
             self._adapter.tidy(self._row, outcome, uploaded)
@@ -305,30 +320,56 @@ class _Attempt(Generic[Row]):
 
     def _record_end(self, outcome: Outcome, uploaded: dict[str, Stored]) -> None:
         def _finish(session: Session, fresh: Row) -> None:
-            self._adapter.finish(session, fresh, outcome, uploaded)
+            told = explained(self._adapter, fresh, outcome)
+            self._adapter.finish(session, fresh, told, uploaded)
 
         self._patiently(_finish)
         log.info("finished", status=outcome.status, failure=outcome.failure and outcome.failure["code"])
 
-    def _hand_back(self) -> None:
-        """Put the row back into the queue, with no lease; the sweep sends its message."""
+    def _try_again(self, outcome: Outcome) -> bool:
+        """Give the row back to be tried again if its failure may pass; return whether it was."""
+        failure = outcome.failure
+        if failure is None or failure["class"] not in PASSING:
+            return False
+        again = None
 
-        def _queue(session: Session, fresh: Row) -> None:
+        def _decide(session: Session, fresh: Row) -> None:
+            nonlocal again
+            again = None if fresh.status == CANCELLING else another(self._adapter, fresh, failure, self._settings)
+            if again is not None:
+                self._give_back(session, fresh, again.status, again.message, **again.values)
+
+        self._patiently(_decide)
+        if again is not None:
+            log.info("to_be_tried_again", failure=failure["code"])
+        return again is not None
+
+    def _hand_back(self) -> None:
+        """Pause the row if that was asked for, else put it back into the queue: it has lost nothing."""
+
+        def _rest(session: Session, fresh: Row) -> None:
+            where = self._adapter.goes_on(fresh)
             if fresh.status == CANCELLING:
                 self._adapter.finish(session, fresh, Outcome("cancelled"), {})
-                return
-            note = Message(level="info", code="interrupted", message="its worker ended; another one will go on")
-            self._adapter.record(session, fresh, [note])
-            back: dict[str, Any] = {"status": QUEUED, "enqueued_at": None}
-            leases.fenced(session, fresh, lease_owner=None, lease_expires_at=None, **back)
+            elif fresh.status == PAUSING:
+                note = Message(level="info", code="paused", message=f"the job is paused; resumed, it goes on {where}")
+                self._give_back(session, fresh, PAUSED, note)
+            else:
+                text = f"its worker ended; another one will go on {where}"
+                self._give_back(session, fresh, QUEUED, Message(level="info", code="interrupted", message=text))
 
-        self._patiently(_queue)
+        self._patiently(_rest)
         log.info("handed_back")
+
+    def _give_back(self, session: Session, fresh: Row, status: str, note: Message, **values: Any) -> None:
+        """Let go of the row; where it is queued, the sweep sends its message."""
+        self._adapter.record(session, fresh, [note])
+        leases.give_back(session, fresh, status=status, **values, **self._adapter.at_rest(fresh))
 
     # ---- the database and the object store ----
 
     def _tick(self) -> None:
-        """Record what is new, renew the lease if it is time, and learn whether to cancel.
+        """Record what is new, renew the lease if it is time, and learn what its owner asks for.
 
         A database that is away is asked again later; nothing is lost meanwhile. Raises `LeaseLost`.
         """
@@ -371,7 +412,7 @@ class _Attempt(Generic[Row]):
             fresh = session.execute(columns).one_or_none()
         if fresh is None or (fresh.attempt, fresh.lease_owner) != (self._row.attempt, self._row.lease_owner):
             raise LeaseLost(f"{self._row.id}: attempt {self._row.attempt} no longer holds the lease")
-        self._cancelled = fresh.status == CANCELLING
+        self._status = fresh.status
 
     def _record(self, events: Sequence[Event], kept: str | None) -> str | None:
         replaced = None
@@ -381,7 +422,7 @@ class _Attempt(Generic[Row]):
                 self._adapter.record(session, fresh, events)
             if kept is not None:
                 replaced = self._adapter.keep_checkpoint(session, fresh, kept)
-        self._cancelled = fresh.status == CANCELLING
+        self._status = fresh.status
         self._renew_at = time.monotonic() + self._settings.lease_s / 3
         return replaced
 

@@ -78,9 +78,14 @@ def not_ready(row: Checkpoint) -> str:
 
 def uses(spec: dict[str, Any], checkpoint_id: str) -> bool:
     """Say whether a job's spec refers to the checkpoint."""
+    return checkpoint_id in named(spec)
+
+
+def named(spec: dict[str, Any]) -> list[str]:
+    """Return the ids of the checkpoints that a job's spec refers to."""
     teacher, student = spec.get("teacher") or {}, spec.get("student") or {}
-    named = (teacher.get("id"), teacher.get("initial_weights"), student.get("initial_weights"))
-    return checkpoint_id in named
+    given = (teacher.get("id"), teacher.get("initial_weights"), student.get("initial_weights"))
+    return [value for value in given if value is not None and value.startswith("ckpt_")]
 
 
 def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storage) -> None:

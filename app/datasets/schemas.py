@@ -96,6 +96,7 @@ class ReportOut(BaseModel):
     format: str | None = None
     images: int | None = None
     boxes: int | None = None
+    masks: int | None = Field(None, description="Boxes that have an instance mask; null in reports of older releases.")
     classes: list[ClassCounts] = []
     splits: dict[str, SplitCounts] = {}
     problems: list[DatasetProblem] = []

@@ -9,10 +9,10 @@ from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
 from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep, SettingsDep
+from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.idempotency import IdempotencyHeader, KeyReused, once
-from app.jobs import repository, service
+from app.jobs import lifecycle, repository, service
 from app.jobs.resolve import DatasetNotReady, resolve
 from app.jobs.schemas import (
     EvaluationOut,
@@ -22,6 +22,7 @@ from app.jobs.schemas import (
     JobPatch,
     JobStatus,
     MetricsOut,
+    RetryBody,
     Subject,
     ValidatedOut,
 )
@@ -126,7 +127,58 @@ def change_job(
 def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Ask a job to end. Asking again changes nothing."""
     with database.write() as session:
-        return _one(session, settings, service.cancel(session, caller, job_id))
+        return _one(session, settings, lifecycle.cancel(session, caller, job_id))
+
+
+@router.post("/{job_id}/pause", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
+    """Ask a job to save and rest, until it is resumed. Asking again changes nothing."""
+    with database.write() as session:
+        return _one(session, settings, lifecycle.pause(session, caller, job_id))
+
+
+@router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+def resume_job(
+    job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep, settings: SettingsDep
+) -> JobOut:
+    """Put a paused job back into the queue. Asking again changes nothing."""
+    with database.write() as session:
+        return _one(session, settings, lifecycle.resume(session, caller, job_id, queue))
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    responses=problems(NotFound, Conflict, Invalid, PayloadTooLarge, CrossSite, KeyReused),
+)
+def retry_job(
+    job_id: str,
+    response: Response,
+    caller: CurrentCaller,
+    database: DatabaseDep,
+    queue: QueueDep,
+    storage: StorageDep,
+    settings: SettingsDep,
+    body: RetryBody | None = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> JobOut:
+    """Begin another attempt of a job that failed or was cancelled."""
+    start = body.start if body is not None else None
+    with database.write() as session:
+        return once(
+            session,
+            caller,
+            response,
+            route="jobs/retry",
+            key=idempotency_key,
+            body={"job": job_id, "from": start},
+            output=JobOut,
+            create=lambda: _one(
+                session,
+                settings,
+                lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage),
+            ),
+        )
 
 
 @router.get("/{job_id}/events", responses=problems(NotFound, Invalid))

@@ -1,13 +1,13 @@
 """Queries on jobs and what they log, each limited to one tenant or to a job that was found for one."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
-from app.db import update_count, utcnow
+from app.db import update_count
 from app.models import Job, JobEvaluation, JobEvent, JobMetric
-from app.states import CANCELLED, CANCELLING, PREPARING, QUEUED, RUNNING
 
 
 def of_tenant(
@@ -34,15 +34,21 @@ def find_locked(session: Session, tenant_id: str, job_id: str) -> Job | None:
     return session.scalars(of_tenant(tenant_id).where(Job.id == job_id).with_for_update()).one_or_none()
 
 
-def cancel(session: Session, job: Job) -> str | None:
-    """Move the job towards `cancelled` from the state it is in now; return the new status, None if it has ended."""
-    queued = update(Job).where(Job.id == job.id, Job.status == QUEUED)
-    if update_count(session, queued.values(status=CANCELLED, finished_at=utcnow())):
-        return CANCELLED
-    held = update(Job).where(Job.id == job.id, Job.status.in_((PREPARING, RUNNING)))
-    if update_count(session, held.values(status=CANCELLING)):
-        return CANCELLING
-    return None
+def move(session: Session, job: Job, status: str, **values: Any) -> bool:
+    """Give the job this status if it still has the one that was read; return whether it had."""
+    statement = update(Job).where(Job.id == job.id, Job.status == job.status)
+    return bool(update_count(session, statement.values(status=status, **values)))
+
+
+def forget_history(session: Session, job: Job) -> None:
+    """Delete what the job's runs measured; its events stay."""
+    for model in (JobMetric, JobEvaluation):
+        session.execute(delete(model).where(model.job_id == job.id))
+
+
+def add_event(session: Session, job: Job, code: str, message: str) -> None:
+    """Tell people something about a job."""
+    session.add(JobEvent(job_id=job.id, level="info", code=code, message=message))
 
 
 def events(session: Session, job_id: str, *, after: int, limit: int) -> Sequence[JobEvent]:

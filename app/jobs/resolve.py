@@ -17,6 +17,7 @@ from app.errors import Conflict, NotFound
 from app.jobs.methods import Chosen, check_methods, part_problems
 from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_apart, strides_apart
 from app.jobs.spec import JobSpec
+from app.jobs.training import training_problems
 from app.models import Checkpoint, Dataset
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, READY
@@ -41,6 +42,9 @@ RULES = frozenset(
         "anchors_missing",
         "logits_missing",
         "bad_combination",
+        "reduced_tail",
+        "stages_cannot_freeze",
+        "batch_too_small",
     }
 )
 
@@ -105,6 +109,9 @@ class Resolver:
         self._check_limits(parts["resources"])
         self._check_shares(("schedule",), parts["schedule"], parts["resources"])
         self._check_shares(("teacher", "schedule"), teacher.schedule, parts["resources"])
+        self._check_training(("student",), ("schedule",), student, parts["schedule"], parts["resources"])
+        trained = (("teacher",), ("teacher", "schedule"), teacher.detector, teacher.schedule)
+        self._check_training(*trained, parts["resources"])
         self._check_classes(dataset, teacher)
         for method in methods:
             self._check_pyramids(method.value, student, teacher)
@@ -280,6 +287,27 @@ class Resolver:
             if limit is not None and asked is not None and asked > limit:
                 detail = f"no job may ask for more than {limit:g} here; got {show(asked)}"
                 self._error(("resources", key), "out_of_range", detail)
+
+    def _check_training(
+        self,
+        who: Path,
+        where: Path,
+        detector: dict[str, Any] | None,
+        schedule: dict[str, Any] | None,
+        resources: dict[str, Any] | None,
+    ) -> None:
+        if detector is None or schedule is None or resources is None:
+            return
+        found = training_problems(
+            self._catalog,
+            detector,
+            schedule,
+            initial_weights=self._given((*who, "initial_weights")),
+            gpus=resources["gpus"],
+            who=who,
+            where=where,
+        )
+        self._errors.extend(found)
 
     def _check_classes(self, dataset: Dataset | None, teacher: _Teacher) -> None:
         if dataset is None or dataset.classes is None or teacher.classes is None:

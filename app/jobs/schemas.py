@@ -10,7 +10,10 @@ from app.bodies import Body
 from app.models import MAX_PRIORITY, JobEvent, Leased
 from app.schemas import Resource
 
-JobStatus = Literal["queued", "preparing", "running", "cancelling", "succeeded", "failed", "cancelled"]
+JobStatus = Literal[
+    "queued", "preparing", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
+]
+RetryFrom = Literal["checkpoint", "beginning"]
 Subject = Literal["teacher", "student"]
 EVENT_PREFIX = "evt_"
 
@@ -55,11 +58,15 @@ class JobOut(Resource):
     object: Literal["job"] = "job"
     labels: dict[str, str]
     status: JobStatus
-    attempt: int = Field(description="How often a worker has begun it; more than 1: workers were lost on the way.")
+    attempt: int = Field(description="How often a worker has begun it.")
     dataset_id: str
     spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
     priority: int = Field(description="-100 to 100; of the jobs that wait, those with the highest go first.")
     queue: QueueOut | None = Field(description="Where it stands in the queue; null for a job that does not wait.")
+    adjustments: dict[str, Any] | None = Field(
+        description="What the service changed in the spec, in its shape, after memory ran out; null: nothing."
+    )
+    not_before: datetime | None = Field(description="When it is tried again at the earliest; null: as soon as can be.")
     progress: Progress | None
     results: Results | None
 
@@ -67,7 +74,7 @@ class JobOut(Resource):
     def derived(cls, row: Leased) -> Mapping[str, Any]:
         """See `Resource`."""
         path = f"/v1/jobs/{row.id}"
-        parts = ("events", "metrics", "evaluations", "artifacts", "cancel")
+        parts = ("events", "metrics", "evaluations", "artifacts", "pause", "resume", "cancel", "retry")
         return {"queue": None, "links": {"self": path} | {part: f"{path}/{part}" for part in parts}}
 
 
@@ -75,6 +82,17 @@ class JobPatch(Body):
     """What of a job may be changed."""
 
     priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first; at most what the key may.")
+
+
+class RetryBody(Body):
+    """Where another attempt of a job begins."""
+
+    start: RetryFrom | None = Field(
+        None,
+        alias="from",
+        description="`checkpoint`: the last training checkpoint; `beginning`: what was logged is forgotten. Null: the "
+        "checkpoint if there is one.",
+    )
 
 
 class ValidatedOut(BaseModel):

@@ -1,4 +1,4 @@
-"""Rules of jobs: how one is made, read, moved in the queue and cancelled."""
+"""Rules of jobs: how one is made, read and moved in the queue. What may become of one is in `lifecycle`."""
 
 import re
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from app.jobs.durations import recipe_of, workload_of
 from app.jobs.resolve import resolve
 from app.jobs.schemas import EVENT_PREFIX, EventOut, JobOut, MetricOut, MetricsOut
 from app.jobs.waiting import Waiting
-from app.models import Job, JobEvent
+from app.models import Job
 from app.pagination import Page, bad_cursor
 from app.queue import Queue
 from app.settings import Settings
-from app.states import CANCELLED, CANCELLING, JOB_MOVES, JOB_TERMINAL, QUEUED, check_move
+from app.states import JOB_TERMINAL, QUEUED
 
 
 class PriorityTooHigh(Forbidden):
@@ -59,39 +59,15 @@ def create(
     )
     session.add(row)
     session.flush()
-    _add_event(session, row, "created", "the job was created and waits for a worker")
+    repository.add_event(session, row, "created", "the job was created and waits for a worker")
     queue.enqueue(session, row)
     session.flush()
     return row
 
 
-def _add_event(session: Session, job: Job, code: str, message: str) -> None:
-    session.add(JobEvent(job_id=job.id, level="info", code=code, message=message))
-
-
 def get(session: Session, caller: Caller, job_id: str) -> Job:
     """Return the caller's job. Raises `NotFound`."""
     return assets.found(repository.find(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
-
-
-def cancel(session: Session, caller: Caller, job_id: str) -> Job:
-    """Ask a job to end: a queued one ends at once, a running one saves what it has and ends soon.
-
-    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
-    """
-    row = assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
-    if row.status == CANCELLING:
-        return row
-    wanted = CANCELLED if row.status == QUEUED else CANCELLING
-    check_move(JOB_MOVES, row.status, wanted, what=row.id)
-    reached = repository.cancel(session, row)
-    assert reached == wanted, "the row is locked, or SQLite's one writer is us"
-    if reached == CANCELLED:
-        _add_event(session, row, "cancelled", "the job was cancelled before a worker had begun it")
-    else:
-        _add_event(session, row, "cancelling", "the job was asked to end; it saves what it has")
-    session.refresh(row)
-    return row
 
 
 def set_priority(session: Session, caller: Caller, job_id: str, priority: int) -> Job:
@@ -108,7 +84,8 @@ def set_priority(session: Session, caller: Caller, job_id: str, priority: int) -
     if row.status in JOB_TERMINAL:
         raise Conflict(f"{row.id} is {row.status}: it waits for nothing any more, and its priority cannot be changed")
     if priority != row.priority:
-        _add_event(session, row, "priority_changed", f"the priority was changed from {row.priority} to {priority}")
+        message = f"the priority was changed from {row.priority} to {priority}"
+        repository.add_event(session, row, "priority_changed", message)
         row.priority = priority
     return row
 

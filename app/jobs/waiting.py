@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 from sqlalchemy import Row, exists, func, select
@@ -15,7 +16,7 @@ from app.db import utcnow
 from app.jobs.durations import Durations, Spread
 from app.jobs.schemas import QueueOut
 from app.models import Job, Tenant, Worker
-from app.scheduling import Offer, served
+from app.scheduling import Offer, due, served
 from app.settings import Settings
 from app.states import QUEUED
 from app.workers import registry, repository
@@ -23,7 +24,7 @@ from app.workers import registry, repository
 LOOK = 200
 """How far ahead is looked: of a longer queue only this is said."""
 
-_ORDER: tuple[Any, ...] = (Job.id, Job.priority, Job.created_at)
+_ORDER: tuple[Any, ...] = (Job.id, Job.priority, Job.created_at, Job.not_before)
 _NEEDS: tuple[Any, ...] = (Job.gpus, Job.gpu_memory_gb, Job.worker_label, Job.recipe, Job.workload)
 
 
@@ -64,7 +65,7 @@ class Waiting:
     @cached_property
     def _order(self) -> list[Row[Any]]:
         """The first rows that wait, in the order of their claims if nothing came and nothing ended in between."""
-        return [row for row, _ in zip(self._merged(), range(LOOK), strict=False)]
+        return list(islice(chain(self._merged(), self._later()), LOOK))
 
     @cached_property
     def _place(self) -> dict[str, int]:
@@ -92,8 +93,13 @@ class Waiting:
             _enter(number, in_work + 1, (True, self._now, picked))
 
     def _rows(self, tenant_id: str) -> Iterator[Row[Any]]:
-        mine = select(*_ORDER, *_NEEDS).where(Job.status == QUEUED, Job.tenant_id == tenant_id)
+        mine = select(*_ORDER, *_NEEDS).where(Job.status == QUEUED, Job.tenant_id == tenant_id, due(Job, self._now))
         yield from self._session.execute(mine.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(LOOK))
+
+    def _later(self) -> Iterator[Row[Any]]:
+        """Yield the rows that are to be tried again later: those that may begin now are before them."""
+        later = select(*_ORDER, *_NEEDS).where(Job.status == QUEUED, Job.not_before > self._now)
+        yield from self._session.execute(later.order_by(Job.not_before, Job.id).limit(LOOK))
 
     @cached_property
     def _in_work(self) -> Mapping[str, int]:
@@ -109,9 +115,8 @@ class Waiting:
         return registry.present(self._session, self._settings, queue=Job.QUEUE)
 
     def _waits_for(self, job: Job) -> str:
-        not_before: datetime | None = getattr(job, "not_before", None)
-        if not_before is not None and not_before > self._now:
-            return f"retry at {not_before:%Y-%m-%dT%H:%M:%SZ}"
+        if job.not_before is not None and job.not_before > self._now:
+            return f"retry at {job.not_before:%Y-%m-%dT%H:%M:%SZ}"
         offers = [Offer.of(worker) for worker in self._workers]
         if not offers:
             return "a worker: none is there that takes jobs"
@@ -132,9 +137,14 @@ class Waiting:
             slot = _first_free(slots, row)
             if slot is not None:
                 duration = self._durations.of(row.recipe, row.workload)
-                slot.free_in += math.inf if duration is None else duration[quartile]
+                begins_in = max(slot.free_in, self._due_in(row.not_before))
+                slot.free_in = begins_in + (math.inf if duration is None else duration[quartile])
         mine = _first_free(slots, job)
-        return math.inf if mine is None else mine.free_in
+        return math.inf if mine is None else max(mine.free_in, self._due_in(job.not_before))
+
+    def _due_in(self, not_before: datetime | None) -> float:
+        """Return in how many seconds such a row may begin."""
+        return 0.0 if not_before is None else max(0.0, (not_before - self._now).total_seconds())
 
     @cached_property
     def _held(self) -> Mapping[str, Any]:

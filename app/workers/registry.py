@@ -11,13 +11,18 @@ from app.settings import Settings
 from app.workers import repository
 
 
-def beat(session: Session, worker: Worker) -> None:
-    """Say that this worker is there. One that was forgotten while the database was away is known again."""
+def beat(session: Session, worker: Worker, *, draining: bool = False) -> None:
+    """Say that this worker is there, and whether it drains by its own will.
+
+    One that was forgotten while the database was away is known again. What the operator has set stays.
+    """
     row = session.get(Worker, worker.id)
     if row is None:
         columns = {column.key: getattr(worker, column.key) for column in Worker.__table__.c if column.key != "draining"}
         session.add(row := Worker(**columns))
     row.seen_at = utcnow()
+    if draining:
+        row.draining = True
 
 
 def present(session: Session, settings: Settings, *, queue: str) -> Sequence[Worker]:

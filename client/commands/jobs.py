@@ -13,7 +13,7 @@ from client.console import FAILED, INTERRUPTED, JsonFlag, Output, ap, percent, q
 from client.errors import InvalidInput
 from client.sdk import Client
 from client.specs import load_spec
-from client.types import Artifact, Job, JobStatus
+from client.types import Artifact, Job, JobStatus, RetryFrom
 from client.watching import JobView, show_results
 
 app = typer.Typer(no_args_is_help=True, help="Distillations.")
@@ -102,6 +102,8 @@ def show(job_id: JobId, as_json: JsonFlag = False) -> None:
             ("priority", job["priority"]),
             ("progress", f"{progress['phase']}, {percent(progress['fraction'])}" if progress else None),
             ("attempt", job["attempt"]),
+            *([("tried again at", job["not_before"])] if job["not_before"] else []),
+            *([("adjusted", yaml.safe_dump(job["adjustments"]).strip())] if job["adjustments"] else []),
             ("dataset", job["dataset_id"]),
             *((f"label {key}", value) for key, value in job["labels"].items()),
             ("created", job["created_at"]),
@@ -141,9 +143,41 @@ def priority(
 @app.command()
 def cancel(job_id: JobId, as_json: JsonFlag = False) -> None:
     """Ask a job to end; a running one saves its work first."""
-    out = Output(as_json)
     with Client() as client:
-        job = client.jobs.cancel(job_id)
+        _show_status(Output(as_json), client.jobs.cancel(job_id))
+
+
+@app.command()
+def pause(job_id: JobId, as_json: JsonFlag = False) -> None:
+    """Ask a job to rest until it is resumed; a running one saves a checkpoint first."""
+    with Client() as client:
+        _show_status(Output(as_json), client.jobs.pause(job_id))
+
+
+@app.command()
+def resume(job_id: JobId, as_json: JsonFlag = False) -> None:
+    """Let a paused job go on from its last checkpoint."""
+    with Client() as client:
+        _show_status(Output(as_json), client.jobs.resume(job_id))
+
+
+@app.command()
+def retry(
+    job_id: JobId,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="checkpoint|beginning", help="Default: the last checkpoint if there is one."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Begin another attempt of a job that failed or was cancelled."""
+    if start not in (None, "checkpoint", "beginning"):
+        raise InvalidInput(f"--from is {start!r}; it can be checkpoint or beginning")
+    with Client() as client:
+        _show_status(Output(as_json), client.jobs.retry(job_id, start=cast(RetryFrom | None, start)))
+
+
+def _show_status(out: Output, job: Job) -> None:
     out.json(job)
     out.say(job["id"], job["status"])
 
@@ -178,7 +212,8 @@ def _follow(out: Output, client: Client, job_id: str) -> None:
     except KeyboardInterrupt:
         out.errors.print(
             f"\n{job_id} goes on without this command: "
-            f"`defeat jobs watch {job_id}` shows it again, `defeat jobs cancel {job_id}` ends it"
+            f"`defeat jobs watch {job_id}` shows it again, `defeat jobs pause {job_id}` lets it rest, "
+            f"`defeat jobs cancel {job_id}` ends it"
         )
         raise typer.Exit(INTERRUPTED) from None
     out.json(job)

@@ -205,7 +205,7 @@ def test_health_and_readiness(app: FastAPI, client: TestClient, monkeypatch: pyt
 
 def test_the_catalog_is_served(api: TestClient):
     document = api.get("/v1/catalog").json()
-    assert set(document["methods"]) == {"defeat", "baseline"}
+    assert set(document["methods"]) == {"defeat", "baseline", "hints"}
 
 
 def test_the_document_describes_every_problem(client: TestClient):

@@ -1,5 +1,6 @@
 """Teachers that do not fit the student or the dataset are refused when a job is sent, with what would fit."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -175,6 +176,73 @@ def test_a_teacher_that_is_trained_has_no_class_map(api: TestClient, database: D
     teacher = {"architecture": "faster_rcnn", "backbone": "timm/resnet10t"}
     answer = send(api, row.id, teacher={"source": "train", "detector": teacher, "class_map": {}})
     assert [(e["pointer"], e["code"]) for e in answer.json()["errors"]] == [("/teacher/class_map", "unknown_key")]
+
+
+@pytest.fixture
+def with_all_families(app) -> Iterator[None]:
+    small = app.dependency_overrides.pop(load_catalog)
+    yield
+    app.dependency_overrides[load_catalog] = small
+
+
+SSDLITE = {"architecture": "ssdlite"}
+RESNET = {"architecture": "retinanet", "backbone": "torchvision/resnet18"}
+TAIL = ("detector/reduced_tail", "reduced_tail")
+
+
+@ONE_DATABASE
+@pytest.mark.usefixtures("with_all_families")
+@pytest.mark.parametrize(
+    ("detector", "initial_weights", "schedule", "gpus", "errors"),
+    [
+        (SSDLITE, "imagenet", {}, 1, [TAIL]),
+        (SSDLITE, "random", {}, 1, []),
+        (SSDLITE | {"reduced_tail": False}, "imagenet", {}, 1, []),
+        (RESNET, "imagenet", {}, 1, []),
+        (SSDLITE, "random", {"batch_size": 1}, 1, [("schedule/batch_size", "batch_too_small")]),
+        (SSDLITE, "random", {"batch_size": 4, "accumulation": 4}, 1, [("schedule/batch_size", "batch_too_small")]),
+        (SSDLITE, "random", {"batch_size": 8, "accumulation": 2}, 4, [("schedule/batch_size", "batch_too_small")]),
+        (SSDLITE, "random", {"batch_size": 8, "accumulation": 2}, 2, []),
+        (SSDLITE | {"size": 512}, "random", {"batch_size": 1}, 1, [("schedule/batch_size", "batch_too_small")]),
+        (SSDLITE | {"size": 544}, "random", {"batch_size": 1}, 1, []),
+        ({"architecture": "ssd"}, "random", {"batch_size": 1}, 1, []),
+        (RESNET, "random", {"batch_size": 1, "frozen_stages": 4}, 1, []),
+        *(
+            ({"architecture": family}, "random", {"frozen_stages": 1}, 1, [stages])
+            for family in ("ssd", "ssdlite", "faster_rcnn_mobilenet")
+            for stages in [("schedule/frozen_stages", "stages_cannot_freeze")]
+        ),
+        (
+            SSDLITE,
+            "imagenet",
+            {"batch_size": 1, "frozen_stages": 2},
+            1,
+            [TAIL, ("schedule/frozen_stages", "stages_cannot_freeze"), ("schedule/batch_size", "batch_too_small")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_what_cannot_be_trained_is_refused(
+    api: TestClient, database: Database, alice: Tenant, whose, detector, initial_weights, schedule, gpus, errors
+):
+    row = seed.dataset(database, alice.id)
+    part = {"detector": detector, "initial_weights": initial_weights}
+    if whose == "student":
+        body = {"student": part, "teacher": None, "distillation": {"method": "baseline"}, "schedule": schedule}
+        places = [place if place.startswith("schedule") else f"student/{place}" for place, _ in errors]
+    else:
+        body = {"teacher": {"source": "train", **part, "schedule": schedule}, "student": {"detector": RESNET}}
+        body |= {"distillation": {"method": "baseline"}, "schedule": {"batch_size": 8}}
+        places = [f"teacher/{place}" for place, _ in errors]
+    answer = send(api, row.id, **body, resources={"gpus": gpus})
+    codes = [code for _, code in errors]
+    if not errors:
+        assert answer.status_code == 200, answer.text
+        return
+    assert answer.status_code == 422
+    found = [(item["pointer"], item["code"]) for item in answer.json()["errors"]]
+    assert sorted(found) == sorted(zip([f"/{place}" for place in places], codes, strict=True))
+    assert answer.json()["code"] == (codes[0] if len(codes) == 1 else "validation_failed")
 
 
 @ONE_DATABASE

@@ -1,4 +1,3 @@
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -60,6 +59,8 @@ def test_a_job_is_made_queued_and_announced(
             "eta_low_s": None,
             "eta_high_s": None,
         },
+        "adjustments": None,
+        "not_before": None,
         "progress": None,
         "results": None,
         "failure": None,
@@ -67,7 +68,10 @@ def test_a_job_is_made_queued_and_announced(
         "started_at": None,
         "finished_at": None,
         "links": {"self": path}
-        | {name: f"{path}/{name}" for name in ("events", "metrics", "evaluations", "artifacts", "cancel")},
+        | {
+            name: f"{path}/{name}"
+            for name in ("events", "metrics", "evaluations", "artifacts", "pause", "resume", "cancel", "retry")
+        },
     }
     assert made["id"].startswith("job_")
     assert api.get(path).json() == made
@@ -158,44 +162,6 @@ def test_rows_made_while_paging_do_not_shift_pages(
     assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
 
 
-def test_a_queued_job_is_cancelled_at_once(api: TestClient, database: Database, alice: Tenant, dataset: Dataset):
-    job = seed.job(database, alice.id, dataset.id)
-    answer = api.post(f"/v1/jobs/{job.id}/cancel")
-    assert (answer.status_code, answer.json()["status"]) == (202, "cancelled")
-    assert answer.json()["finished_at"] is not None
-    assert api.get(f"/v1/jobs/{job.id}/events").json()["data"][-1]["code"] == "cancelled"
-
-
-@pytest.mark.parametrize("status", ["preparing", "running"])
-def test_a_held_job_is_asked_to_end(api: TestClient, database: Database, alice: Tenant, dataset: Dataset, status: str):
-    lease = {"lease_owner": "w", "lease_expires_at": utcnow() + timedelta(seconds=30), "attempt": 1}
-    job = seed.job(database, alice.id, dataset.id, status=status, **lease)
-    for _ in range(2):  # asking again changes nothing
-        answer = api.post(f"/v1/jobs/{job.id}/cancel")
-        assert (answer.status_code, answer.json()["status"]) == (202, "cancelling")
-    row = _read(database, job.id)
-    assert (row.lease_owner, row.attempt, row.finished_at) == ("w", 1, None)
-    assert [event["code"] for event in api.get(f"/v1/jobs/{job.id}/events").json()["data"]] == ["cancelling"]
-
-
-@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled"])
-def test_what_has_ended_cannot_be_cancelled(
-    api: TestClient, database: Database, alice: Tenant, dataset: Dataset, status: str
-):
-    job = seed.job(database, alice.id, dataset.id, status=status)
-    answer = api.post(f"/v1/jobs/{job.id}/cancel")
-    assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
-    assert _read(database, job.id).status == status
-
-
-def test_cancelling_from_many_sides_is_one_cancel(api: TestClient, database: Database, alice: Tenant, dataset: Dataset):
-    job = seed.job(database, alice.id, dataset.id)
-    statuses: list[int] = []
-    race(lambda _number: statuses.append(api.post(f"/v1/jobs/{job.id}/cancel").status_code), 4)
-    assert sorted(statuses) == [202, 409, 409, 409]
-    assert len(api.get(f"/v1/jobs/{job.id}/events").json()["data"]) == 1
-
-
 def test_events_come_oldest_first_and_go_on(api: TestClient, database: Database, alice: Tenant, dataset: Dataset):
     job = seed.job(database, alice.id, dataset.id)
     _add_all(database, [JobEvent(job_id=job.id, level="info", code=f"e{n}", message="<b>hi</b>") for n in range(5)])
@@ -251,6 +217,7 @@ def test_other_tenants_see_nothing(api: TestClient, database: Database, bob: Ten
     for verb, path in (
         ("GET", ""), ("GET", "/events"), ("GET", "/metrics"), ("GET", "/evaluations"), ("GET", "/artifacts"),
         ("GET", "/artifacts/log.txt"), ("HEAD", "/artifacts/log.txt"), ("POST", "/cancel"),
+        ("POST", "/pause"), ("POST", "/resume"), ("POST", "/retry"),
     ):  # fmt: skip
         assert api.request(verb, f"/v1/jobs/{theirs.id}{path}").status_code == 404, (verb, path)
     assert _read(database, theirs.id).status == "queued"

@@ -4,8 +4,8 @@ import pytest
 from sqlalchemy import select, update
 
 from app.db import Database, utcnow
-from app.leases import LeaseLost, claim, fenced, find_lost, finish, renew
-from app.models import Checkpoint, Dataset, Job, Tenant
+from app.leases import LeaseLost, claim, fenced, find_lost, finish, give_back, renew
+from app.models import Checkpoint, Dataset, Job, JobEvent, Tenant
 from tests.app import seed
 from tests.racing import race
 
@@ -164,18 +164,68 @@ def test_a_held_row_is_lost_once_its_lease_has_expired(database: Database, datas
 
 
 def test_a_row_that_used_up_its_attempts_fails(database: Database, dataset: Dataset):
-    job = _job(database, dataset, enqueued_at=utcnow(), attempt=4)
+    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=9), attempt=9, losses=4)
     _claim(database, job.id)
     _expire(database, job.id)
+    assert _lost(database, max_attempts=6) == [job.id]
     assert _lost(database, max_attempts=5) == []
     failed = _read(database, job.id)
+    with database.read() as session:
+        told = [(event.level, event.code) for event in session.scalars(select(JobEvent))]
+    assert told == [("error", "failed")]
     assert (failed.status, failed.failure["class"], failed.failure["code"]) == ("failed", "infra", "attempts_exhausted")
     assert failed.finished_at is not None
     assert _claim(database, job.id) is None
 
 
+def test_only_a_lost_worker_is_held_against_a_row(database: Database, dataset: Dataset):
+    job = _job(database, dataset)
+    for attempt in range(1, 4):
+        row = _claim(database, job.id)
+        assert (row.attempt, row.losses) == (attempt, 0)
+        with database.write() as session:
+            give_back(session, row, status="queued")
+    _claim(database, job.id)
+    _expire(database, job.id)
+    again = _claim(database, job.id, owner="worker-2")
+    assert (again.attempt, again.losses) == (5, 1)
+
+
+def test_a_row_that_was_given_back_is_nobodys(database: Database, dataset: Dataset):
+    row = _claim(database, _job(database, dataset, enqueued_at=utcnow()).id)
+    with database.write() as session:
+        give_back(session, row, status="queued", losses=1)
+    now = _read(database, row.id)
+    assert (now.status, now.losses, now.lease_owner, now.lease_expires_at) == ("queued", 1, None, None)
+    assert _lost(database) == [row.id]  # its message is sent at once, not after the old one has become stale
+    with pytest.raises(LeaseLost), database.write() as session:
+        give_back(session, row, status="queued")
+
+
+def test_a_row_that_is_to_wait_is_claimed_and_sent_when_it_is_due(database: Database, dataset: Dataset):
+    soon = utcnow() + timedelta(seconds=60)
+    job = _job(database, dataset, not_before=soon)
+    assert _claim(database, job.id) is None
+    assert _lost(database) == []
+    with database.write() as session:
+        session.execute(update(Job).values(not_before=utcnow() - timedelta(seconds=1)))
+    assert _lost(database) == [job.id]
+    row = _claim(database, job.id)
+    assert (row.attempt, row.not_before) == (1, None)
+
+
+def test_sweeps_at_once_tell_an_end_once(database: Database, dataset: Dataset):
+    for _ in range(20):
+        _claim(database, _job(database, dataset, losses=4).id)
+    with database.write() as session:
+        session.execute(update(Job).values(lease_expires_at=utcnow() - timedelta(seconds=1)))
+    race(lambda _number: _lost(database, max_attempts=5), 4)
+    with database.read() as session:
+        assert sorted(session.scalars(select(JobEvent.job_id))) == sorted(session.scalars(select(Job.id)))
+
+
 def test_cancelling_is_never_given_up(database: Database, dataset: Dataset):
-    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=200), attempt=9)
+    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=200), losses=9)
     _claim(database, job.id)
     with database.write() as session:
         session.execute(update(Job).values(status="cancelling"))

@@ -111,10 +111,34 @@ def test_a_lost_row_comes_before_all_that_waits(database: Database, dataset: Dat
         dataset,
         ("first", "a", {"priority": 9}),
         ("lost", "a", lost),
-        ("spent", "b", lost | {"attempt": 5}),
-        ("ending", "b", lost | {"attempt": 5, "status": "cancelling"}),
+        ("often", "a", lost | {"attempt": 9, "losses": 3}),
+        ("spent", "b", lost | {"attempt": 5, "losses": 4}),
+        ("ending", "b", lost | {"attempt": 5, "losses": 4, "status": "cancelling"}),
+        ("resting", "b", lost | {"status": "pausing"}),
     )
-    assert _order(database) == ["lost", "ending", "first"]  # the sweep is what fails the spent one
+    # The sweep is what fails the spent one, and what pauses the resting one.
+    assert _order(database) == ["lost", "often", "ending", "first"]
+    with database.read() as session:
+        counted = dict(session.execute(select(Job.id, Job.losses)).all())
+    assert (counted["job_lost"], counted["job_often"], counted["job_ending"], counted["job_first"]) == (1, 4, 5, 0)
+
+
+def test_a_row_that_is_tried_again_later_holds_nobody_up(database: Database, dataset: Dataset):
+    soon, ago = utcnow() + timedelta(seconds=60), utcnow() - timedelta(seconds=1)
+    later = {"priority": 9, "not_before": soon, "attempt": 1, "losses": 1}
+    _jobs(
+        database,
+        dataset,
+        ("later", "a", later),
+        ("paused", "a", {"status": "paused", "priority": 9}),
+        ("plain", "a", {}),
+        ("due", "a", {"not_before": ago}),
+    )
+    assert _order(database) == ["plain", "due"]
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == "job_later").values(not_before=ago))
+    row = _next(database)
+    assert (row.id, row.attempt, row.losses, row.not_before) == ("job_later", 2, 1, None)
 
 
 def test_a_draining_worker_takes_nothing(database: Database, dataset: Dataset):

@@ -115,6 +115,18 @@ def test_two_workers_share_the_queue_and_what_cannot_run_holds_nobody_up(
     assert etas == pytest.approx([0, 10, 30], abs=2)
 
 
+def test_what_is_tried_again_later_is_behind_what_may_begin(api: TestClient, database: Database, dataset: Dataset):
+    _past(database, dataset, 10, 10, 10)
+    seed.add(database, worker("one@a"))
+    due = utcnow() + timedelta(seconds=100)
+    later = seed.job(database, dataset.tenant_id, dataset.id, **RECIPE, priority=9, not_before=due)
+    plain = [seed.job(database, dataset.tenant_id, dataset.id, **RECIPE) for _ in range(2)]
+    places = [_queue(api, job) for job in (*plain, later)]
+    assert [place["position"] for place in places] == [1, 2, 3]
+    assert [place["eta_s"] for place in places] == pytest.approx([0, 10, 100], abs=2)
+    assert [place["waiting_for"] for place in places[1:]] == ["a free worker", f"retry at {due:%Y-%m-%dT%H:%M:%SZ}"]
+
+
 @pytest.mark.parametrize("known", [{"recipe": "other"}, {"recipe": None}, {"workload": None}])
 def test_where_nothing_was_learned_there_is_no_eta(api: TestClient, database: Database, dataset: Dataset, known):
     _past(database, dataset, 10, 20, 30)

@@ -76,6 +76,15 @@ def test_a_beat_registers_renews_and_keeps_draining(database: Database, settings
         assert registry.present(session, settings, queue="jobs") == []
 
 
+def test_a_worker_that_drains_by_its_own_will_says_so(database: Database, settings: Settings):
+    one = worker()
+    for draining in (False, True, False):
+        with database.write() as session:
+            registry.beat(session, one, draining=draining)
+    with database.read() as session:
+        assert [row.draining for row in repository.all_workers(session)] == [True]
+
+
 def test_the_sweep_forgets_workers_that_are_silent_for_long(database: Database, settings: Settings):
     seed.add(database, worker("gone@one", seen_at=utcnow() - timedelta(seconds=601)))
     seed.add(database, worker("late@one", seen_at=utcnow() - timedelta(seconds=500)))

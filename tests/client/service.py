@@ -52,6 +52,7 @@ class Service:
         self.script: list[Callable[[dict[str, Any]], None]] = []  # what happens to a job before each look at it
         self.faults: list[tuple[str, str]] = []  # (pattern of "METHOD path", what breaks), each used once
         self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.bodies: list[bytes] = []  # of the requests that move a job
 
     def requested(self, pattern: str) -> list[dict[str, str]]:
         """Return the headers of the requests whose "METHOD path" fits."""
@@ -71,6 +72,8 @@ class Service:
             "spec": spec,
             "priority": 0,
             "queue": None,
+            "adjustments": None,
+            "not_before": None,
             "progress": None,
             "results": None,
             "failure": None,
@@ -291,6 +294,10 @@ class Handler(BaseHTTPRequestHandler):
                 return 200, job
             case ["cancel"]:
                 job["status"] = "cancelling"
+                return 202, job
+            case [("pause" | "resume" | "retry") as verb]:
+                job["status"] = "pausing" if verb == "pause" else "queued"
+                service.bodies.append(body)
                 return 202, job
             case ["events"]:
                 rows = service.events.get(job["id"], [])

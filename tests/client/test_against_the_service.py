@@ -176,10 +176,14 @@ def test_a_job_is_watched_to_its_end(client, database, job):
     assert messages == [str(i) for i in range(150)]
     assert [row["step"] for row in first["metrics"]] == [*range(1200), *range(1200)]
     assert first["evaluations"][0]["metrics"]["ap"] == 0.5
+    assert client.jobs.pause(job["id"])["status"] == "paused"
+    assert client.jobs.resume(job["id"])["status"] == "queued"
     assert client.jobs.cancel(job["id"])["status"] == "cancelled"
     rest = list(updates)
     assert rest[-1]["job"]["status"] == "cancelled"
     assert not any(update["metrics"] or update["evaluations"] for update in rest)
+    assert client.jobs.retry(job["id"], start="beginning")["status"] == "queued"
+    assert list(client.jobs.metrics(job["id"])) == []
 
 
 def test_jobs_are_found_by_their_members(client, job):

@@ -241,6 +241,24 @@ def test_workers_are_listed(service):
     assert json.loads(defeat("workers", "--json").stdout) == service.workers
 
 
+def test_jobs_are_paused_resumed_and_tried_again(service):
+    service.add_job()
+    assert defeat("jobs", "pause", "job_0000").stdout == "job_0000 pausing\n"
+    assert defeat("jobs", "resume", "job_0000").stdout == "job_0000 queued\n"
+    assert json.loads(defeat("jobs", "retry", "job_0000", "--json").stdout)["id"] == "job_0000"
+    assert defeat("jobs", "retry", "job_0000", "--from", "beginning").exit_code == 0
+    assert [json.loads(body)["from"] for body in service.bodies[2:]] == [None, "beginning"]
+    wrong = defeat("jobs", "retry", "job_0000", "--from", "start")
+    assert (wrong.exit_code, "checkpoint or beginning" in wrong.stderr) == (2, True)
+
+
+def test_what_a_job_waits_for_and_what_was_adjusted_is_shown(service):
+    service.add_job().update(not_before="2026-01-01T00:01:00Z", adjustments={"schedule": {"accumulation": 2}})
+    shown = defeat("jobs", "show", "job_0000").stdout
+    assert "2026-01-01T00:01:00Z" in shown
+    assert "accumulation: 2" in shown
+
+
 def test_the_best_student_is_downloaded_unless_others_are_named(service, tmp_path):
     job = service.add_job()["id"]
     service.add_artifact(job, "student-last.safetensors", "student", b"last")

@@ -1,4 +1,5 @@
 import io
+import json
 import tarfile
 from itertools import islice
 
@@ -295,3 +296,13 @@ def test_waiting_has_an_end(client, service):
     service.script = [reach("running"), reach("failed")]
     assert client.jobs.wait(job, poll_s=0.01)["status"] == "failed"
     assert client.jobs.cancel(job)["status"] == "cancelling"
+
+
+def test_jobs_are_paused_resumed_and_tried_again(client, service):
+    job = service.add_job()["id"]
+    assert client.jobs.pause(job)["status"] == "pausing"
+    assert client.jobs.resume(job)["status"] == "queued"
+    for start in (None, "checkpoint", "beginning"):
+        assert client.jobs.retry(job, start=start)["status"] == "queued"
+        assert json.loads(service.bodies[-1]) == {"from": start}
+    assert all("Idempotency-Key" in headers for headers in service.requested(rf"POST /v1/jobs/{job}/retry"))

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from app.models import Artifact, Dataset, Job, JobEvaluation, JobMetric
-from tests.dashboard.conftest import Service, wait_until
+from tests.dashboard.conftest import Complaints, Service, wait_until
 from tests.dashboard.seed import Seeder
 
 DETECTOR = {"architecture": "faster_rcnn", "backbone": "timm/resnet18"}
@@ -235,6 +235,37 @@ def test_cancelling_asks_first(page: Page, service: Service, running_job: str) -
     expect(page.get_by_role("button", name="Cancel job")).to_be_disabled()
     with service.database.read() as session:
         assert session.get_one(Job, running_job).status == "cancelling"
+
+
+def test_a_job_is_paused_resumed_and_tried_again(page: Page, service: Service, running_job: str) -> None:
+    def _leave(status: str) -> None:
+        with service.database.write() as session:
+            session.get_one(Job, running_job).status = status
+
+    status, button = page.locator("#status"), lambda name: page.get_by_role("button", name=name, exact=True)
+    open_job(page, running_job)
+    expect(button("Resume")).to_be_hidden()
+    button("Pause").click()
+    expect(status).to_have_text("Pausing")
+    expect(page.locator("#phase")).to_have_text("Saving before it pauses")
+    expect(button("Pause")).to_be_hidden()
+    _leave("paused")
+    button("Resume").click()
+    expect(status).to_have_text("Queued")
+    _leave("failed")
+    expect(status).to_have_text("Failed")
+    button("Try again").click()
+    expect(status).to_have_text("Queued")
+    expect(button("Try again")).to_be_hidden()
+    expect(page.locator("#events")).to_contain_text("the job is tried again")
+
+
+def test_what_was_moved_meanwhile_says_so(page: Page, running_job: str, complaints: Complaints) -> None:
+    complaints.expected = ["409 (Conflict)"]
+    open_job(page, running_job)
+    page.route("**/pause", lambda route: route.fulfill(status=409, json={"detail": "it is cancelling"}))
+    page.get_by_role("button", name="Pause", exact=True).click()
+    expect(page.locator("#action-error")).to_have_text("it is cancelling")
 
 
 def log_steps(service: Service, job_id: str, steps: range, value: float) -> None:

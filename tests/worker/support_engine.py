@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from worker.data.canonical import Box, CanonicalDataset, Picture, write
 from worker.run import main
@@ -32,8 +33,8 @@ TINY: dict[str, Any] = {
 CLASSES = ("square", "disc")
 
 
-def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0) -> CanonicalDataset:
-    """Write a canonical dataset of bright squares and discs, 96x64, and return it."""
+def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0, masks: bool = False) -> CanonicalDataset:
+    """Write a canonical dataset of bright squares and discs, 96x64, with their masks if wanted, and return it."""
     rng = np.random.default_rng(seed)
     pictures, sources = [], {}
     for number in range(train + val):
@@ -46,7 +47,9 @@ def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0) -> 
             rows, columns = np.mgrid[0:size, 0:size] - (size - 1) / 2
             inside = np.ones((size, size), bool) if kind == 0 else rows**2 + columns**2 <= (size / 2) ** 2
             pixels[y : y + size, x : x + size][inside] = (230, 220, 40 + 180 * kind)
-            boxes.append(Box(kind, x, y, x + size, y + size))
+            bitmap = np.zeros((64, 96), np.uint8)
+            bitmap[y : y + size, x : x + size] = inside
+            boxes.append(Box(kind, x, y, x + size, y + size, mask=text_of(bitmap) if masks else None))
         path = directory / "source" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -57,6 +60,11 @@ def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0) -> 
     dataset = CanonicalDataset(CLASSES, tuple(pictures))
     write(directory / "canonical", dataset, sources)
     return dataset
+
+
+def text_of(bitmap: np.ndarray) -> str:
+    """Return a mask (H, W) as the text that boxes keep."""
+    return str(coco_mask.encode(np.asfortranarray(bitmap))["counts"].decode())
 
 
 def images_and_targets(count: int = 3, seed: int = 0) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:

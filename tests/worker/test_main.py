@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.models import Worker
+from app.models import Job, Worker
 from app.processes import dies_with_parent
 from app.queue import BROKER_ERRORS, Queue
 from app.stack import broker_binary, broker_command
@@ -85,7 +85,7 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
 
     worker.wait(20)
     row = world.now(job)
-    assert (row.status, row.attempt, row.lease_owner) == ("queued", 1, None)
+    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
     assert world.content(row.resume_key) == b"saved"
     until(lambda: not alive(int(pid.read_text())))
 
@@ -94,6 +94,40 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
     start_worker(start, "two")  # whose sweep sends the message
     until(lambda: world.now(job).status == "succeeded")
     assert world.now(job).attempt == 2
+
+
+def draining(world: World, queue: Queue, start: Start, *last: list) -> "tuple[Job, subprocess.Popen[bytes]]":
+    """Return a job and the worker that is at it and has been told to drain."""
+    job = world.job(["event", "progress", "teacher", {"fraction": 0.1}], *last)
+    worker = start_worker(start, "one")
+    queue.send(type(job), job.id)
+    until(lambda: world.now(job).status == "running")
+    worker.send_signal(signal.SIGUSR2)
+    until(lambda: [row.draining for row in world.all(Worker)] == [True])
+    return job, worker
+
+
+def test_a_worker_that_drains_finishes_and_takes_nothing_new(
+    world: World, queue: Queue, start: Start, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    job, worker = draining(world, queue, start, ["wait_for", str(go)], ["finish", "succeeded", {}])
+    other = world.job(["finish", "succeeded", {}])
+    queue.send(type(other), other.id)
+    go.touch()
+    assert worker.wait(20) == 0
+    assert (world.now(job).status, world.now(job).attempt) == ("succeeded", 1)
+    assert (world.now(other).status, world.now(other).attempt) == ("queued", 0)
+
+
+def test_a_worker_that_drains_still_hands_over_when_it_is_told_to_end(world: World, queue: Queue, start: Start) -> None:
+    saved = [["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]]
+    job, worker = draining(world, queue, start, *saved)
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(20)
+    row = world.now(job)
+    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
+    assert world.content(row.resume_key) == b"saved"
 
 
 def test_a_worker_that_is_killed_loses_no_job(world: World, queue: Queue, start: Start, tmp_path: Path) -> None:

@@ -131,6 +131,17 @@ def test_a_teacher_of_a_job_that_failed_is_no_checkpoint(world: World) -> None:
     assert "teacher.safetensors" in world.artifacts(job)
 
 
+def test_the_end_of_one_attempt_leaves_the_next_ones_files_alone(world: World) -> None:
+    """The owner of a job that failed may have it tried again before its old worker has tidied up."""
+    job = world.job(["fail", "user", "wrong", "wrong"], attempt=1)
+    keys = [f"jobs/{job.id}/{name}" for name in ("artifacts/1/a", "artifacts/3/a", "resume/1-1.pt", "resume/3-1.pt")]
+    for key in keys:
+        world.put(key, b"x")
+    world.work(job)
+    assert world.now(job).attempt == 2
+    assert world.storage.list(f"jobs/{job.id}") == sorted([f"jobs/{job.id}/artifacts/2/log.txt", *keys[1:]])
+
+
 def test_the_cache_keeps_the_last_used_and_what_is_in_use(world: World, tmp_path: Path) -> None:
     jobs = [world.job(dataset_id=world.ready_dataset(b"%d" % number).id) for number in range(KEPT + 2)]
     cache = world.settings.scratch / "datasets"

@@ -3,20 +3,21 @@
 In this order: mosaic, zoom-out, crop, mirroring, the detector's input size times a random scale, colours. Which changes
 a picture gets follows from the epoch's seed and the picture's index alone, not from who loads it or when.
 
-Boxes go with the pixels. Where a change cuts (mosaic, crop), a box stays if a quarter of its area is left and it is a
-pixel wide and high at least, and is clipped; a crop, as in SSD, also drops boxes whose centre it does not hold. A
-picture may end without boxes.
+Boxes and masks go with the pixels. Where a change cuts (mosaic, crop), a box stays if a quarter of its area is left and
+it is a pixel wide and high at least, and is clipped; a crop, as in SSD, also drops boxes whose centre it does not hold.
+A picture may end without boxes.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from worker.data.resize import InputSize, resize, resize_boxes, resize_sample
+from worker.data.resize import InputSize, moved, resize, resize_sample, resize_target
 from worker.detectors.base import Target
 from worker.engine.config import AugmentationConfig
 
@@ -47,7 +48,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Augmentation:
-    """The changes that a config asks for. Pictures are (3, H, W) uint8, boxes (N, 4) float in their pixels."""
+    """The changes that a config asks for.
+
+    Pictures are (3, H, W) uint8, boxes (N, 4) float in their pixels, and masks, in targets that have some, (N, H, W)
+    uint8.
+    """
 
     def __init__(self, config: AugmentationConfig, size: InputSize) -> None:
         self.config = config
@@ -60,7 +65,7 @@ class Augmentation:
         """Return picture `index` of `count`, changed and at its final size.
 
         Args:
-            read: returns a picture and its boxes, neither of which is changed; also asked for a mosaic's others.
+            read: returns a picture and its target, neither of which is changed; also asked for a mosaic's others.
             index: which picture.
             count: how many `read` knows.
             seed: the epoch's.
@@ -95,8 +100,10 @@ class Augmentation:
             return image, target
         height, width = image.shape[-2:]
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
-        cut, left = self._crop(tv_tensors.Image(image), boxes)
-        return cut.as_subclass(Tensor), kept(target, left.as_subclass(Tensor))
+        masks = {name: tv_tensors.Mask(one) for name, one in target.items() if name == "masks"}
+        cut, left, masks = self._crop(tv_tensors.Image(image), boxes, masks)
+        parts = moved(target, target["boxes"], lambda _: masks["masks"].as_subclass(Tensor))
+        return cut.as_subclass(Tensor), kept(parts, left.as_subclass(Tensor))
 
 
 def _happens(probability: float) -> bool:
@@ -105,24 +112,26 @@ def _happens(probability: float) -> bool:
 
 
 def kept(target: Target, clipped: Tensor) -> Target:
-    """Return what is left of boxes (N, 4) once they are `clipped`, in order, by this module's rule."""
+    """Return what is left of boxes (N, 4) once they are `clipped`, in order, by this module's rule, and their masks."""
     sides, before = clipped[:, 2:] - clipped[:, :2], target["boxes"][:, 2:] - target["boxes"][:, :2]
     stays = (sides.prod(dim=1) >= MIN_VISIBLE * before.prod(dim=1)) & (sides >= MIN_SIDE).all(dim=1)
-    return Target(boxes=clipped[stays], labels=target["labels"][stays])
+    left = moved(target, clipped[stays], lambda masks: masks[stays])
+    left["labels"] = target["labels"][stays]
+    return left
 
 
 def flip(image: Tensor, target: Target) -> Sample:
-    """Mirror a picture (3, H, W) and its boxes left to right."""
+    """Mirror a picture (3, H, W), its boxes and its masks left to right."""
     boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-    return image.flip(-1), Target(boxes=boxes, labels=target["labels"])
+    return image.flip(-1), moved(target, boxes, lambda masks: masks.flip(-1))
 
 
 def flip_vertically(image: Tensor, target: Target) -> Sample:
-    """Mirror a picture (3, H, W) and its boxes top to bottom."""
+    """Mirror a picture (3, H, W), its boxes and its masks top to bottom."""
     boxes = target["boxes"].clone()
     boxes[:, [1, 3]] = image.shape[-2] - boxes[:, [3, 1]]
-    return image.flip(-2), Target(boxes=boxes, labels=target["labels"])
+    return image.flip(-2), moved(target, boxes, lambda masks: masks.flip(-2))
 
 
 def zoom_out(image: Tensor, target: Target, *, largest: float) -> Sample:
@@ -137,8 +146,19 @@ def zoom_out(image: Tensor, target: Target, *, largest: float) -> Sample:
     top, left = (int(torch.randint(room + 1, ())) for room in (height - size[0], width - size[1]))
     canvas = image.new_tensor(GREY)[:, None, None].repeat(1, height, width)
     canvas[:, top : top + size[0], left : left + size[1]] = resize(image, size)
-    boxes = resize_boxes(target["boxes"], (height, width), size)
-    return canvas, Target(boxes=boxes + boxes.new_tensor([left, top, left, top]), labels=target["labels"])
+    return canvas, _placed(resize_target(target, (height, width), size), top, left, (height, width))
+
+
+def _placed(target: Target, top: int, left: int, size: tuple[int, int]) -> Target:
+    """Return the target of a picture that was put at `top` and `left` of a larger one of height and width `size`."""
+
+    def _place(masks: Tensor) -> Tensor:
+        canvas = masks.new_zeros(len(masks), *size)
+        canvas[:, top : top + masks.shape[-2], left : left + masks.shape[-1]] = masks
+        return canvas
+
+    boxes = target["boxes"]
+    return moved(target, boxes + boxes.new_tensor([left, top, left, top]), _place)
 
 
 def mosaic(samples: list[Sample]) -> Sample:
@@ -166,12 +186,10 @@ def mosaic(samples: list[Sample]) -> Sample:
     for place, sample in zip(torch.randperm(4).tolist(), samples, strict=True):
         y1, y2, x1, x2 = quarters[place]
         canvas[:, y1:y2, x1:x2], target = _cover(*sample, (y2 - y1, x2 - x1))
-        shift = target["boxes"].new_tensor([x1, y1, x1, y1])
-        targets.append(Target(boxes=target["boxes"] + shift, labels=target["labels"]))
-    return canvas, Target(
-        boxes=torch.cat([target["boxes"] for target in targets]),
-        labels=torch.cat([target["labels"] for target in targets]),
-    )
+        targets.append(_placed(target, y1, x1, (height, width)))
+    # Of one data set: all have masks, or none has.
+    parts = {name: torch.cat([cast(dict[str, Tensor], one)[name] for one in targets]) for name in targets[0]}
+    return canvas, cast(Target, parts)
 
 
 def _cover(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
@@ -183,5 +201,6 @@ def _cover(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
     top, left = (int(torch.randint(room + 1, ())) for room in (large[0] - size[0], large[1] - size[1]))
     boxes = target["boxes"] - target["boxes"].new_tensor([left, top, left, top])
     bounds = boxes.new_tensor([size[1], size[0], size[1], size[0]])
-    cut = image[:, top : top + size[0], left : left + size[1]]
-    return cut, kept(target, boxes.clamp(min=0).minimum(bounds))
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    cut = moved(target, target["boxes"], lambda masks: masks[:, rows, columns])
+    return image[:, rows, columns], kept(cut, boxes.clamp(min=0).minimum(bounds))

@@ -15,6 +15,7 @@ from typing import Any
 from worker.data.archive import Tick
 from worker.data.canonical import Split
 from worker.data.problems import Problems, shown
+from worker.data.segmentation import Segmentation
 
 _SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
@@ -125,7 +126,10 @@ def _is_unicode(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawBox:
-    """A box as annotated: corners in continuous pixel coordinates, any number at all; the checks come later."""
+    """A box as annotated: corners in continuous pixel coordinates, any number at all; the checks come later.
+
+    `segmentation` is its object's outline, where the annotation has one.
+    """
 
     class_name: str
     x1: float
@@ -134,6 +138,7 @@ class RawBox:
     y2: float
     crowd: bool = False
     difficult: bool = False
+    segmentation: Segmentation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

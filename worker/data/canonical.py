@@ -22,6 +22,8 @@ from worker.report import RunError
 Split = Literal["train", "val", "test"]
 
 FORMAT_VERSION: Final = 1
+# Of datasets with masks: releases that know none would not find what the content hash says.
+MASKS_FORMAT_VERSION: Final = 2
 SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")
 
 _DOCUMENT: Final = "dataset.json"
@@ -39,6 +41,8 @@ class Box:
         crowd: the box holds a group (COCO's `iscrowd`): not trained on, matched leniently in evaluation.
         difficult: hard to tell even for people (VOC's `difficult`): kept, and counted as any other box, for COCO's
             metrics know no such mark.
+        mask: the object's pixels in the picture, as the text of runs (`worker.data.masks`); None where the data has
+            none.
     """
 
     class_index: int
@@ -48,6 +52,7 @@ class Box:
     y2: float
     crowd: bool = False
     difficult: bool = False
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,16 @@ class CanonicalDataset:
                 counts[split] = {"images": len(pictures), "boxes": sum(len(picture.boxes) for picture in pictures)}
         return counts
 
+    @property
+    def masks(self) -> int:
+        """How many boxes have a mask."""
+        return sum(box.mask is not None for picture in self.images for box in picture.boxes)
+
+    @property
+    def format_version(self) -> int:
+        """What `dataset.json` is written as."""
+        return MASKS_FORMAT_VERSION if self.masks else FORMAT_VERSION
+
 
 def _picture_as_json(picture: Picture) -> dict[str, Any]:
     return {
@@ -101,16 +116,19 @@ def _picture_as_json(picture: Picture) -> dict[str, Any]:
         "width": picture.width,
         "height": picture.height,
         "split": picture.split,
-        "boxes": [
-            {
-                "class": box.class_index,
-                "box": [box.x1, box.y1, box.x2, box.y2],
-                "crowd": box.crowd,
-                "difficult": box.difficult,
-            }
-            for box in picture.boxes
-        ],
+        "boxes": [_box_as_json(box) for box in picture.boxes],
     }
+
+
+def _box_as_json(box: Box) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "class": box.class_index,
+        "box": [box.x1, box.y1, box.x2, box.y2],
+        "crowd": box.crowd,
+        "difficult": box.difficult,
+    }
+    # Absent, not null: what has no masks keeps its hash.
+    return document if box.mask is None else {**document, "mask": box.mask}
 
 
 def _content_as_json(dataset: CanonicalDataset) -> dict[str, Any]:
@@ -129,7 +147,7 @@ def content_hash(dataset: CanonicalDataset) -> str:
 
 def _document(dataset: CanonicalDataset) -> bytes:
     content = _content_as_json(dataset)
-    document = {"format_version": FORMAT_VERSION, "content_hash": _hash(content), **content}
+    document = {"format_version": dataset.format_version, "content_hash": _hash(content), **content}
     return json.dumps(document, allow_nan=False).encode()
 
 
@@ -218,12 +236,15 @@ def read(directory: Path) -> CanonicalDataset:
     except (ValueError, RecursionError) as error:
         raise _broken(f"{_DOCUMENT} is not JSON: {error}") from error
     version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
-        raise _broken(f"{_DOCUMENT} has format version {version!r}; this release reads {FORMAT_VERSION}")
+    if version not in (FORMAT_VERSION, MASKS_FORMAT_VERSION):
+        known = f"{FORMAT_VERSION} and {MASKS_FORMAT_VERSION}"
+        raise _broken(f"{_DOCUMENT} has format version {version!r}; this release reads {known}")
     try:
         dataset = _from_json(document)
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(f"{_DOCUMENT} is damaged: {error!r}") from error
+    if version != dataset.format_version:
+        raise _broken(f"{_DOCUMENT} has format version {version}, and its masks make it {dataset.format_version}")
     if content_hash(dataset) != document.get("content_hash"):
         raise _broken(f"{_DOCUMENT} does not hold what its content hash says")
     return dataset
@@ -253,5 +274,8 @@ def _picture(entry: dict[str, Any], classes: int) -> Picture:
             raise ValueError(f"the box {box['box']} does not lie in {entry['file']} ({width}x{height})")
         if not 0 <= box["class"] < classes:
             raise ValueError(f"class {box['class']} of {classes}")
-        boxes.append(Box(box["class"], x1, y1, x2, y2, crowd=box["crowd"], difficult=box["difficult"]))
+        mask = box.get("mask")
+        if not (mask is None or isinstance(mask, str)):
+            raise TypeError(f"the mask {mask!r} is no text")
+        boxes.append(Box(box["class"], x1, y1, x2, y2, crowd=box["crowd"], difficult=box["difficult"], mask=mask))
     return Picture(entry["id"], entry["file"], entry["name"], width, height, entry["split"], tuple(boxes))

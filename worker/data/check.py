@@ -12,8 +12,10 @@ from pathlib import Path
 from worker.data.archive import Tick
 from worker.data.base import Missing, Parsed, RawBox, RawImage
 from worker.data.canonical import Box, CanonicalDataset, Picture
+from worker.data.masks import area, runs_of, to_text
 from worker.data.pictures import Fault, Inspected, inspect_all
 from worker.data.problems import Problems, shown
+from worker.data.segmentation import BadMask
 from worker.report import RunError
 
 MAX_CLASSES = 10_000
@@ -123,7 +125,23 @@ def _check_box(raw: RawBox, image: RawImage, picture: Inspected, class_index: in
     x2, y2 = min(raw.x2, float(picture.width)), min(raw.y2, float(picture.height))
     if (x1, y1, x2, y2) != corners:
         problems.note("box_clipped", image.name, where)
-    return Box(class_index, x1, y1, x2, y2, crowd=raw.crowd, difficult=raw.difficult)
+    mask = _mask_of(raw, image, picture, where, problems)
+    return Box(class_index, x1, y1, x2, y2, crowd=raw.crowd, difficult=raw.difficult, mask=mask)
+
+
+def _mask_of(raw: RawBox, image: RawImage, picture: Inspected, where: str, problems: Problems) -> str | None:
+    """Return the text of the object's mask in its picture; None if it has none, or none that can be used."""
+    if raw.segmentation is None:
+        return None
+    try:
+        runs = runs_of(raw.segmentation, picture.height, picture.width)
+    except BadMask as error:
+        problems.drop("bad_mask", image.name, f"the segmentation of {where} {error}")
+        return None
+    if not area(runs):
+        problems.drop("empty_mask", image.name, where)
+        return None
+    return to_text(runs)
 
 
 def check_classes(parsed: Parsed, problems: Problems) -> None:

@@ -1,6 +1,7 @@
 """COCO: one JSON file a split, as COCO itself lays it out and as Roboflow does.
 
-Boxes are `[x, y, width, height]` in continuous pixel coordinates. Classes are ordered by category id.
+Boxes are `[x, y, width, height]` in continuous pixel coordinates. Classes are ordered by category id. An object's
+`segmentation` is read where there is one, but for crowds, which nothing is trained on.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from worker.data.archive import Tick
 from worker.data.base import Format, Parsed, RawBox, RawImage, Source, Unreadable, is_class_name, is_litter, split_of
 from worker.data.canonical import Split
 from worker.data.problems import Problems, shown
+from worker.data.segmentation import BadMask, Segmentation, read_segmentation
 from worker.report import RunError
 
 _ROBOFLOW = "_annotations.coco.json"
@@ -209,15 +211,24 @@ class _Part:
         x, y, width, height = corners
         category = annotation["category_id"]
         self.categories.used.add(category)
+        crowd = annotation.get("iscrowd") in (1, True)
         box = RawBox(
             class_name=self._own[category],
             x1=x,
             y1=y,
             x2=x + width,
             y2=y + height,
-            crowd=annotation.get("iscrowd") in (1, True),
+            crowd=crowd,
+            segmentation=None if crowd else self._segmentation(where, annotation),
         )
         self._images[annotation["image_id"]].boxes.append(box)
+
+    def _segmentation(self, where: str, annotation: dict[str, Any]) -> Segmentation | None:
+        try:
+            return read_segmentation(annotation.get("segmentation"))
+        except BadMask as error:
+            self.problems.drop("bad_mask", self._file, f"the segmentation of {where} {error}")
+            return None
 
     def _reference_problem(self, annotation: dict[str, Any]) -> tuple[str, str] | None:
         identifier = annotation.get("id")

@@ -100,6 +100,7 @@ class _Import:
             "format": self._format,
             "images": len(images),
             "boxes": sum(split["boxes"] for split in splits.values()),
+            "masks": self._dataset.masks,
             "classes": _class_counts(self._dataset),
             "splits": splits,
             "problems": [problem.as_json() for problem in self.problems],

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from worker.data.augment import Augmentation, Sample
 from worker.data.cache import PictureCache, default_limit
-from worker.data.canonical import Picture
-from worker.data.resize import InputSize, resize, resize_boxes
+from worker.data.canonical import Box, Picture
+from worker.data.masks import from_text, to_bitmap
+from worker.data.resize import InputSize, resize, resize_target
 from worker.detectors.base import Target
 from worker.engine.config import AugmentationConfig
 from worker.report import RunError
@@ -65,13 +66,33 @@ class PictureReader:
             while waiting:
                 yield waiting.popleft().result()
 
-    def target(self, index: int) -> Target:
-        """Return its ground truth for training: crowd regions are left out, difficult boxes are not."""
-        boxes = [box for box in self.images[index].boxes if not box.crowd]
-        return Target(
+    @property
+    def has_masks(self) -> bool:
+        """Whether any box has a mask."""
+        return any(box.mask is not None for image in self.images for box in image.boxes)
+
+    def target(self, index: int, *, masks: bool = False) -> Target:
+        """Return its ground truth for training: crowd regions are left out, difficult boxes are not.
+
+        With `masks`, the boxes' masks too, at the picture's own size; all 0 for a box that has none.
+        """
+        image = self.images[index]
+        boxes = [box for box in image.boxes if not box.crowd]
+        target = Target(
             boxes=torch.tensor([[box.x1, box.y1, box.x2, box.y2] for box in boxes], dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor([box.class_index + 1 for box in boxes], dtype=torch.int64),
         )
+        if masks:
+            target["masks"] = _masks(boxes, image.height, image.width)
+        return target
+
+
+def _masks(boxes: Sequence[Box], height: int, width: int) -> Tensor:
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
+    for mask, box in zip(masks, boxes, strict=True):
+        if box.mask is not None:
+            mask.copy_(torch.from_numpy(to_bitmap(from_text(box.mask), height, width)))
+    return masks
 
 
 def _processors() -> int:
@@ -88,44 +109,41 @@ class Batch:
 
     def targets_on(self, device: torch.device) -> list[Target]:
         """Return the targets on a device."""
-        return [
-            Target(
-                boxes=target["boxes"].to(device, non_blocking=True),
-                labels=target["labels"].to(device, non_blocking=True),
-            )
-            for target in self.targets
-        ]
+        return [_each(target, lambda tensor: tensor.to(device, non_blocking=True)) for target in self.targets]
 
     def pin_memory(self) -> "Batch":
         """Move to page-locked memory; the data loader calls it."""
         return Batch(
             images=[image.pin_memory() for image in self.images],
-            targets=[
-                Target(boxes=target["boxes"].pin_memory(), labels=target["labels"].pin_memory())
-                for target in self.targets
-            ],
+            targets=[_each(target, Tensor.pin_memory) for target in self.targets],
         )
+
+
+def _each(target: Target, change: Callable[[Tensor], Tensor]) -> Target:
+    return cast(Target, {name: change(tensor) for name, tensor in cast(dict[str, Tensor], target).items()})
 
 
 class _Samples(Dataset[Sample]):
     """Augmented pictures, asked for by (seed, index), which alone decide how they are changed."""
 
-    def __init__(self, pictures: PictureReader, augmentation: Augmentation, cache: PictureCache) -> None:
+    def __init__(
+        self, pictures: PictureReader, augmentation: Augmentation, cache: PictureCache, *, masks: bool
+    ) -> None:
         self.pictures = pictures
         self.augmentation = augmentation
         self.cache = cache
+        self.masks = masks
 
     def __getitem__(self, seed_and_index: tuple[int, int]) -> Sample:
         seed, index = seed_and_index
         return self.augmentation(self._read, index, count=len(self.pictures), seed=seed)
 
     def _read(self, index: int) -> Sample:
-        """Return a picture and its boxes as they are kept: at the detector's input size."""
+        """Return a picture as it is kept, and its boxes and masks: at the detector's input size."""
         size = self.cache.sizes[index]
-        record, target = self.pictures.images[index], self.pictures.target(index)
+        record, target = self.pictures.images[index], self.pictures.target(index, masks=self.masks)
         image = self.cache.get(index, lambda: resize(self.pictures.read(index), size))
-        boxes = resize_boxes(target["boxes"], (record.height, record.width), size)
-        return image, Target(boxes=boxes, labels=target["labels"])
+        return image, resize_target(target, (record.height, record.width), size)
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -165,6 +183,7 @@ class TrainingBatches:
         size: InputSize,
         augmentation: AugmentationConfig,
         device: torch.device,
+        masks: bool = False,
         cache_bytes: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -177,6 +196,8 @@ class TrainingBatches:
             size: the detector's, which was told not to resize: `InputSize.taken_from`.
             augmentation: random changes.
             device: where batches will go.
+            masks: whether the detector trains on masks. Then each target has some (all 0 where the data has none for a
+                box), in every batch and on every rank alike, unless the whole split has none.
             cache_bytes: memory for pictures; None: `cache.default_limit`.
             rank: which consecutive share of each batch this process gets, from 0.
             world: how many shares there are.
@@ -190,10 +211,11 @@ class TrainingBatches:
         sizes = [size.of(image.height, image.width, scale=augmentation.scale_max) for image in pictures.images]
         self.cache = PictureCache(sizes, limit=default_limit(world) if cache_bytes is None else cache_bytes)
         self._order = _Order(len(pictures), batch_size=batch_size, rank=rank, world=world)
+        samples = _Samples(pictures, Augmentation(augmentation, size), self.cache, masks=masks and pictures.has_masks)
         on_gpu = device.type == "cuda"
         workers = min(8, max(_processors() // world, 1)) if on_gpu else 0
         self._loader: DataLoader[Batch] = DataLoader(
-            cast("Dataset[Batch]", _Samples(pictures, Augmentation(augmentation, size), self.cache)),
+            cast("Dataset[Batch]", samples),
             batch_sampler=self._order,
             collate_fn=_collate,
             num_workers=workers,

@@ -43,6 +43,9 @@ SUMMARIES: dict[str, str] = {
     "empty_box": "a box has no area",
     "box_outside": "a box lies outside its picture",
     "box_clipped": "a box reached over its picture's edge and was clipped to it",
+    # Masks.
+    "bad_mask": "an object's outline cannot be used: its box is kept without a mask",
+    "empty_mask": "an object's outline holds no pixel of its picture: its box is kept without a mask",
     # Pictures.
     "missing_image": "an annotated picture is not there",
     "broken_image": "a picture does not decode",

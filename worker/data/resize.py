@@ -7,6 +7,7 @@ low-pass filter: what the network sees differs from its own transform's result b
 Evaluation is left to the detector's transform, on the original pictures.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -71,8 +72,33 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     return boxes * boxes.new_tensor([across, down, across, down])
 
 
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize masks (N, H, W) uint8 to height and width: each pixel takes the value at its centre.
+
+    torchvision's transform takes that at its upper left corner, which shifts a mask against its box and its picture by
+    up to half a pixel of the smaller size.
+    """
+    if masks.shape[-2:] == size:
+        return masks
+    if not len(masks):
+        return masks.new_zeros(0, *size)
+    return F.interpolate(masks[None], size=size, mode="nearest-exact")[0]
+
+
+def moved(target: Target, boxes: Tensor, move: Callable[[Tensor], Tensor]) -> Target:
+    """Return a target whose boxes are now `boxes` (N, 4), its masks, if it has any, `move` of them."""
+    new = Target(boxes=boxes, labels=target["labels"])
+    if "masks" in target:
+        new["masks"] = move(target["masks"])
+    return new
+
+
+def resize_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
+    """Scale boxes and masks from a picture of height and width `old` to one of `new`."""
+    return moved(target, resize_boxes(target["boxes"], old, new), lambda masks: resize_masks(masks, new))
+
+
 def resize_sample(image: Tensor, target: Target, size: tuple[int, int]) -> tuple[Tensor, Target]:
-    """Resize a picture (3, H, W) uint8 and its boxes along."""
+    """Resize a picture (3, H, W) uint8, and its boxes and masks along."""
     height, width = image.shape[-2:]
-    boxes = resize_boxes(target["boxes"], (height, width), size)
-    return resize(image, size), Target(boxes=boxes, labels=target["labels"])
+    return resize(image, size), resize_target(target, (height, width), size)

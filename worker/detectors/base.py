@@ -18,7 +18,8 @@ Part = Literal["backbone", "anchors", "logits"]
 class Target(TypedDict):
     """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1.
 
-    Where the data has them, also masks (N, H, W) uint8, 1 on the object: families that know no masks leave them alone.
+    For detectors that train on masks, where the data has some, also masks (N, H, W) uint8, 1 on the object. One that is
+    all 0 is none: its box has no mask, or nothing of it is left in the picture.
     """
 
     boxes: Tensor
@@ -104,11 +105,13 @@ class Detector(nn.Module):
         strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
         channels: the channels of each pyramid level, likewise.
         transform: torchvision's: it resizes, normalises and pads.
+        trains_masks: whether targets' masks are of any use to it.
         provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
     """
 
     provides: tuple[Part, ...] = ()
+    trains_masks: bool = False
 
     backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
@@ -147,16 +150,24 @@ class Detector(nn.Module):
             RunError: `stages_cannot_freeze` if the detector has no backbone with a pyramid, unless `stages` is 0.
             ValueError: `stages` is out of range.
         """
-        backbone = getattr(self, "backbone", None)
-        if isinstance(backbone, Pyramid):
-            backbone.freeze(stages)
-        elif stages:
+        self.require_stages(stages)
+        if stages:
+            self.backbone.freeze(stages)
+
+    def require_stages(self, stages: int) -> None:
+        """Raise what `freeze_stages` would raise for a detector without a pyramid; freeze nothing."""
+        if stages and not isinstance(getattr(self, "backbone", None), Pyramid):
             raise RunError(
                 "user",
                 "stages_cannot_freeze",
                 f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
                 "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
             )
+
+    @property
+    def least_pictures(self) -> int:
+        """How many pictures a training pass needs at least; a normalisation may have none to take the variance of."""
+        return 1
 
     def compile_trunk(self) -> None:
         """Compile the trunk in place by torch.compile; the names of its parameters stay."""

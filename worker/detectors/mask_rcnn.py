@@ -36,6 +36,8 @@ class MaskRCNNDetector(FasterRCNNDetector):
     boxes are detected; the mask head is kept, so that what is saved is a whole Mask R-CNN.
     """
 
+    trains_masks = True
+
     def __init__(self, config: MaskRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
         super().__init__(config, classes, pretrained_backbone=pretrained_backbone)
@@ -66,17 +68,21 @@ class MaskRCNNDetector(FasterRCNNDetector):
         image_sizes: list[tuple[int, int]],
         targets: list[Target],
     ) -> dict[str, Tensor]:
-        """See `FasterRCNNDetector.further_losses`: `loss_mask`, over the pictures with masks; nothing without any.
+        """See `FasterRCNNDetector.further_losses`: `loss_mask`, over the objects with masks.
 
         The mean over their positive proposals of the binary cross-entropy of the mask of the proposal's class (section
-        3), torchvision's.
+        3), torchvision's; 0 if there is no such proposal, and nothing at all if no target has `masks`.
         """
         masked = [index for index, target in enumerate(targets) if "masks" in target]
         if not masked:
             return {}
         positive = [
-            torch.where(one > 0)[0] if index in masked else one.new_zeros(0) for index, one in enumerate(labels)
+            _with_masks(*one) if index in masked else one[0].new_zeros(0)
+            for index, one in enumerate(zip(labels, matches, targets, strict=True))
         ]
+        if not sum(map(len, positive)):
+            # In the graph, as any loss. The mask head is left out: its batch norm has no statistics of nothing.
+            return {"loss_mask": next(iter(features.values())).sum() * 0.0}
         boxes = [one[rows] for one, rows in zip(proposals, positive, strict=True)]
         heads = self.roi_heads
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, image_sizes)))
@@ -109,3 +115,10 @@ class MaskRCNNDetector(FasterRCNNDetector):
         predictor = self.roi_heads.mask_predictor
         predictor.mask_fcn_logits = select_outputs(predictor.mask_fcn_logits, rows)
         super().select_classes(classes)
+
+
+def _with_masks(labels: Tensor, matches: Tensor, target: Target) -> Tensor:
+    """Return the rows of a picture's positive proposals whose targets have masks."""
+    rows = torch.where(labels > 0)[0]
+    present = target["masks"].flatten(1).any(dim=1).bool()
+    return rows[present[matches[rows]]]

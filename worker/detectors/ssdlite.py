@@ -93,19 +93,24 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
         )
         self.introduce(config, classes, strides=config.strides, channels=channels)
 
+    @property
+    def least_pictures(self) -> int:
+        """See `Detector.least_pictures`. Two where the coarsest map is one cell, as it is up to a size of 512."""
+        assert isinstance(self.config, SSDLiteConfig)
+        return 2 if self.config.size <= self.strides[-1] else 1
+
     def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
         """See `Detector.train_pass`.
 
         Raises:
             RunError: `batch_too_small` for one picture alone whose coarsest map is one cell: it has no variance.
         """
-        assert isinstance(self.config, SSDLiteConfig)
-        if len(images) == 1 and self.config.size <= self.strides[-1]:
+        if len(images) < self.least_pictures:
             raise RunError(
                 "user",
                 "batch_too_small",
-                f"at size {self.config.size} SSDLite's coarsest map is one cell, and batch norm cannot train on one "
-                "value: set batch_size to 2 or more",
+                f"at size {self.transform.fixed_size[0]} SSDLite's coarsest map is one cell, and batch norm cannot "
+                "train on one value: set batch_size to 2 or more",
             )
         return super().train_pass(images, targets)
 

@@ -21,6 +21,7 @@ from worker.engine.gallery import write_gallery
 from worker.engine.history import History, Plan
 from worker.engine.seeds import reseed
 from worker.engine.train import EVALUATION_COST, TEACHER_COST, Context, Training, evaluate
+from worker.engine.trainable import require_trainable
 from worker.engine.world import World, local_device
 from worker.report import Reporter, RunError, Subject
 
@@ -54,9 +55,10 @@ def _distill(
         where = f"epoch {resume.epoch}" + (f" and {resume.step} steps" if resume.step else "")
         reporter.message("info", "resumed", f"going on after {where} of the {resume.subject}'s training")
 
-    # All three are built before the teacher is trained: what cannot be paired is said at once, not hours later.
+    # All are built before the teacher is trained: what cannot be paired or trained is said at once, not hours later.
     teacher = _build_teacher(config, inputs, context)
     student = _build(config.student, dataset.classes, inputs["student"], seed=config.seed, subject="student").to(device)
+    _require_trainable(config, teacher, student, processes=world.size)
     reseed(config.seed, "student", "method")
     method = methods.build(config.distillation, student, teacher).to(device)
 
@@ -81,6 +83,12 @@ def _distill(
     )
     best = training.run(resume if resume and resume.subject == "student" else None)
     return _finish(config, context, teacher, teacher_metrics, student, best) if world.leads else {}
+
+
+def _require_trainable(config: JobConfig, teacher: Detector | None, student: Detector, *, processes: int) -> None:
+    if teacher is not None and config.teacher is not None and config.trains_teacher:
+        require_trainable(teacher, config.teacher.schedule, processes=processes, where="teacher.schedule")
+    require_trainable(student, config.schedule, processes=processes, where="schedule")
 
 
 def _keep(context: Context, state: TrainingState) -> None:

@@ -173,10 +173,12 @@ class Step:
     def _out_of_memory(self, batch: Batch, clock: Clock, error: torch.OutOfMemoryError) -> RunError:
         """Find out, by trying, which part of the batch fits, and say so."""
         share = len(batch.images) // self.schedule.accumulation
-        smaller = [size for size in range(share - 1, 0, -1) if share % size == 0]
+        least = self.losses.detector.least_pictures
+        smaller = [size for size in range(share - 1, least - 1, -1) if share % size == 0]
         fits = next((size for size in smaller if self._fits(next(split(batch, len(batch.images) // size)), clock)), 0)
         if not fits:
-            advice = "not even one picture fits: lower the detector's min_size and max_size, or take a smaller one"
+            few = "one picture fits" if least == 1 else f"{least} pictures fit"
+            advice = f"not even {few}: lower the detector's min_size and max_size, or take a smaller one"
         else:
             parts = self.schedule.batch_size // self.world.size // fits
             advice = (

@@ -61,6 +61,8 @@ def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: i
         context.plan.advance(pictures * world.size * EVALUATION_COST)
         reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
+    # Said before it begins, so that what goes wrong in its first batch is known to be its own.
+    reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
     found = detect_split(
         detector,
         context.eval_pictures,
@@ -125,6 +127,7 @@ class Training:
             size=InputSize.taken_from(detector),
             augmentation=context.augmentation,
             device=context.device,
+            masks=detector.trains_masks,
             cache_bytes=context.picture_memory_bytes,
             rank=context.world.rank,
             world=context.world.size,
@@ -168,6 +171,7 @@ class Training:
         batches = self._batches.epoch(seed_for(context.seed, self.subject, "order", epoch), start=start)
         self.detector.train()
         self._method.train()
+        self._progress(epoch, epoch * steps + start, steps, images_per_s=None)  # as in `evaluate`
         watch, asked_at = Stopwatch(), time.monotonic()
         for index, batch in enumerate(batches, start):
             waited = time.monotonic() - asked_at
@@ -201,7 +205,7 @@ class Training:
         means |= {"images_per_s": images_per_s, "memory_bytes": memory_bytes(self.context.device)}
         self.context.history.log_metrics(self.subject, step=step, epoch=step / steps, values=means)
 
-    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float) -> None:
+    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float | None) -> None:
         plan = self.context.plan
         self.context.reporter.progress(
             "teacher" if self.subject == "teacher" else "distillation",

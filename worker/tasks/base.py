@@ -86,6 +86,26 @@ class Adapter(ABC, Generic[Row]):
         """Make the object `key` what another attempt goes on from; return the key it replaces."""
         raise NotImplementedError(f"{type(self).__name__} keeps no checkpoints")
 
+    def lighten(self, row: Row) -> tuple[dict[str, Any], str] | None:
+        """Return the columns that let another attempt take less memory, and what they change in words, or None."""
+        del row
+        return None
+
+    def memory_hint(self, row: Row) -> str:
+        """Say what to change in the row after memory ran out; empty: the run has said all there is to say."""
+        del row
+        return ""
+
+    def goes_on(self, row: Row) -> str:
+        """Say in words where another attempt begins."""
+        del row
+        return "from the beginning"
+
+    def at_rest(self, row: Row) -> dict[str, Any]:
+        """Return the columns that change when the row is given back and nobody works on it."""
+        del row
+        return {}
+
     def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
         """Return the outcome with what is to be read from the run's files. Raises `BadResult`."""
         del directory

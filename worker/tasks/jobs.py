@@ -1,12 +1,14 @@
 """Jobs: a distillation run, its history, and the files and checkpoints that it leaves."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -18,6 +20,7 @@ from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
 from app.storage import Stored
 from worker.report import RunError
 from worker.rundir import Evaluation, Event, Message, Metrics, Progress, ResultArtifact, RunDirectory
+from worker.tasks import memory
 from worker.tasks.base import Adapter, Context, Outcome, Request
 from worker.tasks.cache import DatasetCache
 
@@ -48,12 +51,13 @@ class JobAdapter(Adapter[Job]):
             "device": self.settings.device,
             "picture_memory_bytes": self.settings.picture_memory_bytes,
         }
-        for name, checkpoint_id in initial_checkpoints(row.spec).items():
+        spec = memory.adjusted(row.spec, row.adjustments)
+        for name, checkpoint_id in initial_checkpoints(spec).items():
             path = directory / f"{name}.safetensors"
             inputs[name] = checkpoint_id and self.fetch(self._checkpoint_key(row, checkpoint_id), path, checkpoint_id)
         if row.resume_key is not None:
             inputs["resume"] = self.fetch(row.resume_key, directory / "resume.pt", "the earlier attempt's checkpoint")
-        return Request("distill", row.spec, inputs)
+        return Request("distill", spec, inputs)
 
     def _dataset(self, row: Job) -> tuple[str, str]:
         mine = (Dataset.id == row.dataset_id, Dataset.tenant_id == row.tenant_id, Dataset.status == READY)
@@ -93,9 +97,32 @@ class JobAdapter(Adapter[Job]):
         return f"jobs/{row.id}/resume/{row.attempt}-{number}.pt"
 
     def keep_checkpoint(self, session: Session, row: Job, key: str) -> str | None:
-        """Let the next attempt go on from `key`."""
-        leases.fenced(session, row, resume_key=key)
+        """Let the next attempt go on from `key`. The job has come further, so nothing is held against it any more."""
+        leases.fenced(session, row, resume_key=key, losses=0)
         return row.resume_key
+
+    # ---- between two runs ----
+
+    def lighten(self, row: Job) -> tuple[dict[str, Any], str] | None:
+        """Let the next attempt take its batches in smaller parts; once in a job's life, then it is the user's turn."""
+        changes = None if row.adjustments else memory.lighter(row.spec, _phase(row))
+        return None if changes is None else ({"adjustments": changes}, f"with {memory.describe(changes)}")
+
+    def memory_hint(self, row: Job) -> str:
+        """Say what of the spec to change, and what the service has tried."""
+        advice = memory.hint(memory.adjusted(row.spec, row.adjustments), _phase(row))
+        tried = f"{memory.describe(row.adjustments)} was tried and is too much, too; " if row.adjustments else ""
+        return tried + advice
+
+    def goes_on(self, row: Job) -> str:
+        """Say where another attempt begins."""
+        return "from the beginning" if row.resume_key is None else "from the last training checkpoint"
+
+    def at_rest(self, row: Job) -> dict[str, Any]:
+        """Forget the speed of a run that has ended, and the time that it would have taken."""
+        if row.progress is None:
+            return {}
+        return {"progress": {**row.progress, "eta_s": None, "images_per_s": None}}
 
     # ---- after the run ----
 
@@ -125,12 +152,15 @@ class JobAdapter(Adapter[Job]):
         if outcome.status == "succeeded":
             teacher = self._add_teacher(session, row, outcome, uploaded)
             results = {**outcome.results, "teacher_checkpoint_id": teacher}
+        # Those of an attempt that ended before its owner had the job tried again.
+        session.execute(delete(Artifact).where(Artifact.job_id == row.id))
         for artifact in outcome.artifacts:
             if artifact.name in uploaded:
                 session.add(_artifact(row, artifact, uploaded[artifact.name]))
         _note(session, row, _end_message(outcome))
+        kept = None if outcome.status == "succeeded" else row.resume_key
         status = _STATUS[outcome.status]
-        leases.finish(session, row, status=status, results=results, failure=outcome.failure, resume_key=None)
+        leases.finish(session, row, status=status, results=results, failure=outcome.failure, resume_key=kept)
 
     def _add_teacher(self, session: Session, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> str | None:
         artifact = _trained_teacher(row, outcome)
@@ -156,12 +186,15 @@ class JobAdapter(Adapter[Job]):
         return checkpoint.id
 
     def tidy(self, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
-        """Delete training checkpoints, and what earlier attempts left."""
-        del outcome
+        """Delete what earlier attempts left, and the training checkpoints of a job that succeeded.
+
+        One that did not may be tried again from its last: perhaps it is by now, so what is newer is another's.
+        """
         keep = {stored.key for stored in uploaded.values()}
+        succeeded = outcome.status == "succeeded"
         for folder in (f"jobs/{row.id}", f"checkpoints/{teacher_checkpoint_id(row)}"):
             for key in self.storage.list(folder):
-                if key not in keep:
+                if key not in keep and (succeeded or _attempt_of(row, key) <= row.attempt):
                     self.storage.delete(key)
 
 
@@ -191,6 +224,12 @@ def _trained_teacher(row: Job, outcome: Outcome) -> ResultArtifact | None:
     return next((artifact for artifact in outcome.artifacts if artifact.name == _TEACHER), None)
 
 
+def _attempt_of(row: Job, key: str) -> float:
+    """Return which attempt left the artifact `key`; infinity for any other object."""
+    found = re.match(rf"jobs/{row.id}/artifacts/(\d+)/", key)
+    return int(found[1]) if found else math.inf
+
+
 def _artifact(row: Job, artifact: ResultArtifact, stored: Stored) -> Artifact:
     return Artifact(
         id=new_id("art"),
@@ -212,12 +251,20 @@ def _end_message(outcome: Outcome) -> Message:
     return Message(level="info", code=outcome.status, message=f"the job {_ENDINGS[outcome.status]}")
 
 
+def _phase(row: Job) -> str | None:
+    return (row.progress or {}).get("phase")
+
+
 def _note(session: Session, row: Job, message: Message) -> None:
-    created_at = message.time or utcnow()
-    session.add(
-        JobEvent(job_id=row.id, level=message.level, code=message.code, message=message.message, created_at=created_at)
-    )
-    session.flush()  # so that ids follow the order of events
+    """Write a message; one that was written before, by a commit whose answer was lost, stays as it is."""
+    values = {
+        "job_id": row.id,
+        **message.model_dump(include={"level", "code", "message"}),
+        "origin": message.origin and f"{row.attempt}: {message.origin}",
+        "created_at": message.time or utcnow(),
+    }
+    # One at a time, so that ids follow the order of events.
+    session.execute(_insert(session, JobEvent).on_conflict_do_nothing().values(values))
 
 
 def _metric(row: Job, event: Metrics) -> dict[str, Any]:
@@ -228,12 +275,16 @@ def _evaluation(row: Job, event: Evaluation) -> dict[str, Any]:
     return {"job_id": row.id, **event.model_dump(include={"subject", "epoch", "metrics"})}
 
 
+def _insert(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    return insert(model.__table__)  # type: ignore[arg-type]  # typed as any FROM clause; it is a table
+
+
 def _upsert(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
     """Insert rows; one that is there already is replaced: another attempt passes the same steps again."""
     if not rows:
         return
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement = insert(model.__table__)  # type: ignore[arg-type]  # typed as any FROM clause; it is a table
+    statement = _insert(session, model)
     key = [column.name for column in model.__table__.primary_key]
     others = {column.name: statement.excluded[column.name] for column in model.__table__.c if column.name not in key}
     session.connection().execute(statement.on_conflict_do_update(index_elements=key, set_=others), rows)

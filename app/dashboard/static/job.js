@@ -135,6 +135,29 @@ function listenToPriority(wake) {
   });
 }
 
+/** Pause, resume and retry lose nothing, so they are asked for at once. */
+function listenToActions(wake) {
+  const error = byId("action-error");
+  for (const action of ["pause", "resume", "retry"]) {
+    const button = byId(action);
+    button.addEventListener("click", async () => {
+      button.disabled = true;
+      error.hidden = true;
+      try {
+        const job = await post(`${base}/${action}`);
+        showProgress(job);
+        showFailure(job.failure);
+        wake();
+      } catch (problem) {
+        error.textContent = problem.message;
+        error.hidden = false;
+      } finally {
+        button.disabled = false;
+      }
+    });
+  }
+}
+
 byId("loss-subject").hidden = !trainsTeacher;
 segments(byId("loss-subject"), (subject) => losses.select(subject));
 segments(byId("loss-scale"), (scale) => losses.scale(scale));
@@ -143,3 +166,4 @@ showFailure(initial.failure);
 const { wake } = poll(refresh);
 listenToCancel(wake);
 listenToPriority(wake);
+listenToActions(wake);

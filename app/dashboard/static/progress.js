@@ -15,6 +15,8 @@ const PHASES = {
 
 const RESTING = {
   queued: "Waiting for a worker",
+  pausing: "Saving before it pauses",
+  paused: "Paused",
   cancelling: "Cancelling",
   succeeded: "Done",
   failed: "Failed",
@@ -34,13 +36,26 @@ export function describeQueue(queue) {
   return words.join(" · ");
 }
 
-const phaseOf = (job) => RESTING[job.status] ?? PHASES[job.progress?.phase] ?? "Preparing";
+const waitsUntil = (job) => (job.status === "queued" && job.not_before ? Date.parse(job.not_before) : null);
+
+const phaseOf = (job) => {
+  const due = waitsUntil(job);
+  if (due !== null && due > Date.now()) return `Failed, and is tried again at ${format.clockTime(due)}`;
+  return RESTING[job.status] ?? PHASES[job.progress?.phase] ?? "Preparing";
+};
+
+// What may be asked of a job, by its status; `cancel` stands apart, since it is always shown.
+const ACTIONS = {
+  pause: new Set(["queued", "preparing", "running"]),
+  resume: new Set(["paused"]),
+  retry: new Set(["failed", "cancelled"]),
+};
 
 /** A job's progress for its row: `fraction` (0 to 1) and a few words with the epoch. */
 export function describeProgress(job) {
   const { progress } = job;
   const fraction = job.status === "succeeded" ? 1 : (progress?.fraction ?? 0);
-  if (job.queue) return { fraction, text: describeQueue(job.queue) };
+  if (job.queue && !(waitsUntil(job) > Date.now())) return { fraction, text: describeQueue(job.queue) };
   const words = [phaseOf(job)];
   if (progress?.epoch != null && job.status !== "succeeded") {
     words.push(`epoch ${format.outOf(progress.epoch, progress.epochs)}`);
@@ -48,7 +63,7 @@ export function describeProgress(job) {
   return { fraction, text: words.join(" · ") };
 }
 
-/** Fill the job page's badge, bar, facts and cancel button. */
+/** Fill the job page's badge, bar, facts and buttons. */
 export function showProgress(job) {
   const { progress } = job;
   const live = !isTerminal(job.status);
@@ -67,5 +82,6 @@ export function showProgress(job) {
   setText(byId("fact-priority"), String(job.priority));
   byId("queue").hidden = !job.queue;
   if (job.queue) setText(byId("queue-place"), describeQueue(job.queue));
+  for (const [action, statuses] of Object.entries(ACTIONS)) byId(action).hidden = !statuses.has(job.status);
   byId("cancel").disabled = !live || job.status === "cancelling";
 }

@@ -105,6 +105,82 @@ def test_boxes_are_dropped_by_the_rule():
     assert torch.equal(left["boxes"], clipped[[0, 3]])
 
 
+def with_masks(seed=0, boxes=2):
+    """The same with each object's mask: it is where the object's brightness is."""
+    image, target = sample(seed, boxes)
+    target["masks"] = torch.stack([image[0] == 50 + 50 * label for label in range(1, boxes + 1)]).byte()
+    return image, target
+
+
+def follows(image, target, seed):
+    """Assert that each mask covers just its object's pixels, which are blurred at the edges; one object a label."""
+    within(image, target, seed)
+    for mask, label in zip(target["masks"].bool(), target["labels"].tolist(), strict=True):
+        missed = (image[0] == 50 + 50 * label) & ~mask
+        assert missed.sum() <= 0.12 * mask.sum(), seed  # a mixture of pixels may look solid
+
+
+def within(image, target, seed):
+    """Assert that each mask covers bright pixels, and its box."""
+    assert target["masks"].shape == (len(target["boxes"]), *image.shape[-2:]), seed
+    assert target["masks"].dtype == torch.uint8
+    for mask, box in zip(target["masks"].bool(), target["boxes"], strict=True):
+        assert (image[0][mask] > 20).float().mean() > 0.9, seed
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        ends = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (ends - box).abs().max() <= 1, seed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"horizontal_flip": 1},
+        {"vertical_flip": 1},
+        {"zoom_out": 1, "zoom_out_largest": 2.5},
+        {"iou_crop": 1},
+        {"scale_min": 0.6, "scale_max": 2},
+        {"iou_crop": 0.5, "zoom_out": 0.3, "zoom_out_largest": 2, "horizontal_flip": 0.5, "vertical_flip": 0.5},
+    ],
+    ids=lambda config: "-".join(config),
+)
+def test_masks_stay_on_their_objects(config):
+    for seed in range(12):
+        image, target = changed(config, seed=seed, samples=[with_masks(seed)])
+        follows(image, target, seed)
+        plain, boxes = changed(config, seed=seed, samples=[sample(seed)])
+        assert torch.equal(image, plain)  # the same draws
+        assert torch.equal(target["boxes"], boxes["boxes"])
+        assert torch.equal(target["labels"], boxes["labels"])
+
+
+def test_a_mosaics_masks_are_each_in_its_quarter():
+    for seed in range(12):
+        torch.manual_seed(seed)
+        image, target = mosaic([with_masks(number, boxes=1) for number in range(seed, seed + 4)])
+        within(image, target, seed)
+        torch.manual_seed(seed)
+        plain, boxes = mosaic([sample(number, boxes=1) for number in range(seed, seed + 4)])
+        assert torch.equal(image, plain)
+        assert torch.equal(target["boxes"], boxes["boxes"])
+        assert (target["masks"].sum(dim=0) <= 1).all()
+
+
+def test_dropped_boxes_masks_go_with_them():
+    boxes = torch.tensor([[0, 0, 20, 20], [0, 0, 20, 20], [30, 30, 40, 40]]).float()
+    clipped = torch.tensor([[0, 0, 20, 5], [0, 0, 20, 4.9], [30, 30, 40, 40]])
+    masks = torch.arange(3, dtype=torch.uint8)[:, None, None].repeat(1, 2, 2)
+    left = kept({"boxes": boxes, "labels": torch.arange(1, 4), "masks": masks}, clipped)
+    assert left["masks"][:, 0, 0].tolist() == [0, 2]
+
+
+def test_a_picture_without_boxes_has_no_masks_at_any_size():
+    empty = sample(boxes=0)
+    empty[1]["masks"] = torch.zeros(0, HEIGHT, WIDTH, dtype=torch.uint8)
+    for seed in range(6):
+        image, target = changed(ALL, seed=seed, samples=[empty])
+        assert target["masks"].shape == (0, *image.shape[-2:])
+
+
 ALL = {
     "mosaic": 0.5,
     "zoom_out": 0.5,

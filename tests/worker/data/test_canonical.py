@@ -3,15 +3,18 @@
 import hashlib
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.reference import to_coco
 from tests.worker.data.builders import picture_bytes, put
 from worker.data import canonical
 from worker.data.canonical import Box, CanonicalDataset, Picture
+from worker.data.masks import to_text
 from worker.report import RunError
 
 
@@ -71,6 +74,51 @@ def test_the_content_hash_is_a_promise(dataset: CanonicalDataset) -> None:
     )
     other = CanonicalDataset(dataset.classes[::-1], dataset.images)
     assert canonical.content_hash(dataset) != canonical.content_hash(other)
+
+
+def test_without_masks_the_form_is_what_it_was(tmp_path: Path, dataset: CanonicalDataset, file: str) -> None:
+    """Byte by byte: datasets that are kept must stay readable, and known by their hash."""
+    (tmp_path / "source.png").write_bytes(picture_bytes(1))
+    one = CanonicalDataset(("cell",), (Picture(1, file, "b.png", 64, 48, "test", (Box(0, 0, 0.5, 64, 48),)),))
+    canonical.write(tmp_path / "d", one, {file: tmp_path / "source.png"})
+    assert (tmp_path / "d/dataset.json").read_text() == (
+        f'{{"format_version": 1, "content_hash": "{canonical.content_hash(one)}", "classes": ["cell"], '
+        f'"images": [{{"id": 1, "file": "{file}", "name": "b.png", "width": 64, "height": 48, "split": "test", '
+        '"boxes": [{"class": 0, "box": [0, 0.5, 64, 48], "crowd": false, "difficult": false}]}]}'
+    )
+
+
+def with_masks(dataset: CanonicalDataset) -> CanonicalDataset:
+    """The second picture's first box has the left half of the picture for a mask."""
+    empty, full = dataset.images
+    first, *rest = full.boxes
+    boxes = (replace(first, mask=to_text(np.array([0, 32 * 48, 32 * 48]))), *rest)
+    return replace(dataset, images=(empty, replace(full, boxes=boxes)))
+
+
+def test_masks_make_the_second_version(tmp_path: Path, dataset: CanonicalDataset, file: str, source: Path) -> None:
+    masked = with_masks(dataset)
+    assert (dataset.masks, masked.masks) == (0, 1)
+    assert canonical.content_hash(masked) != canonical.content_hash(dataset)
+    canonical.write(tmp_path / "d", masked, {file: source})
+    document = json.loads((tmp_path / "d/dataset.json").read_text())
+    assert document["format_version"] == 2
+    assert [box.get("mask") for box in document["images"][1]["boxes"]] == [masked.images[1].boxes[0].mask, None, None]
+    assert canonical.read(tmp_path / "d") == masked
+
+
+@pytest.mark.parametrize("change", [{"format_version": 1}, {"mask": 5}, {"mask": [1, 2]}, {"mask": None}])
+def test_damaged_masks_are_refused(
+    tmp_path: Path, dataset: CanonicalDataset, file: str, source: Path, change: dict[str, Any]
+) -> None:
+    canonical.write(tmp_path / "d", with_masks(dataset), {file: source})
+    document = json.loads((tmp_path / "d/dataset.json").read_text())
+    place = document if "format_version" in change else document["images"][1]["boxes"][0]
+    place.update(change)
+    (tmp_path / "d/dataset.json").write_text(json.dumps(document))
+    with pytest.raises(RunError) as caught:
+        canonical.read(tmp_path / "d")
+    assert (caught.value.failure_class, caught.value.code) == ("infra", "broken_dataset")
 
 
 CHANGES: list[tuple[tuple[Any, ...], Any]] = [

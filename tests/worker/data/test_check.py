@@ -186,6 +186,34 @@ def test_coco_boxes_that_are_dropped(tmp_path: Path, run_import: Import, bbox: o
     assert outcome.results["splits"]["train"] == {"images": 2, "boxes": 2}
 
 
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "code", "says"),
+    [
+        ([[1, 2, 3]], "bad_mask", "the segmentation of annotations[1] needs polygons"),
+        ({"size": [HEIGHT, WIDTH], "counts": [5]}, "bad_mask", "has counts that are not its 3072 pixels together"),
+        ({"size": [WIDTH, HEIGHT], "counts": [WIDTH * HEIGHT]}, "bad_mask", "is of a picture of 48x64"),
+        ([[100, 1, 110, 1, 110, 9]], "empty_mask", "cell from (1, 1) to (6, 6) in a picture of 64x48"),
+        ([[1.6, 1.6, 2.4, 1.6, 2.4, 2.4]], "empty_mask", "cell from"),
+        ({"size": [HEIGHT, WIDTH], "counts": [WIDTH * HEIGHT]}, "empty_mask", "cell from"),
+    ],
+)
+def test_a_box_whose_mask_is_of_no_use_stays_without_one(
+    tmp_path: Path, run_import: Import, segmentation: object, code: str, says: str
+) -> None:
+    annotations = [GOOD, annotation(id=2, bbox=[1, 1, 5, 5], segmentation=segmentation), annotation(id=3, image_id=2)]
+    outcome = run_import(coco(tmp_path / "tree", annotations=annotations), max_dropped_fraction=0)
+    assert outcome.failure is None
+    assert outcome.problems() == {code: ("dropped", 1)}
+    assert says in outcome.examples(code)[0]["detail"]
+    assert outcome.report["dropped_fraction"] == 0
+    assert (outcome.report["boxes"], outcome.report["masks"]) == (4, 0)
+    (warning,) = [event for event in outcome.events if event["type"] == "message"]
+    assert (warning["level"], warning["code"]) == ("warn", code)
+
+
 # --- annotations -----------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from tests.worker.data.builders import (
     GOOD_BOX,
@@ -228,6 +230,29 @@ def test_crowds_and_classes_without_boxes_are_kept(tmp_path: Path, run_import: I
     assert picture.boxes == (canonical.Box(0, 1, 2, 4, 6, crowd=True), canonical.Box(0, 1.5, 2, 4.5, 6))
     blob = outcome.report["classes"][1]
     assert blob == {"name": "blob", "splits": {"train": {"images": 0, "boxes": 0}, "val": {"images": 0, "boxes": 0}}}
+
+
+def test_outlines_become_masks_in_every_form(tmp_path: Path, run_import: Import) -> None:
+    bitmap = np.zeros((HEIGHT, WIDTH), np.uint8)
+    bitmap[5:30, 4:20] = 1
+    packed = coco_mask.encode(np.asfortranarray(bitmap))["counts"].decode()
+    start = 4 * HEIGHT + 5
+    middle = [25, HEIGHT - 25] * 15
+    forms = [
+        [[4, 5, 20, 5, 20, 30, 4, 30]],
+        {"size": [HEIGHT, WIDTH], "counts": packed},
+        {"size": [HEIGHT, WIDTH], "counts": [start, *middle, 25, WIDTH * HEIGHT - start - sum(middle) - 25]},
+        [],
+    ]
+    plain = {"image_id": 1, "category_id": 3, "bbox": [4, 5, 16, 25]}
+    annotations = [{**plain, "segmentation": form} for form in forms]
+    annotations += [plain, {**plain, "iscrowd": 1, "segmentation": forms[1]}]
+    outcome = run_import(coco(tmp_path / "tree", annotations=annotations))
+    assert outcome.failure is None
+    assert outcome.problems() == {"image_without_boxes": ("note", 1)}
+    boxes = read(outcome.tar).images[0].boxes
+    assert [box.mask for box in boxes] == [packed] * 3 + [None] * 3
+    assert outcome.report["masks"] == 3
 
 
 # --- reading nothing that is not the dataset's -----------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_a_run_from_archive_to_dataset(tmp_path: Path) -> None:
         "format": "voc",
         "images": 3,
         "boxes": 4,
+        "masks": 0,
         "classes": [
             {"name": "blob", "splits": {"train": {"images": 1, "boxes": 1}, "val": {"images": 0, "boxes": 0}}},
             {"name": "cell", "splits": {"train": {"images": 2, "boxes": 2}, "val": {"images": 1, "boxes": 1}}},

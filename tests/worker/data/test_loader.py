@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import vgg
 
+from tests.worker.detectors.support_ssd import NARROW_VGG
 from tests.worker.support_engine import CLASSES, TINY, shapes
 from worker import detectors
 from worker.data import loader
 from worker.data.canonical import Box, Picture
 from worker.data.loader import PictureReader, TrainingBatches, read_picture
+from worker.data.masks import to_text
 from worker.data.resize import InputSize
 from worker.detectors import DETECTORS
 from worker.engine.config import AugmentationConfig
@@ -132,6 +135,59 @@ def test_pictures_come_at_the_detectors_size_with_their_boxes(tmp_path):
     assert (ends - expected[0]).abs().max() <= 1
 
 
+# ---- masks ----
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    root = tmp_path_factory.mktemp("masked")
+    return PictureReader(root / "canonical", shapes(root, train=8, val=1, masks=True).in_split("train"))
+
+
+def test_masks_are_the_pictures_own(masked):
+    for index, image in enumerate(masked.images):
+        target = masked.target(index, masks=True)
+        assert target["masks"].shape == (len(image.boxes), image.height, image.width)
+        bright = masked.read(index)[0] == 230
+        assert torch.equal(target["masks"].sum(dim=0).bool(), bright)
+        for mask, box in zip(target["masks"], image.boxes, strict=True):
+            assert mask.sum() == mask[int(box.y1) : int(box.y2), int(box.x1) : int(box.x2)].sum() > 0
+        assert masked.target(index).keys() == {"boxes", "labels"}
+
+
+def test_batches_have_masks_where_the_detector_wants_them_and_the_data_has_some(masked, pictures):
+    plain = list(batches(masked, EVERYTHING).epoch(2))
+    whole = list(batches(masked, EVERYTHING, masks=True).epoch(2))
+    assert same(plain, whole)
+    for batch in whole:
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            assert target["masks"].shape == (len(target["boxes"]), *image.shape[-2:])
+        moved = batch.targets_on(torch.device("meta"))
+        assert all(target[name].is_meta for target in moved for name in ("boxes", "labels", "masks"))
+        assert [target["masks"].shape for target in moved] == [target["masks"].shape for target in batch.targets]
+    for batch in (*plain, *batches(pictures, EVERYTHING, masks=True).epoch(2)):
+        assert all(target.keys() == {"boxes", "labels"} for target in batch.targets)
+
+
+@pytest.mark.gpu
+def test_masks_are_pinned_with_the_rest(masked):
+    for batch in batches(masked, EVERYTHING, masks=True).epoch(2):
+        pinned = batch.pin_memory()
+        tensors = [*pinned.images, *(tensor for target in pinned.targets for tensor in target.values())]
+        assert len(tensors) == 4 * len(pinned.images)
+        assert all(tensor.is_pinned() for tensor in tensors)
+
+
+def test_a_box_without_a_mask_has_an_empty_one_among_others(tmp_path):
+    runs = to_text(np.array([2, 3, 7]))  # of a picture of 3x4: the lower half of the first column, and one more
+    boxes = (Box(0, 0, 0, 2, 4, mask=runs), Box(0, 1, 1, 3, 4), Box(0, 0, 0, 3, 4, crowd=True))
+    reader = PictureReader(tmp_path, [Picture(1, "images/x.png", "x.png", 3, 4, "train", boxes)])
+    assert reader.has_masks
+    first, second = reader.target(0, masks=True)["masks"]
+    assert first.tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert not second.any()
+
+
 def test_a_picture_is_read_as_it_is_stored(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -158,11 +214,16 @@ def test_what_cannot_be_is_said_at_once(pictures, changes, code, message):
 
 
 @pytest.mark.parametrize("family", DETECTORS)
-def test_every_detector_trains_on_pictures_without_boxes(family):
+def test_every_detector_trains_on_pictures_without_boxes(family, monkeypatch):
+    monkeypatch.setitem(vgg.cfgs, "D", NARROW_VGG)
     config = DETECTORS[family].config
     small = {**TINY, "pyramid_channels": 32, "architecture": family}
+    # Families on one backbone have their own strides, too.
+    fixed = set() if config.model_fields["backbone"].is_required() else {"backbone", "strides"}
     torch.manual_seed(0)
-    detector = detectors.build({key: small[key] for key in small if key in config.model_fields}, CLASSES).train()
+    detector = detectors.build(
+        {key: small[key] for key in small if key in config.model_fields and key not in fixed}, CLASSES
+    ).train()
     InputSize.taken_from(detector)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     passed = detector.train_pass([torch.rand(3, 64, 96), torch.rand(3, 64, 96)], [empty, empty])

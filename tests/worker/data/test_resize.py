@@ -7,7 +7,7 @@ from torchvision.models.detection.transform import resize_boxes as torchvisions
 
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
 from worker import detectors
-from worker.data.resize import InputSize, resize, resize_boxes
+from worker.data.resize import InputSize, resize, resize_boxes, resize_masks, resize_target
 
 RULES = [(64, 96), (800, 1333), (320, 320), (600, 1000), (333, 701)]
 
@@ -50,6 +50,31 @@ def test_boxes_are_the_transforms():
     expected = torchvisions(boxes, [64, 96], [533, 800])
     torch.testing.assert_close(resize_boxes(boxes, (64, 96), (533, 800)), expected, rtol=1e-6, atol=0)
     assert resize_boxes(boxes[:0], (64, 96), (533, 800)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (97, 130), (128, 192), (16, 24)])
+def test_a_masks_pixel_is_the_one_under_its_centre(size):
+    masks = torch.randint(0, 2, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = resize_masks(masks, size)
+    assert seen.shape == (3, *size)
+    sides = list(zip((64, 96), size, strict=True))
+    rows, columns = ([int((at + 0.5) * old / new) for at in range(new)] for old, new in sides)
+    # A centre that falls between two pixels may take either.
+    clear, free = ([at for at in range(new) if (2 * at + 1) * old % (2 * new)] for old, new in sides)
+    assert torch.equal(seen[:, clear][:, :, free], masks[:, rows][:, :, columns][:, clear][:, :, free])
+    assert resize_masks(masks[:0], size).shape == (0, *size)
+    assert resize_masks(masks, (64, 96)) is masks
+
+
+def test_a_target_has_masks_afterwards_if_it_had_some():
+    boxes, labels = torch.tensor([[8.0, 4, 40, 20]]), torch.tensor([1])
+    masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    masks[:, 4:20, 8:40] = 1
+    larger = resize_target({"boxes": boxes, "labels": labels, "masks": masks}, (64, 96), (96, 192))
+    assert larger["boxes"].tolist() == [[16, 6, 80, 30]]
+    assert larger["masks"].shape == (1, 96, 192)
+    assert int(larger["masks"].sum()) == int(larger["masks"][:, 6:30, 16:80].sum()) == 24 * 64
+    assert resize_target({"boxes": boxes, "labels": labels}, (64, 96), (96, 192)).keys() == {"boxes", "labels"}
 
 
 def test_a_detector_trains_on_pictures_as_they_come_and_detects_at_its_own_size():

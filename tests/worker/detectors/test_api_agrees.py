@@ -1,10 +1,17 @@
 """What the API works out of a detector's spec by itself is what the engine builds."""
 
+from urllib.error import URLError
+
 import pytest
 import torch
 
+from app.catalog import load_catalog
 from app.jobs.pairing import strides_of
-from worker.detectors import build
+from app.jobs.training import training_problems
+from worker.detectors import DETECTORS, build
+from worker.engine.config import ScheduleConfig
+from worker.engine.trainable import require_trainable
+from worker.report import RunError
 
 
 @pytest.mark.parametrize(
@@ -20,3 +27,60 @@ def test_strides(spec):
     with torch.device("meta"):
         detector = build({**spec, "backbone": "torchvision/resnet18"}, ["cat"])
     assert strides_of(detector.config.model_dump(mode="json")) == list(detector.strides)
+
+
+@pytest.mark.parametrize("schedule", [{"batch_size": 1}, {"batch_size": 2}, {"frozen_stages": 1}])
+@pytest.mark.parametrize("initial_weights", ["random", "imagenet"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *({"architecture": family} for family in DETECTORS),
+        *({"architecture": "ssdlite", "size": size} for size in (512, 544)),
+        {"architecture": "ssdlite", "reduced_tail": False},
+    ],
+    ids=lambda spec: "-".join(map(str, spec.values())),
+)
+def test_what_can_be_trained(spec, schedule, initial_weights, monkeypatch, tmp_path):
+    """The API refuses just what the run would; published weights cannot be had here, which is said later."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    config = DETECTORS[spec["architecture"]].config
+    if config.model_fields["backbone"].is_required():
+        spec = {**spec, "backbone": "torchvision/resnet18"}
+    whole, given = config.parse(spec, where="detector"), ScheduleConfig.parse(schedule, where="schedule")
+    problems = training_problems(
+        load_catalog(),
+        whole.model_dump(mode="json"),
+        given.model_dump(mode="json"),
+        initial_weights=initial_weights,
+        gpus=1,
+        who=("student",),
+        where=("schedule",),
+    )
+    assert {problem["code"] for problem in problems} == refused(spec, given, initial_weights)
+
+
+def _no_network(*_args, **_kwargs):
+    raise URLError("Network is unreachable")
+
+
+def refused(spec, schedule, initial_weights):
+    """The codes with which the engine refuses to build or to train the detector."""
+    codes = set()
+    if initial_weights == "imagenet":
+        codes |= code_of(lambda: build(spec, ["cat"], pretrained_backbone=True)) - {"weights_unavailable"}
+    with torch.device("meta"):
+        detector = build(spec, ["cat"])
+    # One at a time: the engine stops at the first.
+    for change in ({"frozen_stages": 0}, {"batch_size": 8}):
+        one = schedule.model_copy(update=change)
+        codes |= code_of(lambda one=one: require_trainable(detector, one, processes=1, where="schedule"))
+    return codes
+
+
+def code_of(action):
+    try:
+        action()
+    except RunError as error:
+        return {error.code}
+    return set()

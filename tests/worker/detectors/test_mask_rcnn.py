@@ -95,6 +95,58 @@ def test_pictures_without_masks_take_no_part_in_the_masks_loss():
     torch.testing.assert_close(passed.losses["loss_mask"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_objects_without_masks_take_no_part_in_the_masks_loss():
+    """An empty mask is none: the loss is that of the other objects' proposals, and its box is trained all the same."""
+    detector = build().train()
+    images, targets = with_masks()
+    torch.manual_seed(3)
+    whole = detector.train_pass(images, targets)
+    targets[2]["masks"][1] = 0
+    targets[1]["masks"][:] = 0
+    torch.manual_seed(3)
+    passed = detector.train_pass(images, targets)
+    assert all(torch.equal(passed.losses[name], whole.losses[name]) for name in BOX_LOSSES)
+    heads, losses = detector.roi_heads, []
+    for index, (labels, proposals) in enumerate(zip(passed.labels, passed.proposals, strict=True)):
+        target = passed.targets[index]
+        boxes = proposals[labels > 0]
+        features = {name: one[index : index + 1] for name, one in passed.features.items()}
+        heads.mask_roi_pool.scales = None
+        pooled = heads.mask_roi_pool(features, [boxes], [tuple(passed.images.shape[-2:])])
+        logits = heads.mask_predictor(heads.mask_head(pooled))
+        nearest = detection.roi_heads.box_ops.box_iou(boxes, target["boxes"]).argmax(dim=1)
+        for row, match in enumerate(nearest.tolist()):
+            if not target["masks"][match].any():
+                continue
+            truth = detection.roi_heads.project_masks_on_boxes(
+                target["masks"], boxes[row : row + 1], nearest[row : row + 1], 28
+            )
+            label = int(target["labels"][match])
+            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logits[row, label], truth[0]))
+    assert 1 < len(losses) < sum(int((labels > 0).sum()) for labels in passed.labels)
+    torch.testing.assert_close(passed.losses["loss_mask"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("empty", ["masks", "boxes"])
+def test_a_batch_without_any_mask_has_a_loss_of_nothing(empty):
+    """Every process must have the same parts of the loss, and batch norm no statistics of nothing."""
+    detector = build(mask_batch_norm=True).train()
+    images, targets = with_masks()
+    for target, image in zip(targets, images, strict=True):
+        if empty == "boxes":
+            target |= {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        target["masks"] = torch.zeros(len(target["boxes"]), *image.shape[-2:], dtype=torch.uint8)
+    before = {name: one.clone() for name, one in detector.named_buffers() if "mask" in name}
+    losses = detector.train_pass(images, targets).losses
+    assert losses["loss_mask"] == 0
+    torch.stack(list(losses.values())).sum().backward()
+    gradients = {name: one.grad for name, one in detector.named_parameters()}
+    assert all(gradients[name] is None for name in gradients if "mask" in name)
+    assert all(one is None or torch.isfinite(one).all() for one in gradients.values())
+    assert len(before) > 0
+    assert all(torch.equal(before[name], one) for name, one in detector.named_buffers() if name in before)
+
+
 def test_detections_are_the_boxes_of_the_plain_call_without_masks():
     detector = build(score_threshold=0.0).eval()
     images, _ = images_and_targets()

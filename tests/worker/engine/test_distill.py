@@ -12,8 +12,11 @@ import torch
 from tests.worker.support_engine import CLASSES, TINY, events, run, run_alone, shapes, spec, write_run
 from worker import detectors
 from worker.data.loader import PictureReader
+from worker.engine import train
 from worker.engine.checkpoint import TrainingState
 from worker.engine.evaluate import coco_metrics, detect_split
+from worker.engine.step import Step
+from worker.report import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +257,30 @@ def test_a_disk_that_fills_up_keeps_the_previous_checkpoint(dataset, tmp_path):
     assert checkpoint.read_bytes() == before
     TrainingState.load(checkpoint, device=torch.device("cpu"))
     assert not list(directory.rglob("*.part"))
+
+
+@pytest.mark.parametrize("phase", ["teacher", "evaluation", "distillation"])
+def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkeypatch, phase):
+    """The last progress tells where memory ran out, also in a phase's first batch."""
+    directory = write_run(tmp_path / "run", dataset[1], spec())
+    begun = []
+    plain = Reporter.progress
+
+    def _progress(self, name, **given):
+        plain(self, name, **given)
+        begun.append(name)
+
+    def _raise_in(name, call):
+        def _call(*args, **given):
+            if begun[-1] == phase and name in (phase, "step"):
+                raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+            return call(*args, **given)
+
+        return _call
+
+    monkeypatch.setattr(Reporter, "progress", _progress)
+    monkeypatch.setattr(train, "detect_split", _raise_in("evaluation", train.detect_split))
+    monkeypatch.setattr(Step, "_backward", _raise_in("step", Step._backward))
+    failure = run(directory)["failure"]
+    assert (failure["class"], failure["code"]) == ("oom", "out_of_memory")
+    assert events(directory, "progress")[-1]["phase"] == phase

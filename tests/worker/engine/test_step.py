@@ -150,6 +150,21 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, limit, says):
     assert raised.value.detail.endswith("(tried to allocate 80 GiB)")
 
 
+def test_no_fewer_pictures_are_tried_than_the_detector_trains_on(monkeypatch):
+    step, tried = step_for(batch_size=6), []
+    student = step.losses.detector
+    monkeypatch.setattr(type(student), "least_pictures", 2)
+
+    def _train_pass(images, _targets):
+        tried.append(len(images))
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(student, "train_pass", _train_pass)
+    with pytest.raises(RunError, match="not even 2 pictures fit"):
+        step(batch_of(6), START)
+    assert tried == [6, 3, 2]
+
+
 def test_measuring_changes_nothing():
     weights = []
     for measured in (False, True):

@@ -65,6 +65,11 @@ class Steps:
     def ignore_sigterm(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def copy_request(self, name: str) -> None:
+        """Leave what the run was asked to do as an artifact."""
+        path = self.reporter.artifact(name, kind="log", content_type="application/json")
+        path.write_text((self.directory / "run.json").read_text())
+
     def helper(self, path: str) -> None:
         """Leave a process of the same group behind, its id in `path`."""
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

@@ -72,7 +72,8 @@ class FlakyStorage(Storage):
 
 class World:
     def __init__(self, home: Path, *, database_url: str = "", **settings: Any) -> None:
-        values: dict[str, Any] = {"lease_s": 20.0, "cancel_grace_s": 10.0, **settings}
+        # One failure is the end, unless the test is about another attempt.
+        values: dict[str, Any] = {"lease_s": 20.0, "cancel_grace_s": 10.0, "max_attempts": 1, **settings}
         self.settings = Settings(home=home, database_url=database_url, redis_url="", storage_url="", **values)
         self.settings.home.mkdir(exist_ok=True)
         self.database = FlakyDatabase(self.settings.database_url)

@@ -1,15 +1,15 @@
 """Who runs next, and where: workers, priorities, what jobs ask of a worker, what durations are learned by.
 
-Revision: 0002_scheduling
-Follows: 0001
+Revision: 0003_scheduling
+Follows: 0002_lifecycle
 """
 
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0002_scheduling"
-down_revision = "0001"
+revision = "0003_scheduling"
+down_revision = "0002_lifecycle"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,145 @@
+"""What a job's owner may have done with it: pause, resume, cancel, and try again.
+
+Each move happens under a lock on the row. A worker that holds the row sees the new state when it next looks (twice a
+second), tells its run to save, and gives the row back. Asking twice is asking once.
+"""
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app import assets
+from app.auth import Caller
+from app.checkpoints import repository as checkpoints
+from app.checkpoints.service import named
+from app.db import after_commit, utcnow
+from app.errors import Conflict
+from app.jobs import repository
+from app.jobs.schemas import RetryFrom
+from app.models import Job
+from app.queue import Queue
+from app.states import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    JOB_MOVES,
+    PAUSED,
+    PAUSING,
+    PREPARING,
+    QUEUED,
+    RUNNING,
+    check_move,
+)
+from app.storage import Storage
+from app.uploads import discard
+
+AT_REST = frozenset({QUEUED, PAUSED})
+"""States of jobs that have not ended and that no worker holds."""
+
+
+def _locked(session: Session, caller: Caller, job_id: str) -> Job:
+    return assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
+
+
+def _move(session: Session, row: Job, wanted: str, code: str, message: str, **values: Any) -> Job:
+    check_move(JOB_MOVES, row.status, wanted, what=row.id)
+    moved = repository.move(session, row, wanted, **values)
+    assert moved, "the row is locked, or SQLite's one writer is us"
+    repository.add_event(session, row, code, message)
+    session.refresh(row)
+    return row
+
+
+def cancel(session: Session, caller: Caller, job_id: str) -> Job:
+    """Ask a job to end: one that no worker holds ends at once, a running one saves what it has and ends soon.
+
+    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
+    """
+    row = _locked(session, caller, job_id)
+    if row.status == CANCELLING:
+        return row
+    if row.status in AT_REST:
+        message = "the job was cancelled while no worker was at it"
+        return _move(session, row, CANCELLED, "cancelled", message, finished_at=utcnow(), not_before=None)
+    return _move(session, row, CANCELLING, "cancelling", "the job was asked to end; it saves what it has")
+
+
+def pause(session: Session, caller: Caller, job_id: str) -> Job:
+    """Ask a job to rest: a queued one does at once, a running one saves a checkpoint first and gives its worker up.
+
+    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended or is being cancelled.
+    """
+    row = _locked(session, caller, job_id)
+    if row.status in (PAUSING, PAUSED):
+        return row
+    if row.status == QUEUED:
+        return _move(session, row, PAUSED, "paused", "the job was paused while it waited", not_before=None)
+    return _move(session, row, PAUSING, "pausing", "the job was asked to pause; it saves what it has")
+
+
+def resume(session: Session, caller: Caller, job_id: str, queue: Queue) -> Job:
+    """Put a paused job back into the queue, to go on from its last checkpoint. One that is not paused stays as it is.
+
+    Raises `NotFound`, and `Conflict` for a job that is still saving, is being cancelled or has ended.
+    """
+    row = _locked(session, caller, job_id)
+    if row.status in (QUEUED, PREPARING, RUNNING):
+        return row
+    if row.status == PAUSING:
+        raise Conflict(f"{row.id} is pausing and has not saved yet; resume it once it is paused")
+    if row.status in (FAILED, CANCELLED):
+        raise Conflict(f"{row.id} is {row.status}, not paused; POST /v1/jobs/{row.id}/retry begins another attempt")
+    _move(session, row, QUEUED, "unpaused", "the job was resumed and waits for a worker")
+    return _queued(session, row, queue)
+
+
+def retry(
+    session: Session, caller: Caller, job_id: str, start: RetryFrom | None, *, queue: Queue, storage: Storage
+) -> Job:
+    """Put a job that failed or was cancelled back into the queue, with nothing held against it.
+
+    `start` None: from the last training checkpoint if there is one. From the beginning, all that was logged is
+    forgotten but the events, and so is what the service had adjusted.
+
+    Raises `NotFound`, and `Conflict` for a job in another state (`conflict`), without a training checkpoint
+    (`no_checkpoint`), or whose spec refers to a checkpoint that is gone (`checkpoint_not_found`).
+    """
+    row = _locked(session, caller, job_id)
+    if row.status not in (FAILED, CANCELLED):
+        raise Conflict(f"{row.id} is {row.status}; only a job that failed or was cancelled can be tried again")
+    if start == "checkpoint" and row.resume_key is None:
+        raise Conflict(
+            f"{row.id} has no training checkpoint: it ended before its first, or that was deleted; "
+            'take {"from": "beginning"}',
+            code="no_checkpoint",
+        )
+    for checkpoint_id in named(row.spec):
+        if checkpoints.find_to_use(session, caller.tenant_id, checkpoint_id) is None:
+            raise Conflict(
+                f"{checkpoint_id}, which the job's spec refers to, was deleted; submit a job with another",
+                code="checkpoint_not_found",
+            )
+    values: dict[str, Any] = {
+        "failure": None,
+        "results": None,
+        "started_at": None,
+        "finished_at": None,
+        "not_before": None,
+        "losses": 0,
+        "progress": row.progress and {**row.progress, "eta_s": None, "images_per_s": None},
+    }
+    again = start != "beginning" and row.resume_key is not None
+    if not again:
+        values |= {"resume_key": None, "progress": None, "adjustments": None}
+        repository.forget_history(session, row)
+        if (key := row.resume_key) is not None:
+            after_commit(session, lambda: discard(storage, key))
+    where = "from its last training checkpoint" if again else "from the beginning"
+    _move(session, row, QUEUED, "retried", f"the job is tried again, {where}; it waits for a worker", **values)
+    return _queued(session, row, queue)
+
+
+def _queued(session: Session, row: Job, queue: Queue) -> Job:
+    queue.enqueue(session, row)
+    session.flush()
+    return row

@@ -1,0 +1,79 @@
+"""What a job may do to need less memory: take its batches in smaller parts, one after the other.
+
+The optimiser still sees the whole batch, so results change only where batch norm is trained: its statistics are then of
+the smaller parts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Spec = Mapping[str, Any]
+
+_SCHEDULES: dict[str, tuple[str, ...]] = {"teacher": ("teacher", "schedule"), "distillation": ("schedule",)}
+
+
+def adjusted(spec: Spec, adjustments: Spec | None) -> dict[str, Any]:
+    """Return the spec with the adjusted values in place of its own."""
+    merged = dict(spec)
+    for key, value in (adjustments or {}).items():
+        merged[key] = adjusted(merged[key], value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def lighter(spec: Spec, phase: str | None) -> dict[str, Any] | None:
+    """Return what to adjust so that the phase in which memory ran out needs about half as much of it.
+
+    None if the phase does not hang on a batch's size, or takes one picture at a time already.
+    """
+    if phase == "evaluation":
+        size = spec["evaluation"]["batch_size"]
+        return {"evaluation": {"batch_size": size // 2}} if size > 1 else None
+    path = _SCHEDULES.get(phase or "")
+    if path is None:
+        return None
+    choices = _accumulations(spec, path)
+    return _nested((*path, "accumulation"), choices[0]) if choices else None
+
+
+def describe(adjustments: Spec) -> str:
+    """Write adjustments as a spec's keys: `schedule.accumulation 2`."""
+    return ", ".join(f"{key} {value}" for key, value in _flat(adjustments))
+
+
+def hint(spec: Spec, phase: str | None) -> str:
+    """Say what of the spec to change after memory ran out in this phase."""
+    smaller = "lower the detectors' min_size and max_size, or take smaller ones"
+    if phase == "evaluation":
+        size = spec["evaluation"]["batch_size"]
+        fits = f"set evaluation.batch_size below {size}, or " if size > 1 else ""
+        return f"it was while measuring: {fits}{smaller}"
+    path = _SCHEDULES.get(phase or "")
+    if path is None:
+        return smaller
+    whose, where = ("teacher" if path[0] == "teacher" else "student"), ".".join(path)
+    choices = _accumulations(spec, path)
+    if not choices:
+        return f"it was while training the {whose}, one picture at a time: {smaller}"
+    listed = ", ".join(map(str, choices))
+    return f"it was while training the {whose}: set {where}.accumulation to one of {listed}, or {smaller}"
+
+
+def _accumulations(spec: Spec, path: tuple[str, ...]) -> list[int]:
+    """Return the values of `accumulation` that at least halve what each GPU holds: divisors of its share of a batch."""
+    schedule: Any = spec
+    for key in path:
+        schedule = schedule[key]
+    share = schedule["batch_size"] // spec["resources"]["gpus"]
+    return [parts for parts in range(2 * schedule["accumulation"], share + 1) if share % parts == 0]
+
+
+def _nested(path: tuple[str, ...], value: int) -> dict[str, Any]:
+    return {path[0]: _nested(path[1:], value) if len(path) > 1 else value}
+
+
+def _flat(adjustments: Spec) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in adjustments.items():
+        inner = _flat(value) if isinstance(value, Mapping) else [("", value)]
+        found.extend((f"{key}.{name}" if name else key, one) for name, one in inner)
+    return found
