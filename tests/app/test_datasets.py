@@ -52,6 +52,7 @@ def test_a_checked_dataset_shows_what_the_worker_found(api: TestClient, database
         "format": "voc",
         "images": 14,
         "boxes": 39,
+        "masks": 4,
         "classes": [{"name": "car", "splits": {"train": {"images": 2, "boxes": 3}}}],
         "splits": seed.SPLITS,
         "problems": [
