@@ -148,7 +148,7 @@ class World:
     def work(self, row: Leased, *, context: Context | None = None) -> None:
         context = context or self.context
         supervisor = Supervisor(context, owner="test", stop=self.stop, command=SCRIPTED, tick_s=0.02, backoff_s=0.01)
-        supervisor.work(ADAPTERS[type(row).TASK](context), row.id)
+        supervisor.work(ADAPTERS[type(row).TASK](context))
 
     @contextmanager
     def working(self, row: Leased) -> Iterator[None]:
