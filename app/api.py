@@ -14,6 +14,7 @@ from app.health import router as health
 from app.jobs.endpoints import router as jobs
 from app.problems import problems
 from app.usage.endpoints import router as usage
+from app.workers.endpoints import router as workers
 
 catalog = APIRouter(prefix="/v1/catalog", tags=["catalog"])
 
@@ -24,4 +25,4 @@ def get_catalog(caller: CurrentCaller, contents: CatalogDep) -> dict[str, Any]: 
     return contents.document
 
 
-ROUTERS: tuple[APIRouter, ...] = (health, catalog, datasets, checkpoints, jobs, artifacts, usage, dashboard)
+ROUTERS: tuple[APIRouter, ...] = (health, catalog, datasets, checkpoints, jobs, artifacts, usage, workers, dashboard)

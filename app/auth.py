@@ -40,6 +40,7 @@ class Caller:
 
     tenant_id: str
     key_id: str
+    max_priority: int
 
 
 def new_key() -> str:
@@ -61,7 +62,7 @@ def find_caller(session: Session, settings: Settings, plaintext: str) -> Caller 
 
 def _caller(session: Session, which: ColumnElement[bool]) -> Caller | None:
     row = session.scalars(select(ApiKey).where(which, ApiKey.revoked_at.is_(None))).one_or_none()
-    return Caller(tenant_id=row.tenant_id, key_id=row.id) if row else None
+    return Caller(tenant_id=row.tenant_id, key_id=row.id, max_priority=row.max_priority) if row else None
 
 
 def _sign(settings: Settings, payload: str) -> str:

@@ -1,18 +1,21 @@
 """Who works on a row: claim, renew, give up, sweep. The row is the truth; a queue message only wakes somebody up.
 
-A claim is one conditional UPDATE. It raises `attempt`, and that number is the fencing token: everything a worker
-writes goes through `fenced`, which matches the attempt, so that a worker whose lease was taken over changes nothing.
+`app.scheduling` says which row is next. A claim is one conditional UPDATE. It raises `attempt`, and that number is the
+fencing token: everything a worker writes goes through `fenced`, which matches the attempt, so that a worker whose
+lease was taken over changes nothing.
 """
 
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
+from sqlalchemy import and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from app import scheduling
 from app.db import update_count, utcnow
 from app.models import Checkpoint, Dataset, Job, JobEvent, Leased
+from app.scheduling import Offer
 from app.states import CANCELLING, FAILED, PAUSED, PAUSING
 
 LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
@@ -29,11 +32,8 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
     An expired lease is a loss, which counts towards the limit of attempts. A row that was handed back has lost nothing.
     """
     now = utcnow()
-    free = or_(
-        and_(model.status == model.CLAIMABLE, _is_due(model, now)),
-        # What was to be paused is not begun again: the sweep settles it.
-        and_(model.status.in_(model.HELD - {PAUSING}), model.lease_expires_at < now),
-    )
+    # A row that somebody else is just changing is passed over: nobody waits for another's transaction.
+    free = select(model.id).where(model.id == row_id, scheduling.free(model, now)).with_for_update(skip_locked=True)
     values: dict[str, Any] = {
         "attempt": model.attempt + 1,
         "losses": case((model.status == model.CLAIMABLE, model.losses), else_=model.losses + 1),
@@ -44,9 +44,28 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
         # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
         "status": case((model.status == CANCELLING, CANCELLING), else_=model.CLAIMED),
     }
-    if not update_count(session, update(model).where(model.id == row_id, free).values(**values)):
+    if not update_count(session, update(model).where(model.id == free.scalar_subquery()).values(**values)):
         return None
     return session.get(model, row_id, populate_existing=True)
+
+
+def claim_next(
+    session: Session, model: type[Row], offer: Offer, *, owner: str, lease_s: float, max_attempts: int
+) -> Row | None:
+    """Claim the row that is next for a worker with this offer; None if there is none, or the worker is draining.
+
+    What others claim at the same moment is left to them. A row whose losses have reached the limit is left to the
+    sweep, which fails it.
+    """
+    if scheduling.draining(session, offer):
+        return None
+    passed: set[str] = set()
+    while (row_id := scheduling.next_id(session, model, offer, passed=passed, max_attempts=max_attempts)) is not None:
+        row = claim(session, model, row_id, owner=owner, lease_s=lease_s)
+        if row is not None:
+            return row
+        passed.add(row_id)
+    return None
 
 
 def fenced(session: Session, row: Leased, **values: Any) -> None:
@@ -93,21 +112,17 @@ def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> lis
     lost: list[tuple[type[Leased], str]] = []
     for model in LEASED:
         _settle_lost(session, model, now, max_attempts)
-        expired = and_(model.status.in_(model.HELD), model.lease_expires_at < now)
+        expired = scheduling.abandoned(model, now)
         stale = or_(model.enqueued_at.is_(None), model.enqueued_at < now - timedelta(seconds=redeliver_s))
         # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.
         unanswered = or_(stale, model.enqueued_at < model.lease_expires_at)
-        unsent = and_(model.status == model.CLAIMABLE, _is_due(model, now), stale)
+        unsent = and_(model.status == model.CLAIMABLE, scheduling.due(model, now), stale)
         found = select(model.id).where(or_(unsent, and_(expired, unanswered))).limit(1000)
         ids = session.scalars(found).all()
         if ids:
             update_count(session, update(model).where(model.id.in_(ids)).values(enqueued_at=now))
         lost.extend((model, row_id) for row_id in ids)
     return lost
-
-
-def _is_due(model: type[Leased], now: datetime) -> ColumnElement[bool]:
-    return or_(model.not_before.is_(None), model.not_before <= now)
 
 
 def _settle_lost(session: Session, model: type[Leased], now: datetime, max_attempts: int) -> None:

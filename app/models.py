@@ -28,6 +28,9 @@ Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True),
 AutoId = BigInteger().with_variant(Integer, "sqlite")
 Id = String(40)
 
+MAX_PRIORITY = 100
+"""A job's priority is between its negative and itself."""
+
 
 def _where(condition: str) -> dict[str, Any]:
     """Return the arguments that make an index partial on both databases."""
@@ -71,6 +74,27 @@ class ApiKey(Base):
     key_hash: Mapped[str] = mapped_column(String(64), unique=True)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     revoked_at: Mapped[datetime | None]
+    # The highest priority that this key may give a job.
+    max_priority: Mapped[int] = mapped_column(default=MAX_PRIORITY, server_default=str(MAX_PRIORITY))
+
+
+class Worker(Base):
+    """A worker that is up, or was lately: what it has, and when it was last heard of. See `app.workers.service`."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)  # another one at each start
+    name: Mapped[str] = mapped_column(String(200))
+    host: Mapped[str] = mapped_column(String(200))
+    queues: Mapped[list[str]]
+    labels: Mapped[list[str]]
+    device: Mapped[str] = mapped_column(String(10))  # cuda or cpu
+    gpus: Mapped[int]
+    gpu_memory_gb: Mapped[float | None]  # of its smallest GPU
+    processes: Mapped[int]  # the most `resources.gpus` that it takes
+    draining: Mapped[bool] = mapped_column(default=False)  # finishes what it has and takes nothing new
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
 
 
 class Leased:
@@ -112,6 +136,7 @@ class Dataset(Leased, Base):
     __table_args__ = (
         Index("ix_datasets_page", "tenant_id", "created_at", "id"),
         Index("ix_datasets_lease", "status", "lease_expires_at"),
+        Index("ix_datasets_service", "tenant_id", "started_at"),
     )
     CLAIMED = CHECKING
     HELD = frozenset({CHECKING})
@@ -138,6 +163,7 @@ class Checkpoint(Leased, Base):
     __table_args__ = (
         Index("ix_checkpoints_page", "tenant_id", "created_at", "id"),
         Index("ix_checkpoints_lease", "status", "lease_expires_at"),
+        Index("ix_checkpoints_service", "tenant_id", "started_at"),
     )
     CLAIMED = CHECKING
     HELD = frozenset({CHECKING})
@@ -168,6 +194,9 @@ class Job(Leased, Base):
         Index("ix_jobs_dataset_page", "dataset_id", "created_at", "id"),
         Index("ix_jobs_resume", "finished_at", **_where("resume_key IS NOT NULL")),
         Index("ix_jobs_history", "finished_at", **_where("history_swept_at IS NULL")),
+        Index("ix_jobs_service", "tenant_id", "started_at"),
+        Index("ix_jobs_next", "status", "tenant_id", text("priority DESC"), "created_at", "id"),
+        Index("ix_jobs_recipe", "recipe", "status", "finished_at"),
     )
     CLAIMED = PREPARING
     HELD = frozenset({PREPARING, RUNNING, PAUSING, CANCELLING})
@@ -177,6 +206,14 @@ class Job(Leased, Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
     spec: Mapped[dict[str, Any]]  # resolved: every default filled in
     labels: Mapped[dict[str, Any]]
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    # What the spec's `resources` ask of a worker, as columns that a claim can compare.
+    gpus: Mapped[int] = mapped_column(default=1, server_default="1")
+    gpu_memory_gb: Mapped[float | None]
+    worker_label: Mapped[str | None] = mapped_column(String(50))
+    # What durations are learned by, see `app.jobs.durations`; null in rows that are older than that.
+    recipe: Mapped[str | None] = mapped_column(String(40))
+    workload: Mapped[float | None]
     progress: Mapped[dict[str, Any] | None]
     results: Mapped[dict[str, Any] | None]
     # The run's newest training checkpoint in the object store, from which another attempt goes on; a job that failed or

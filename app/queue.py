@@ -56,11 +56,14 @@ class Queue:
             },
         )
 
-    def send(self, model: type[Leased], row_id: str) -> None:
-        """Send the row's id to the queue of its model. Raises one of `BROKER_ERRORS` if the broker does not answer."""
+    def send(self, model: type[Leased], row_id: str, *, hops: int = 0) -> None:
+        """Send the row's id to the queue of its model; `hops` counts the workers that could do nothing with it.
+
+        Raises one of `BROKER_ERRORS` if the broker does not answer.
+        """
         # Once more, since a pooled connection may be of a broker that was restarted in the meantime.
         policy = {"max_retries": 1, "interval_start": 0.1, "interval_step": 0}
-        self._celery.send_task(model.TASK, args=[row_id], queue=model.QUEUE, retry=True, retry_policy=policy)
+        self._celery.send_task(model.TASK, args=[row_id, hops], queue=model.QUEUE, retry=True, retry_policy=policy)
 
     def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
         """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""

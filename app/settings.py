@@ -148,6 +148,25 @@ class Settings(BaseSettings):
         description="Bytes of datasets, checkpoints and artifacts from which on a tenant may add none. None: no limit.",
     )
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
+    labels: list[str] = Field(
+        default=[],
+        description="What this worker is called in a job's `resources.label`, as a JSON list: a job with a label "
+        "runs on a worker that has it.",
+    )
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="Most `resources.gpus` of a job that this worker takes. None: its GPUs, or on a worker without "
+        "any, as many processes as it has cores.",
+    )
+    max_job_gpus: int = Field(default=64, ge=1, description="Jobs that ask for more GPUs than this are refused.")
+    max_job_gpu_memory_gb: float | None = Field(
+        default=None, gt=0, description="Jobs that ask for more memory of each GPU are refused, GB. None: no limit."
+    )
+    worker_silent_s: float = Field(
+        default=600.0, gt=0, description="A worker that is not heard of for this long is forgotten, seconds."
+    )
     picture_memory_bytes: int | None = Field(
         default=None,
         ge=0,

@@ -1,4 +1,4 @@
-"""The sweep: finds work whose message or worker was lost, and sends its message again."""
+"""The sweep: finds work whose message or worker was lost, and sends its message again. Silent workers are forgotten."""
 
 import structlog
 
@@ -7,6 +7,7 @@ from app.leases import find_lost
 from app.metrics import ROWS_RESENT, SWEEPS_FAILED
 from app.queue import BROKER_ERRORS, Queue
 from app.settings import Settings
+from app.workers import registry
 
 log = structlog.get_logger()
 
@@ -23,6 +24,7 @@ def sweep(database: Database, queue: Queue, settings: Settings) -> int:
         SWEEPS_FAILED.inc()
         return 0
     with database.write() as session:
+        registry.forget_silent(session, settings)
         lost = find_lost(session, redeliver_s=settings.redeliver_s, max_attempts=settings.max_attempts)
     for model, row_id in lost:
         log.info("lost_row_found", row=row_id)

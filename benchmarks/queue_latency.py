@@ -55,9 +55,9 @@ def stack(home: Path, data: Path) -> Iterator[Client]:
 def latency_ms(client: Client, directory: Path) -> float:
     """Make one dataset, wait for the end of its check, and return how long its worker took to begin, in ms."""
     made = client.datasets.wait(client.datasets.add(directory.as_uri())["id"])
-    started = made["started_at"]
-    assert started is not None, made
-    return (datetime.fromisoformat(started) - datetime.fromisoformat(made["created_at"])).total_seconds() * 1000
+    assert made["started_at"] is not None, made
+    created, started = datetime.fromisoformat(made["created_at"]), datetime.fromisoformat(made["started_at"])
+    return (started - created).total_seconds() * 1000
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Bench:
         thread = threading.Thread(target=witness.follow)
         claimed = time.time()
         thread.start()
-        supervisor.work(ADAPTERS[Job.TASK](self.world.context), job.id)
+        supervisor.work(ADAPTERS[Job.TASK](self.world.context))
         thread.join()
         return witness.parts(claimed)
 

@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import psycopg
-from sqlalchemy import select, text, update
+from sqlalchemy import text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
@@ -36,6 +36,7 @@ from app.jobs.schemas import EvaluationOut, JobOut
 from app.migrate import upgrade
 from app.models import Job
 from app.pagination import PageQuery, encode_cursor, page_of
+from app.scheduling import Offer
 from tests import postgres
 
 GOAL: Final = 1.5
@@ -152,9 +153,6 @@ class Installation:
         self.database = Database(url)
         self._jobs = jobs
         self._studied = _studied(jobs)
-        with self.database.read() as session:
-            queued = select(Job.id).where(Job.status == "queued").order_by(Job.id)
-            self._queued = session.scalars(queued).all()
 
     def _page(self, at: float, after: str | None = None, **filters: Any) -> None:
         tenant = int(at * self._jobs) % TENANTS
@@ -197,7 +195,7 @@ class Installation:
     def job_page(self, at: float) -> None:
         """What the page of one job asks for."""
         number = self._studied[int(at * STUDIED)]
-        caller, job_id = Caller(f"ten_{number % TENANTS}", "key"), _job_id(number)
+        caller, job_id = Caller(f"ten_{number % TENANTS}", "key", max_priority=0), _job_id(number)
         with self.database.read() as session:
             JobOut.of(service.get(session, caller, job_id))
             service.list_events(session, caller, job_id, after=None, limit=100)
@@ -208,12 +206,10 @@ class Installation:
             raise AssertionError(f"{job_id} has {len(points.data)} points")
 
     def claim(self, at: float) -> None:
-        """A worker takes a queued job, which is then put back, untimed: see `put_back`.
-
-        The one place to change when a worker chooses its next job by itself.
-        """
+        """A worker takes the job that is next, which is then put back, untimed: see `put_back`."""
+        del at
         with self.database.write() as session:
-            row = leases.claim(session, Job, self._queued[int(at * len(self._queued))], owner="benchmark", lease_s=30)
+            row = leases.claim_next(session, Job, Offer(), owner="benchmark", lease_s=30, max_attempts=5)
         if row is None:
             raise AssertionError("nothing was to be claimed")
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from client.commands import catalog, checkpoints, datasets, doctor, jobs, up
+from client.commands import catalog, checkpoints, datasets, doctor, jobs, up, workers
 from client.console import FAILED, UNREACHABLE, USAGE, show_error
 from client.errors import ApiError, ClientError, ConnectionFailed, InvalidInput
 
@@ -45,6 +45,7 @@ app = typer.Typer(
 app.command(name="up")(up.up)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="catalog")(catalog.catalog)
+app.command(name="workers")(workers.workers)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(jobs.app, name="jobs")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from client.errors import ApiError, ClientError
 from client.transfer import OnProgress
-from client.types import Failure
+from client.types import Failure, Queue
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -127,6 +127,18 @@ def seconds(value: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def queued(queue: Queue) -> str:
+    """Return a queued job's place for people: `2 ahead, waits for a free worker, begins in 3m 20s (2m 10s to 5m)`."""
+    parts = [
+        f"{queue['jobs_ahead']}{' or more' if queue['position'] is None else ''} ahead",
+        f"waits for {queue['waiting_for']}",
+    ]
+    if queue["eta_s"] is not None:
+        spread = f"{seconds(queue['eta_low_s'])} to {seconds(queue['eta_high_s'])}"
+        parts.append(f"begins in {seconds(queue['eta_s'])} ({spread})")
+    return ", ".join(parts)
 
 
 def size(value: int | None) -> str:

@@ -53,6 +53,10 @@ class Jobs(Resource):
         """Ask a job to end and return it: a queued one is cancelled at once, a running one saves its work first."""
         return cast(Job, self._transport.post(self._path(job_id, "cancel")))
 
+    def set_priority(self, job_id: str, priority: int) -> Job:
+        """Change where a job stands in the queue, -100 to 100, higher first, and return it."""
+        return cast(Job, self._transport.patch(self._path(job_id), {"priority": priority}))
+
     def pause(self, job_id: str) -> Job:
         """Ask a job to rest and return it: a queued one does at once, a running one saves a checkpoint first."""
         return cast(Job, self._transport.post(self._path(job_id, "pause")))

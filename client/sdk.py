@@ -17,6 +17,7 @@ from client.datasets import Datasets
 from client.errors import ApiError, ClientError, ConnectionFailed, DigestMismatch, InvalidInput, WaitTimeout
 from client.jobs import Jobs
 from client.transport import Transport
+from client.types import Worker
 
 __all__ = ["ApiError", "Client", "ClientError", "ConnectionFailed", "DigestMismatch", "InvalidInput", "WaitTimeout"]
 
@@ -58,6 +59,10 @@ class Client:
     def usage(self) -> dict[str, Any]:
         """Return what the key's team stores, in bytes by kind, and how much of each quota it uses."""
         return cast(dict[str, Any], self._transport.get("/v1/usage"))
+
+    def workers(self) -> list[Worker]:
+        """Return the service's workers, by name."""
+        return cast(list[Worker], self._transport.get("/v1/workers")["data"])
 
     def close(self) -> None:
         """Close the connections."""

@@ -92,6 +92,10 @@ class Transport:
         headers = {**_JSON, "Idempotency-Key": str(uuid4())}
         return self._decoded(self._repeated("POST", path, repeatable=True, content=_encoded(body), headers=headers))
 
+    def patch(self, path: str, body: Any) -> Any:
+        """Return the JSON answer to a PATCH that sets values, which may be sent twice without harm."""
+        return self._decoded(self._repeated("PATCH", path, repeatable=True, content=_encoded(body), headers=_JSON))
+
     def delete(self, path: str) -> None:
         """Carry out a DELETE. Not repeated once sent: the second answer would be a 404 that means success."""
         self._repeated("DELETE", path, repeatable=False)

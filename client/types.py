@@ -109,6 +109,37 @@ class Progress(TypedDict):
     images_per_s: float | None
 
 
+class Queue(TypedDict):
+    """Where a queued job stands; times are until it begins, and None where nobody can know."""
+
+    position: int | None
+    jobs_ahead: int
+    waiting_for: str
+    eta_s: float | None
+    eta_low_s: float | None
+    eta_high_s: float | None
+
+
+class Worker(TypedDict):
+    """A worker of the service, what it has for jobs, and what it does."""
+
+    id: str
+    object: Literal["worker"]
+    name: str
+    host: str
+    status: Literal["idle", "busy", "draining", "silent"]
+    busy: bool
+    working_on: dict[str, Any] | None
+    queues: list[str]
+    labels: list[str]
+    device: Literal["cuda", "cpu"]
+    gpus: int
+    gpu_memory_gb: float | None
+    processes: int
+    started_at: str
+    seen_at: str
+
+
 class Job(TypedDict):
     """One distillation: what was asked, where it is, what came out."""
 
@@ -120,6 +151,8 @@ class Job(TypedDict):
     attempt: int
     dataset_id: str
     spec: dict[str, Any]
+    priority: int
+    queue: Queue | None
     adjustments: dict[str, Any] | None
     not_before: str | None
     progress: Progress | None

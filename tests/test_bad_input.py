@@ -74,8 +74,8 @@ class Front:
         context = Context(self.app.state.database, self.app.state.storage, self.settings)
         supervisor = Supervisor(context, owner="test", stop=threading.Event(), tick_s=0.02, backoff_s=0.01)
         while self.queue.sent:
-            task, row_id = self.queue.sent.pop()
-            supervisor.work(ADAPTERS[task](context), row_id)
+            task, _row_id = self.queue.sent.pop()
+            supervisor.work(ADAPTERS[task](context))
 
     def page(self, path: str) -> Any:
         """Get a page of the dashboard."""

@@ -26,13 +26,12 @@ def main() -> None:
     # Celery waits for the whole task at SIGTERM, unless it is told to take it as SIGQUIT, which cancels the task: the
     # pool's child gets a signal, by which the supervisor knows. It reads this when it is imported.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
-    options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
     with tempfile.TemporaryDirectory(prefix="defeat-metrics-") as folder:
         # Counters lie in files that the pool's child writes and the parent serves. This is read at import, too.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
-        from worker.main import celery
+        from worker.main import start
 
-        celery.worker_main(["worker", "--queues", arguments.queues, "--hostname", f"{arguments.name}@%h", *options])
+        start(name=arguments.name, queues=arguments.queues.split(","))
 
 
 if __name__ == "__main__":

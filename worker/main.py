@@ -1,15 +1,15 @@
 """The Celery app. Start a worker with `python -m worker --queues jobs,checks`.
 
 A message wakes a worker up and is acknowledged at once; the lease in the database guards the work, so nothing here
-depends on the broker to remember a task that runs.
+depends on the broker to remember a task that runs. What the worker then works on is the row that is next for it (see
+`app.scheduling`). A message that wakes one which cannot meet its row's demands goes on to the others that wait.
 """
 
 import os
-import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FrameType
@@ -21,19 +21,26 @@ from celery.signals import celeryd_init, worker_init, worker_ready
 from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import logs
+from app import logs, scheduling
 from app.db import Database
+from app.leases import LEASED
 from app.metrics import SWEEPS_FAILED
+from app.models import Worker
 from app.queue import BROKER_ERRORS, Queue
+from app.scheduling import Offer
 from app.settings import get_settings
 from app.storage import Storage
 from app.sweep import sweep
+from app.workers import registry, repository
 from worker import metrics
+from worker.hardware import describe
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Adapter, Context
 
 log = structlog.get_logger(__name__)
+
+_DRAIN_AGAIN_S = 1.0
 
 celery = Celery("defeat")
 celery.conf.update(
@@ -77,13 +84,70 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@lru_cache(maxsize=1)
+def _queue() -> Queue:
+    """Return the process's producer: likewise."""
+    return Queue(get_settings().redis_url)
+
+
+class _Presence:
+    """This worker's row, made before the pool's child is forked, which thereby has the same."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.draining = threading.Event()
+        self.ended = threading.Event()
+
+    @property
+    def registered(self) -> Worker:
+        assert self.worker is not None, "start a worker with `python -m worker`"
+        return self.worker
+
+
+_presence = _Presence()
+
+
+def start(*, name: str, queues: Sequence[str]) -> None:
+    """Become the worker of this name and work on these queues."""
+    _presence.worker = describe(get_settings(), name=name, queues=queues)
+    options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
+    try:
+        celery.worker_main(["worker", "--queues", ",".join(queues), "--hostname", f"{name}@%h", *options])
+    finally:
+        _presence.ended.set()
+        _forget(_presence.registered)
+
+
 def _register(name: str, adapter: type[Adapter[Any]]) -> None:
     @celery.task(name=name)
-    def _task(row_id: str) -> None:
-        context = _context()
-        owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    def _task(row_id: str, hops: int = 0) -> None:
+        context, worker = _context(), _presence.registered
+        owner = f"{worker.id}/{socket.gethostname()}:{os.getpid()}"
+        # Checks first: they are short, and a long job would hold them up.
+        kinds = [kind for kind in reversed(ADAPTERS.values()) if kind.model.QUEUE in worker.queues]
         with _stop_on_signal() as stop:
-            Supervisor(context, owner=owner, stop=stop).work(adapter(context), row_id)
+            supervisor = Supervisor(context, owner=owner, stop=stop, offer=Offer.of(worker))
+            if not supervisor.serve([kind(context) for kind in kinds]) and not stop.is_set():
+                _pass_on(context, worker, adapter.model, row_id, hops)
+
+
+def _pass_on(context: Context, worker: Worker, model: Any, row_id: str, hops: int) -> None:
+    """Wake another worker for a row that still waits: each that is there in turn, as the longest idle one hears next.
+
+    Where none could take it, the one that can finds it as soon as it is free or starts.
+    """
+    with context.database.read() as session:
+        waits = scheduling.waits(session, model, row_id)
+        present = registry.present(session, context.settings, queue=model.QUEUE)
+    # One that drains is not among those that are there, but still hears messages until it ends.
+    others = sum(other.id != worker.id for other in present)
+    if not waits or hops >= others:
+        log.info("nothing_to_do", row=row_id)
+        return
+    try:
+        _queue().send(model, row_id, hops=hops + 1)
+    except BROKER_ERRORS as error:
+        log.warning("message_not_sent", row=row_id, error=str(error))
 
 
 for _name, _adapter in ADAPTERS.items():
@@ -99,37 +163,99 @@ def _set_up_logs(**_: object) -> None:
 def _drain_on_signal(**_: object) -> None:
     """Let SIGUSR2 drain this worker: it finishes what it is at, takes nothing new, and ends.
 
-    This is Celery's warm shutdown. SIGTERM still makes it hand over at once, before and while it drains.
+    It sets the same flag in the worker's row as `python -m app.workers --drain`, by which the pool's child claims
+    nothing more; its end is Celery's warm shutdown. SIGTERM still makes it hand over at once, before and while it
+    drains.
     """
 
     def _on_signal(_signal: int, _frame: FrameType | None) -> None:
-        log.info("draining")
-        state.should_stop = 0  # type: ignore[assignment]  # it begins as None, and is read as an exit code
+        if not _presence.draining.is_set():
+            _presence.draining.set()
+            threading.Thread(target=_drain, name="drain", daemon=True).start()
 
     signal.signal(signal.SIGUSR2, _on_signal)
 
 
-@worker_ready.connect
-def _start_serving_metrics(**_: object) -> None:
-    metrics.serve_worker(get_settings())
+def _drain() -> None:
+    """Set the flag as soon as the database is there, and let Celery end once its task has, whether it is or not."""
+    database = Database(get_settings().database_url)
+    while not _presence.ended.is_set():
+        try:
+            with database.write() as session:
+                registry.beat(session, _presence.registered, draining=True)
+        except SQLAlchemyError as error:
+            log.warning("drain_not_recorded", error=str(error).split("\n", 1)[0])
+        else:
+            break
+        finally:
+            state.should_stop = 0  # type: ignore[assignment]  # it begins as None, and is read as an exit code
+        _presence.ended.wait(_DRAIN_AGAIN_S)
+    log.info("draining")
 
 
 @worker_ready.connect
-def _start_sweeping(**_: object) -> None:
-    threading.Thread(target=_sweep_forever, name="sweep", daemon=True).start()
+def _start_threads(**_: object) -> None:
+    settings = get_settings()
+    database, queue = Database(settings.database_url), Queue(settings.redis_url)
+    worker = _presence.registered
+
+    def _beat() -> None:
+        with database.write() as session:
+            registry.beat(session, worker, draining=_presence.draining.is_set())
+
+    def _begin() -> None:
+        _beat()
+        _wake(database, queue, worker)
+
+    _repeat("heartbeat", _beat, settings.lease_s / 3, first=_begin)
+    _repeat("sweep", lambda: sweep(database, queue, settings), settings.sweep_s, failed=SWEEPS_FAILED.inc)
+    metrics.serve_worker(settings)
+
+
+def _forget(worker: Worker) -> None:
+    database = Database(get_settings().database_url)
+    try:
+        with database.write() as session:
+            repository.forget(session, worker.id)
+    except SQLAlchemyError as error:
+        log.warning("not_forgotten", error=str(error).split("\n", 1)[0])
+
+
+def _wake(database: Database, queue: Queue, worker: Worker) -> None:
+    """Send for the rows that have waited for a worker like this one: their messages have found nobody."""
+    for model in LEASED:
+        if model.QUEUE in worker.queues:
+            with database.read() as session:
+                row_id = scheduling.next_id(session, model, Offer.of(worker))
+            if row_id is not None:
+                queue.send(model, row_id)
 
 
 _AWAY: tuple[type[Exception], ...] = (SQLAlchemyError, *BROKER_ERRORS)
 
 
-def _sweep_forever() -> None:
-    settings = get_settings()
-    database, queue = Database(settings.database_url), Queue(settings.redis_url)
-    never = threading.Event()
-    while True:
-        try:
-            sweep(database, queue, settings)
-        except _AWAY as error:
-            log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
-            SWEEPS_FAILED.inc()
-        never.wait(settings.sweep_s)
+def _repeat(
+    name: str,
+    action: Callable[[], object],
+    every_s: float,
+    *,
+    first: Callable[[], object] | None = None,
+    failed: Callable[[], object] = lambda: None,
+) -> None:
+    """Do `action` in a thread as long as the worker lives, `first` the first time; what is away is asked again.
+
+    `failed` is called each time that it is.
+    """
+
+    def _loop() -> None:
+        current = first or action
+        while not _presence.ended.is_set():
+            try:
+                current()
+                current = action
+            except _AWAY as error:
+                log.warning(f"{name}_failed", error=str(error).split("\n", 1)[0])
+                failed()
+            _presence.ended.wait(every_s)
+
+    threading.Thread(target=_loop, name=name, daemon=True).start()

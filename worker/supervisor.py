@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from app import leases
 from app.leases import LeaseLost, Row
 from app.processes import Locked, locked
+from app.scheduling import Offer
 from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
 from worker import metrics
@@ -49,7 +50,8 @@ class Supervisor:
 
     Args:
         context: database, object store and settings.
-        owner: who holds the lease, for people to read.
+        owner: who holds the lease: the worker's id, then what helps people.
+        offer: what the worker has for a job.
         stop: set when the worker is to end soon: the run is told to save and the row goes back to the queue.
         command: starts a run when its directory is appended.
         tick_s: time between two looks at what the run says and at the row; less where the lease is short. The run's end
@@ -63,33 +65,52 @@ class Supervisor:
         *,
         owner: str,
         stop: threading.Event,
+        offer: Offer = Offer(),  # noqa: B008 - frozen
         command: Sequence[str] = RUN_COMMAND,
         tick_s: float = 2.0,
         backoff_s: float = 1.0,
     ) -> None:
         self.context = context
         self.owner = owner
+        self.offer = offer
         self.stop = stop
         self.command = command
         # Each look costs some milliseconds of this machine's processor time: `benchmarks/supervisor.py`.
         self.tick_s = min(tick_s, context.settings.lease_s / 6)
         self.backoff_s = backoff_s
 
-    def work(self, adapter: Adapter[Row], row_id: str) -> None:
-        """Claim the row and see its run through; return at once if it is not to be had.
+    def serve(self, adapters: Sequence[Adapter[Any]]) -> bool:
+        """Work on one row after the other, of the first adapter that has one, until there is none or it must end.
+
+        A worker that has come free so finds what waits for it even if the message has gone to another one, or the
+        broker is away. Returns whether there was any; raises as `work` does.
+        """
+        served = False
+        while not self.stop.is_set() and any(self.work(adapter) for adapter in adapters):
+            served = True
+        return served
+
+    def work(self, adapter: Adapter[Row]) -> bool:
+        """Claim the row that is next and see its run through; return False at once if there is none to be had.
 
         Raises the database's error if it is away when claiming, and whatever is a mistake in this program, after it
         was recorded as the row's failure.
         """
         settings = self.context.settings
         with self.context.database.write() as session:
-            row = leases.claim(session, adapter.model, row_id, owner=self.owner, lease_s=settings.lease_s)
+            row = leases.claim_next(
+                session,
+                adapter.model,
+                self.offer,
+                owner=self.owner,
+                lease_s=settings.lease_s,
+                max_attempts=settings.max_attempts,
+            )
             if row is not None:
                 adapter.record(session, row, [_claimed(row.attempt)])
         if row is None:
-            log.info("not_to_be_had", row=row_id)
-            return
-        with structlog.contextvars.bound_contextvars(row=row_id, attempt=row.attempt, request_id=row.request_id):
+            return False
+        with structlog.contextvars.bound_contextvars(row=row.id, attempt=row.attempt, request_id=row.request_id):
             log.info("claimed")
             metrics.claimed(row)
             try:
@@ -101,6 +122,7 @@ class Supervisor:
                 log.warning("stopped", error=str(error))
             finally:
                 metrics.released(row)
+        return True
 
 
 def _claimed(attempt: int) -> Message:

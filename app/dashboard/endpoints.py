@@ -25,6 +25,7 @@ from app.jobs.schemas import JobStatus
 from app.pagination import PageQuery, page_query
 from app.problems import problems
 from app.states import JOB_MOVES
+from app.workers.endpoints import list_workers
 
 router = APIRouter(include_in_schema=False)
 pages = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -99,20 +100,21 @@ def _data(resource: BaseModel) -> dict[str, Any]:
 def jobs_page(
     caller: CurrentCaller,
     database: DatabaseDep,
+    settings: SettingsDep,
     page: PageQueryDep,
     name: Annotated[Line, Query()] = "",
     status: JobStatus | Literal[""] = "",
 ) -> Response:
     """List jobs. Without scripts the filter's form sends its empty fields too: they filter nothing."""
-    found = list_jobs(caller, database, page, status=status or None, dataset=None, name=name or None)
+    found = list_jobs(caller, database, settings, page, status=status or None, dataset=None, name=name or None)
     filters = {"name": name, "status": status}
     return render("jobs.html", section="jobs", initial=_data(found), filters=filters, statuses=list(JOB_MOVES))
 
 
 @pages.get("/jobs/{job_id}")
-def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> Response:
+def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> Response:
     """Show a job."""
-    job = _data(get_job(job_id, caller, database))
+    job = _data(get_job(job_id, caller, database, settings))
     spec = job["spec"]
     return render(
         "job.html",
@@ -153,6 +155,12 @@ def dataset_page(dataset_id: str, caller: CurrentCaller, database: DatabaseDep) 
     """Show a dataset."""
     dataset = _data(get_dataset(dataset_id, caller, database))
     return render("dataset.html", section="datasets", initial=dataset, dataset=dataset)
+
+
+@pages.get("/workers")
+def workers_page(caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> Response:
+    """List workers."""
+    return render("workers.html", section="workers", initial=_data(list_workers(caller, database, settings)))
 
 
 router.include_router(pages)

@@ -36,7 +36,7 @@ PAGE_HEADERS: Final = {
 }
 HOME: Final = "/jobs"
 # Only the dashboard's own pages, by what they look like: an address that leads elsewhere cannot be spelled.
-_OWN_PAGE: Final = re.compile(r"/(?:jobs|datasets)(?:/[A-Za-z0-9_]{1,60})?(?:\?[A-Za-z0-9_.~%=&+-]{0,1000})?")
+_OWN_PAGE: Final = re.compile(r"/(?:jobs|datasets|workers)(?:/[A-Za-z0-9_]{1,60})?(?:\?[A-Za-z0-9_.~%=&+-]{0,1000})?")
 
 
 @cache

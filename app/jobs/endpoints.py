@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Response
+from sqlalchemy.orm import Session
 
 from app.auth import CrossSite, CurrentCaller
 from app.bodies import Name
@@ -18,6 +19,7 @@ from app.jobs.schemas import (
     EvaluationsOut,
     EventOut,
     JobOut,
+    JobPatch,
     JobStatus,
     MetricsOut,
     RetryBody,
@@ -27,6 +29,7 @@ from app.jobs.schemas import (
 from app.models import Job
 from app.pagination import Page, PageQuery, page_of, page_query
 from app.problems import problems
+from app.settings import Settings
 from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -40,6 +43,10 @@ SPEC_SCHEMA: dict[str, Any] = {
     }
 }
 SPEC_PROBLEMS = (Invalid, DatasetNotReady, CheckpointNotReady, PayloadTooLarge, CrossSite)
+
+
+def _one(session: Session, settings: Settings, row: Job) -> JobOut:
+    return service.shown(session, settings, [row])[0]
 
 
 @router.post(
@@ -68,21 +75,24 @@ def create_job(
             key=idempotency_key,
             body=body,
             output=JobOut,
-            create=lambda: JobOut.of(service.create(session, caller, body, catalog, queue, settings)),
+            create=lambda: _one(session, settings, service.create(session, caller, body, catalog, queue, settings)),
         )
 
 
 @router.post("/validate", responses=problems(*SPEC_PROBLEMS), openapi_extra=SPEC_SCHEMA)
-def validate_job(body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep) -> ValidatedOut:
+def validate_job(
+    body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep, settings: SettingsDep
+) -> ValidatedOut:
     """Check a spec and return it resolved; nothing is made."""
     with database.read() as session:
-        return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body).spec)
+        return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body, settings).spec)
 
 
 @router.get("", responses=problems(Invalid))
 def list_jobs(
     caller: CurrentCaller,
     database: DatabaseDep,
+    settings: SettingsDep,
     page: Annotated[PageQuery, Depends(page_query)],
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
     dataset: Annotated[
@@ -96,35 +106,50 @@ def list_jobs(
     statement = repository.of_tenant(caller.tenant_id, status=status, dataset_id=dataset, name=name)
     with database.read() as session:
         rows, cursor = page_of(session, statement, Job, page)
-        return Page(data=[JobOut.of(row) for row in rows], has_more=cursor is not None, next_cursor=cursor)
+        return Page(data=service.shown(session, settings, rows), has_more=cursor is not None, next_cursor=cursor)
 
 
 @router.get("/{job_id}", responses=problems(NotFound))
-def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+def get_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Return one job."""
     with database.read() as session:
-        return JobOut.of(service.get(session, caller, job_id))
+        return _one(session, settings, service.get(session, caller, job_id))
+
+
+@router.patch(
+    "/{job_id}", responses=problems(NotFound, Conflict, Invalid, service.PriorityTooHigh, CrossSite, PayloadTooLarge)
+)
+def change_job(
+    job_id: str, body: JobPatch, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep
+) -> JobOut:
+    """Change a job's priority."""
+    with database.write() as session:
+        row = service.set_priority(session, caller, job_id, body.priority)
+        session.flush()
+        return _one(session, settings, row)
 
 
 @router.post("/{job_id}/cancel", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
-def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Ask a job to end. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(lifecycle.cancel(session, caller, job_id))
+        return _one(session, settings, lifecycle.cancel(session, caller, job_id))
 
 
 @router.post("/{job_id}/pause", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
-def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> JobOut:
+def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
     """Ask a job to save and rest, until it is resumed. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(lifecycle.pause(session, caller, job_id))
+        return _one(session, settings, lifecycle.pause(session, caller, job_id))
 
 
 @router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
-def resume_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep) -> JobOut:
+def resume_job(
+    job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep, settings: SettingsDep
+) -> JobOut:
     """Put a paused job back into the queue. Asking again changes nothing."""
     with database.write() as session:
-        return JobOut.of(lifecycle.resume(session, caller, job_id, queue))
+        return _one(session, settings, lifecycle.resume(session, caller, job_id, queue))
 
 
 @router.post(
@@ -139,6 +164,7 @@ def retry_job(
     database: DatabaseDep,
     queue: QueueDep,
     storage: StorageDep,
+    settings: SettingsDep,
     body: RetryBody | None = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
@@ -153,7 +179,11 @@ def retry_job(
             key=idempotency_key,
             body={"job": job_id, "from": start},
             output=JobOut,
-            create=lambda: JobOut.of(lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage)),
+            create=lambda: _one(
+                session,
+                settings,
+                lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage),
+            ),
         )
 
 

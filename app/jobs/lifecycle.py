@@ -1,7 +1,7 @@
 """What a job's owner may have done with it: pause, resume, cancel, and try again.
 
-Each move happens under a lock on the row. A worker that holds the row sees the new state when it next looks (twice a
-second), tells its run to save, and gives the row back. Asking twice is asking once.
+Each move happens under a lock on the row. A worker that holds the row sees the new state when it next looks (every
+two seconds), tells its run to save, and gives the row back. Asking twice is asking once.
 """
 
 from typing import Any

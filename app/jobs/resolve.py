@@ -19,6 +19,7 @@ from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_ap
 from app.jobs.spec import JobSpec
 from app.jobs.training import training_problems
 from app.models import Checkpoint, Dataset
+from app.settings import Settings
 from app.states import AWAITING_UPLOAD, READY
 from app.validation import Path, Section, check_detector, check_section, unknown_choice
 
@@ -81,8 +82,11 @@ class Resolver:
     checked all the same.
     """
 
-    def __init__(self, session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> None:
+    def __init__(
+        self, session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any], settings: Settings
+    ) -> None:
         self._session = session
+        self._settings = settings
         self._tenant_id = tenant_id
         self._catalog = catalog
         self._body = body
@@ -102,6 +106,7 @@ class Resolver:
         teacher = self._teacher(methods)
         parts = {name: self._parameters(name, (name,)) for name in SECTIONS}
         self._check_splits(dataset, parts["evaluation"])
+        self._check_limits(parts["resources"])
         self._check_shares(("schedule",), parts["schedule"], parts["resources"])
         self._check_shares(("teacher", "schedule"), teacher.schedule, parts["resources"])
         self._check_training(("student",), ("schedule",), student, parts["schedule"], parts["resources"])
@@ -275,6 +280,14 @@ class Resolver:
             )
             self._error((*path, "batch_size"), "out_of_range", detail)
 
+    def _check_limits(self, resources: dict[str, Any] | None) -> None:
+        most = {"gpus": self._settings.max_job_gpus, "gpu_memory_gb": self._settings.max_job_gpu_memory_gb}
+        for key, limit in most.items():
+            asked = None if resources is None else resources[key]
+            if limit is not None and asked is not None and asked > limit:
+                detail = f"no job may ask for more than {limit:g} here; got {show(asked)}"
+                self._error(("resources", key), "out_of_range", detail)
+
     def _check_training(
         self,
         who: Path,
@@ -330,6 +343,6 @@ class Resolver:
                 self._error((*method.path, key), "head_does_not_pair", detail)
 
 
-def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any]) -> Resolved:
+def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any], settings: Settings) -> Resolved:
     """Return the complete form of a job's spec as its tenant sent it. Raises as `Resolver.resolve`."""
-    return Resolver(session, tenant_id, catalog, body).resolve()
+    return Resolver(session, tenant_id, catalog, body, settings).resolve()

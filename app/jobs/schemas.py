@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.bodies import Body
-from app.models import JobEvent, Leased
+from app.models import MAX_PRIORITY, JobEvent, Leased
 from app.schemas import Resource
 
 JobStatus = Literal[
@@ -31,6 +31,17 @@ class Progress(BaseModel):
     images_per_s: float | None = None
 
 
+class QueueOut(BaseModel):
+    """Where a queued job stands. Times are until it begins, from how long jobs like those ahead have taken."""
+
+    position: int | None = Field(description="1: the next to begin; null where more are ahead than are looked at.")
+    jobs_ahead: int = Field(description="Jobs that begin before it, if nothing comes or ends; 200: that many or more.")
+    waiting_for: str = Field(description="For people: a free worker, 2 GPUs, a worker with label x, retry at …")
+    eta_s: float | None = Field(description="Median of the time until it begins, seconds; null where nobody can know.")
+    eta_low_s: float | None = Field(description="The same, if all ahead are as fast as the fastest quarter.")
+    eta_high_s: float | None = Field(description="The same for the slowest quarter.")
+
+
 class Results(BaseModel):
     """What came out: COCO metrics of the last teacher and of the best student."""
 
@@ -50,6 +61,8 @@ class JobOut(Resource):
     attempt: int = Field(description="How often a worker has begun it.")
     dataset_id: str
     spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
+    priority: int = Field(description="-100 to 100; of the jobs that wait, those with the highest go first.")
+    queue: QueueOut | None = Field(description="Where it stands in the queue; null for a job that does not wait.")
     adjustments: dict[str, Any] | None = Field(
         description="What the service changed in the spec, in its shape, after memory ran out; null: nothing."
     )
@@ -62,7 +75,13 @@ class JobOut(Resource):
         """See `Resource`."""
         path = f"/v1/jobs/{row.id}"
         parts = ("events", "metrics", "evaluations", "artifacts", "pause", "resume", "cancel", "retry")
-        return {"links": {"self": path} | {part: f"{path}/{part}" for part in parts}}
+        return {"queue": None, "links": {"self": path} | {part: f"{path}/{part}" for part in parts}}
+
+
+class JobPatch(Body):
+    """What of a job may be changed."""
+
+    priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first; at most what the key may.")
 
 
 class RetryBody(Body):

@@ -1,6 +1,7 @@
-"""Rules of jobs: how one is made and read. What may become of one is in `lifecycle`."""
+"""Rules of jobs: how one is made, read and moved in the queue. What may become of one is in `lifecycle`."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -8,16 +9,26 @@ from sqlalchemy.orm import Session
 from app import assets
 from app.auth import Caller
 from app.catalog import Catalog
+from app.errors import Conflict, Forbidden
 from app.ids import new_id
 from app.jobs import repository
+from app.jobs.durations import recipe_of, workload_of
 from app.jobs.resolve import resolve
-from app.jobs.schemas import EVENT_PREFIX, EventOut, MetricOut, MetricsOut
+from app.jobs.schemas import EVENT_PREFIX, EventOut, JobOut, MetricOut, MetricsOut
+from app.jobs.waiting import Waiting
 from app.models import Job
 from app.pagination import Page, bad_cursor
 from app.queue import Queue
 from app.settings import Settings
-from app.states import QUEUED
+from app.states import JOB_TERMINAL, QUEUED
 from app.usage import quotas
+
+
+class PriorityTooHigh(Forbidden):
+    """The key may not put a job before that many others."""
+
+    code, title = "priority_too_high", "Priority too high"
+
 
 _EVENT_ID = re.compile(rf"{EVENT_PREFIX}(\d{{1,18}})")
 
@@ -30,9 +41,10 @@ def create(
     Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`, `QuotaBusy`,
     `QuotaExceeded`.
     """
-    resolved = resolve(session, caller.tenant_id, catalog, body)
+    resolved = resolve(session, caller.tenant_id, catalog, body, settings)
     for quota in ("queued_jobs", "storage_bytes"):
         quotas.check(session, settings, caller.tenant_id, quota)
+    resources = resolved.spec["resources"]
     row = Job(
         id=new_id("job"),
         tenant_id=caller.tenant_id,
@@ -42,6 +54,12 @@ def create(
         dataset_id=resolved.dataset.id,
         spec=resolved.spec,
         labels=resolved.spec["labels"],
+        priority=min(0, caller.max_priority),
+        gpus=resources["gpus"],
+        gpu_memory_gb=resources["gpu_memory_gb"],
+        worker_label=resources["label"],
+        recipe=recipe_of(resolved.spec),
+        workload=workload_of(resolved.spec, resolved.dataset.splits),
     )
     session.add(row)
     session.flush()
@@ -54,6 +72,32 @@ def create(
 def get(session: Session, caller: Caller, job_id: str) -> Job:
     """Return the caller's job. Raises `NotFound`."""
     return assets.found(repository.find(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
+
+
+def set_priority(session: Session, caller: Caller, job_id: str, priority: int) -> Job:
+    """Change the priority of a job that has not ended; one in work keeps it for when it must wait again.
+
+    Raises `NotFound`, `PriorityTooHigh`, and `Conflict` for a job that has ended.
+    """
+    row = assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
+    if priority > caller.max_priority:
+        raise PriorityTooHigh(
+            f"this key may give a job a priority of at most {caller.max_priority}; got {priority}: take a lower "
+            "one, or ask the operator for a key that may"
+        )
+    if row.status in JOB_TERMINAL:
+        raise Conflict(f"{row.id} is {row.status}: it waits for nothing any more, and its priority cannot be changed")
+    if priority != row.priority:
+        message = f"the priority was changed from {row.priority} to {priority}"
+        repository.add_event(session, row, "priority_changed", message)
+        row.priority = priority
+    return row
+
+
+def shown(session: Session, settings: Settings, rows: Sequence[Job]) -> list[JobOut]:
+    """Return the jobs as their tenant sees them, each that waits with its place in the queue."""
+    waiting = Waiting(session, settings)
+    return [JobOut.of(row).model_copy(update={"queue": waiting.of(row)}) for row in rows]
 
 
 def list_events(session: Session, caller: Caller, job_id: str, *, after: str | None, limit: int) -> Page[EventOut]:

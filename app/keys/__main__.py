@@ -6,6 +6,7 @@ import sys
 from app.db import Database
 from app.errors import NotFound
 from app.keys import repository, service
+from app.models import MAX_PRIORITY
 from app.settings import get_settings
 
 
@@ -14,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m app.keys", description="Make, list and revoke API keys.")
     parser.add_argument("--tenant", metavar="NAME", help="team that the new key is for; made if it is not there")
     parser.add_argument("--name", metavar="NAME", help="what the new key is called")
+    parser.add_argument(
+        "--max-priority", type=int, default=MAX_PRIORITY, metavar="N", help="highest priority that it may give a job"
+    )
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--list", action="store_true", help="list the keys, without their secrets")
     other.add_argument("--revoke", metavar="ID", help="end a key and the sessions made from it")
@@ -32,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             elif options.revoke:
                 service.revoke_key(session, options.revoke)
             else:
-                print(service.create_key(session, settings, options.tenant, options.name)[1])
+                limit = options.max_priority
+                print(service.create_key(session, settings, options.tenant, options.name, max_priority=limit)[1])
     except (NotFound, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,18 +7,23 @@ from app.db import utcnow
 from app.errors import NotFound
 from app.ids import new_id
 from app.keys import repository
-from app.models import ApiKey, Tenant
+from app.models import MAX_PRIORITY, ApiKey, Tenant
 from app.settings import Settings
 
 DEFAULT_TENANT = "default"
 
 
-def create_key(session: Session, settings: Settings, tenant_name: str, key_name: str) -> tuple[ApiKey, str]:
+def create_key(
+    session: Session, settings: Settings, tenant_name: str, key_name: str, *, max_priority: int = MAX_PRIORITY
+) -> tuple[ApiKey, str]:
     """Make a key for the tenant, which is made too if there is none of this name.
 
     Returns the row and the plaintext, which is shown once and kept nowhere. Raises `ValueError` for a name that is
-    empty, blank or longer than 200 characters.
+    empty, blank or longer than 200 characters, and for a `max_priority`, the highest that the key may give a job,
+    which is no priority.
     """
+    if not -MAX_PRIORITY <= max_priority <= MAX_PRIORITY:
+        raise ValueError(f"a priority is between {-MAX_PRIORITY} and {MAX_PRIORITY}; got {max_priority}")
     for what, name in (("tenant", tenant_name), ("key", key_name)):
         if not name.strip() or len(name) > 200 or not name.isprintable():
             raise ValueError(f"a {what}'s name has 1 to 200 printable characters; got {name!r}")
@@ -28,7 +33,13 @@ def create_key(session: Session, settings: Settings, tenant_name: str, key_name:
         session.add(tenant)
         session.flush()
     plaintext = new_key()
-    row = ApiKey(id=new_id("key"), tenant_id=tenant.id, name=key_name, key_hash=hash_key(settings, plaintext))
+    row = ApiKey(
+        id=new_id("key"),
+        tenant_id=tenant.id,
+        name=key_name,
+        key_hash=hash_key(settings, plaintext),
+        max_priority=max_priority,
+    )
     session.add(row)
     session.flush()
     return row, plaintext

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from client.commands.datasets import Limit
-from client.console import FAILED, INTERRUPTED, JsonFlag, Output, ap, percent, seconds, size
+from client.console import FAILED, INTERRUPTED, JsonFlag, Output, ap, percent, queued, seconds, size
 from client.errors import InvalidInput
 from client.sdk import Client
 from client.specs import load_spec
@@ -98,6 +98,8 @@ def show(job_id: JobId, as_json: JsonFlag = False) -> None:
         [
             ("name", job["name"]),
             ("status", job["status"]),
+            *([("queue", queued(job["queue"]))] if job["queue"] else []),
+            ("priority", job["priority"]),
             ("progress", f"{progress['phase']}, {percent(progress['fraction'])}" if progress else None),
             ("attempt", job["attempt"]),
             *([("tried again at", job["not_before"])] if job["not_before"] else []),
@@ -120,6 +122,22 @@ def watch(job_id: JobId, as_json: JsonFlag = False) -> None:
     """Show a job's progress until it ends, and exit by how it ends."""
     with Client() as client:
         _follow(Output(as_json), client, job_id)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def priority(
+    job_id: JobId,
+    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="-100 to 100; higher goes first.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Change where a job stands in the queue."""
+    out = Output(as_json)
+    with Client() as client:
+        job = client.jobs.set_priority(job_id, value)
+    out.json(job)
+    out.say(job["id"], job["status"], f"priority {job['priority']}")
+    if job["queue"] is not None:
+        out.say(queued(job["queue"]))
 
 
 @app.command()

@@ -3,14 +3,14 @@
 Adds a column that may be null: no table is rewritten, and the old version works on the new tables.
 
 Revision: 0004_request_ids
-Follows: 0002_lifecycle
+Follows: 0003_scheduling
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0004_request_ids"
-down_revision = "0002_lifecycle"
+down_revision = "0003_scheduling"
 branch_labels = None
 depends_on = None
 

@@ -142,7 +142,17 @@ CATALOG: dict[str, Any] = {
         "schema": {
             "type": "object",
             "additionalProperties": False,
-            "properties": {"gpus": {"type": "integer", "minimum": 1, "maximum": 64, "default": 1}},
+            "properties": {
+                "gpus": {"type": "integer", "minimum": 1, "maximum": 64, "default": 1},
+                "gpu_memory_gb": {
+                    "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 10000}, {"type": "null"}],
+                    "default": None,
+                },
+                "label": {
+                    "anyOf": [{"type": "string", "pattern": "^[A-Za-z0-9._-]{1,50}$"}, {"type": "null"}],
+                    "default": None,
+                },
+            },
         }
     },
     "dataset_formats": {"voc": {"summary": "Pascal VOC."}, "coco": {"summary": "COCO."}},

@@ -75,7 +75,7 @@ def test_every_default_is_filled_in(api: TestClient, database: Database, queue: 
         "schedule": {"epochs": 12, "batch_size": 8, "accumulation": 1},
         "evaluation": {"split": "val", "every_epochs": 1},
         "augmentation": {"horizontal_flip": 0.5},
-        "resources": {"gpus": 1},
+        "resources": {"gpus": 1, "gpu_memory_gb": None, "label": None},
         "seed": 0,
     }
     assert queue.sent == []

@@ -24,6 +24,11 @@ def _tables(url: str) -> set[str]:
         engine.dispose()
 
 
+def _comparable(dialect: str):
+    """SQLite does not tell that an index runs downwards; PostgreSQL's own case compares that one."""
+    return lambda _object, name, *_: dialect != "sqlite" or name != "ix_jobs_next"
+
+
 def test_up_down_and_up_again_leaves_the_models_schema(empty_url):
     upgrade(empty_url)
     assert _tables(empty_url) == set(Base.metadata.tables)
@@ -33,7 +38,8 @@ def test_up_down_and_up_again_leaves_the_models_schema(empty_url):
     upgrade(empty_url)
     engine = make_engine(empty_url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "render_as_batch": True})
+        opts = {"compare_type": True, "render_as_batch": True, "include_object": _comparable(connection.dialect.name)}
+        context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, Base.metadata) == []
     engine.dispose()
 

@@ -63,7 +63,7 @@ def test_a_message_is_a_celery_task_with_the_rows_id(socket: Path):
         jobs, checks = (json.loads(broker.lpop(name)) for name in ("jobs", "checks"))
     queue.close()
     assert jobs["headers"]["task"] == "worker.tasks.run_job"
-    assert jobs["headers"]["argsrepr"] == "['job_1']"
+    assert jobs["headers"]["argsrepr"] == "['job_1', 0]"
     assert jobs["content-type"] == "application/json"
     assert checks["headers"]["task"] == "worker.tasks.import_dataset"
 

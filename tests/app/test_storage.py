@@ -257,7 +257,8 @@ def test_a_scan_finds_every_object_of_a_folder_once(storage: Storage, file: Path
     assert storage.scan("checkpoints", after=None, limit=limit) == []
 
 
-def test_a_scan_finds_what_a_killed_write_left(storage: Storage, file: Path, tmp_path: Path) -> None:
+def test_a_scan_finds_what_a_killed_write_left(local: Storage, file: Path, tmp_path: Path) -> None:
+    storage = local
     storage.put_file("jobs/job_1/a", file)
     part = tmp_path / "with space" / "jobs" / "job_1" / "a#123"
     part.write_bytes(b"half")

@@ -48,6 +48,7 @@ class Service:
         self.uploads: dict[str, bytes] = {}
         self.answers: dict[str, dict[str, Any]] = {}  # by idempotency key
         self.outcome: dict[str, Any] = {"status": "ready"}  # of the check of what is uploaded
+        self.workers: list[dict[str, Any]] = []
         self.script: list[Callable[[dict[str, Any]], None]] = []  # what happens to a job before each look at it
         self.faults: list[tuple[str, str]] = []  # (pattern of "METHOD path", what breaks), each used once
         self.requests: list[tuple[str, str, dict[str, str]]] = []
@@ -69,6 +70,8 @@ class Service:
             "attempt": 0,
             "dataset_id": spec["dataset"],
             "spec": spec,
+            "priority": 0,
+            "queue": None,
             "adjustments": None,
             "not_before": None,
             "progress": None,
@@ -163,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(*answer)
         return None
 
-    do_GET = do_POST = do_PUT = do_DELETE = _handle
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
 
     def _next_fault(self, request: str) -> str | None:
         for index, (pattern, fault) in enumerate(self.service.faults):
@@ -214,6 +217,9 @@ class Handler(BaseHTTPRequestHandler):
         if "dataset" not in spec:
             errors = [{"pointer": "/dataset", "code": "missing_key", "detail": "dataset is missing"}]
             raise Problem(422, "validation_failed", "the job spec has 1 mistake", errors)
+
+    def _workers(self, rest: list[str], body: bytes) -> tuple[int, Any]:
+        return 200, {"data": self.service.workers}
 
     def _catalog(self, rest: list[str], body: bytes) -> tuple[int, Any]:
         return 200, {
@@ -279,6 +285,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(404, "not_found", f"no job {rest[0]}")
         job = service.jobs[rest[0]]
         match rest[1:]:
+            case [] if body:
+                job["priority"] = json.loads(body)["priority"]
+                return 200, job
             case []:
                 if service.script:
                     service.script.pop(0)(job)

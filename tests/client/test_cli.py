@@ -217,6 +217,30 @@ def test_jobs_are_listed_shown_cancelled(service):
     assert defeat("jobs", "cancel", "job_0002").stdout == "job_0002 cancelling\n"
 
 
+def test_a_queued_job_says_where_it_stands_and_can_be_moved(service):
+    job = service.add_job()
+    place = {"position": 3, "jobs_ahead": 2, "waiting_for": "a worker with label x"}
+    job["queue"] = place | {"eta_s": 200.0, "eta_low_s": 130.0, "eta_high_s": 300.0}
+    told = "2 ahead, waits for a worker with label x, begins in 3m 20s (2m 10s to 5m 00s)"
+    assert told in defeat("jobs", "show", job["id"]).stdout
+    moved = defeat("jobs", "priority", job["id"], "-5").stdout.splitlines()
+    assert moved == [f"{job['id']} queued priority -5", told]
+    job["queue"] = {"position": None, "jobs_ahead": 200, "waiting_for": "2 GPUs", "eta_s": None} | dict.fromkeys(
+        ("eta_low_s", "eta_high_s")
+    )
+    assert "200 or more ahead, waits for 2 GPUs\n" in defeat("jobs", "show", job["id"]).stdout
+    assert json.loads(defeat("jobs", "priority", job["id"], "7", "--json").stdout)["priority"] == 7
+    assert defeat("jobs", "priority", job["id"], "101").exit_code == 2
+
+
+def test_workers_are_listed(service):
+    row = {"name": "gpu@one", "status": "busy", "working_on": {"id": "job_1"}, "queues": ["jobs"], "labels": []}
+    service.workers = [row | {"gpus": 2, "gpu_memory_gb": 80.0, "started_at": "2026-01-01T00:00:00Z"}]
+    lines = defeat("workers").stdout.splitlines()
+    assert lines[1].split() == ["gpu@one", "busy", "job_1", "jobs", "-", "2", "80", "GB", "2026-01-01T00:00:00Z"]
+    assert json.loads(defeat("workers", "--json").stdout) == service.workers
+
+
 def test_jobs_are_paused_resumed_and_tried_again(service):
     service.add_job()
     assert defeat("jobs", "pause", "job_0000").stdout == "job_0000 pausing\n"

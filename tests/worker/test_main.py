@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.models import Job
+from app.models import Job, Worker
 from app.processes import dies_with_parent
 from app.queue import BROKER_ERRORS, Queue
 from app.stack import broker_binary, broker_command
@@ -35,12 +35,11 @@ def start(world: World) -> Iterator[Start]:
     settings = {"DEFEAT_HOME": str(world.home), "DEFEAT_LEASE_S": "2", "DEFEAT_SWEEP_S": "0.3"}
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
 
-    def _start(*command: str) -> "subprocess.Popen[bytes]":
+    def _start(*command: str, **more: str) -> "subprocess.Popen[bytes]":
+        env = kept | settings | more
         with (world.home / "processes.log").open("ab") as output:
             processes.append(
-                subprocess.Popen(
-                    command, stdout=output, stderr=output, env=kept | settings, preexec_fn=dies_with_parent()
-                )
+                subprocess.Popen(command, stdout=output, stderr=output, env=env, preexec_fn=dies_with_parent())
             )
         return processes[-1]
 
@@ -67,9 +66,13 @@ def queue(world: World, start: Start) -> Iterator[Queue]:
     queue.close()
 
 
-def start_worker(start: Start, name: str) -> "subprocess.Popen[bytes]":
+def start_worker(start: Start, name: str, **environment: str) -> "subprocess.Popen[bytes]":
     command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", name)
-    return start(sys.executable, *command)
+    return start(sys.executable, *command, **environment)
+
+
+def registered(world: World) -> list[str]:
+    return sorted(worker.name.partition("@")[0] for worker in world.all(Worker))
 
 
 def test_a_worker_that_is_told_to_end_hands_its_job_back(
@@ -104,7 +107,7 @@ def draining(world: World, queue: Queue, start: Start, *last: list) -> "tuple[Jo
     queue.send(type(job), job.id)
     until(lambda: world.now(job).status == "running")
     worker.send_signal(signal.SIGUSR2)
-    until(lambda: "draining" in (world.home / "processes.log").read_text())
+    until(lambda: [row.draining for row in world.all(Worker)] == [True])
     return job, worker
 
 
@@ -218,3 +221,44 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
 
     worker.terminate()
     assert worker.wait(20) == 0
+
+
+def test_a_message_finds_the_worker_that_can_and_one_that_comes_free_finds_the_rest(
+    world: World, queue: Queue, start: Start, tmp_path: Path
+) -> None:
+    """The workers sweep too seldom to help, and each job's message is sent once."""
+    for name, labels in (("plain", "[]"), ("also-plain", "[]"), ("able", '["lab"]')):
+        start_worker(start, name, DEFEAT_SWEEP_S="600", DEFEAT_LABELS=labels)
+    until(lambda: registered(world) == ["able", "also-plain", "plain"])
+    first = world.job(
+        ["event", "progress", "teacher", {"fraction": 0.1}],
+        ["wait_for", str(tmp_path / "go")],
+        ["finish", "succeeded", {}],
+        worker_label="lab",
+    )
+    queue.send(type(first), first.id)
+    until(lambda: world.now(first).status == "running")
+    able = next(worker for worker in world.all(Worker) if worker.name.startswith("able"))
+    assert world.now(first).lease_owner.startswith(f"{able.id}/")
+
+    second = world.job(["finish", "succeeded", {}], worker_label="lab")
+    queue.send(type(second), second.id)  # which finds two idle workers without the label
+    third = world.job(["finish", "succeeded", {}])
+    queue.send(type(third), third.id)
+    until(lambda: world.now(third).status == "succeeded")
+    assert world.now(second).status == "queued"
+    (tmp_path / "go").touch()
+    until(lambda: world.now(second).status == "succeeded")
+    assert world.now(second).lease_owner is None
+
+
+def test_a_worker_that_starts_finds_what_has_waited_for_it_and_one_that_ends_is_forgotten(
+    world: World, queue: Queue, start: Start
+) -> None:
+    job = world.job(["finish", "succeeded", {}], gpus=2)  # no message for it is under way
+    worker = start_worker(start, "large", DEFEAT_SWEEP_S="600", DEFEAT_GPUS="2")
+    until(lambda: world.now(job).status == "succeeded")
+    assert registered(world) == ["large"]
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(20)
+    assert registered(world) == []

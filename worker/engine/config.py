@@ -174,6 +174,22 @@ class ResourcesConfig(Config):
             le=64,
         ),
     ] = 1
+    gpu_memory_gb: Annotated[
+        float | None,
+        Field(
+            description="Least memory of each GPU, GB; the job then waits for a worker with such GPUs. Null: any "
+            "worker, also one without a GPU.",
+            gt=0,
+            le=10_000,
+        ),
+    ] = None
+    label: Annotated[
+        str | None,
+        Field(
+            description="The job runs on a worker that has this label: letters, digits and `._-`. Null: on any.",
+            pattern=r"^[A-Za-z0-9._-]{1,50}$",
+        ),
+    ] = None
 
 
 class StudentConfig(Config):

@@ -17,11 +17,12 @@ export class ApiError extends Error {
 /** No answer came: the network or the server is away. */
 export class Unreachable extends Error {}
 
-async function answer(method, path) {
+async function answer(method, path, content) {
   try {
     const response = await fetch(path, {
       method,
-      headers: { Accept: "application/json" },
+      body: content === undefined ? undefined : JSON.stringify(content),
+      headers: { Accept: "application/json", ...(content !== undefined && { "Content-Type": "application/json" }) },
       credentials: "same-origin",
       cache: "no-store",
       signal: AbortSignal.timeout(TIMEOUT_MS),
@@ -33,8 +34,8 @@ async function answer(method, path) {
   }
 }
 
-async function request(method, path) {
-  const { ok, status, body } = await answer(method, path);
+async function request(method, path, content) {
+  const { ok, status, body } = await answer(method, path, content);
   if (ok) return body;
   if (status === 401) location.assign(`/login?next=${encodeURIComponent(location.pathname + location.search)}`);
   throw new ApiError(status, body);
@@ -42,6 +43,7 @@ async function request(method, path) {
 
 export const get = (path) => request("GET", path);
 export const post = (path) => request("POST", path);
+export const patch = (path, content) => request("PATCH", path, content);
 
 /** The download address of an artifact; its name may hold slashes. */
 export const artifactUrl = (jobId, name) =>

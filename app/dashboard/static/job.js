@@ -1,6 +1,6 @@
 // A job's page: one poll keeps every part of it live until the job has ended.
 
-import { get, getAll, poll, post } from "./api.js";
+import { get, getAll, patch, poll, post } from "./api.js";
 import { accuracyChart, lossChart } from "./charts.js";
 import { byId, initialData, segments, showFailure } from "./dom.js";
 import { showClasses, showTiles } from "./evaluation.js";
@@ -120,6 +120,21 @@ function listenToCancel(wake) {
   });
 }
 
+function listenToPriority(wake) {
+  const error = byId("priority-error");
+  byId("priority-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    error.hidden = true;
+    try {
+      showProgress(await patch(base, { priority: byId("priority").valueAsNumber }));
+      wake();
+    } catch (problem) {
+      error.textContent = problem.message;
+      error.hidden = false;
+    }
+  });
+}
+
 /** Pause, resume and retry lose nothing, so they are asked for at once. */
 function listenToActions(wake) {
   const error = byId("action-error");
@@ -150,4 +165,5 @@ showProgress(initial);
 showFailure(initial.failure);
 const { wake } = poll(refresh);
 listenToCancel(wake);
+listenToPriority(wake);
 listenToActions(wake);

@@ -25,6 +25,17 @@ const RESTING = {
 
 export const isTerminal = (status) => TERMINAL.has(status);
 
+/** Where a queued job stands, in words. */
+export function describeQueue(queue) {
+  const ahead = queue.position === null ? `${queue.jobs_ahead} or more jobs ahead` : `${queue.jobs_ahead} ahead`;
+  const words = [queue.jobs_ahead === 0 ? "Next in the queue" : ahead, `waits for ${queue.waiting_for}`];
+  if (queue.eta_s !== null) {
+    const spread = `${format.duration(queue.eta_low_s)} to ${format.duration(queue.eta_high_s)}`;
+    words.push(`begins in ${format.duration(queue.eta_s)} (${spread})`);
+  }
+  return words.join(" · ");
+}
+
 const waitsUntil = (job) => (job.status === "queued" && job.not_before ? Date.parse(job.not_before) : null);
 
 const phaseOf = (job) => {
@@ -44,6 +55,7 @@ const ACTIONS = {
 export function describeProgress(job) {
   const { progress } = job;
   const fraction = job.status === "succeeded" ? 1 : (progress?.fraction ?? 0);
+  if (job.queue && !(waitsUntil(job) > Date.now())) return { fraction, text: describeQueue(job.queue) };
   const words = [phaseOf(job)];
   if (progress?.epoch != null && job.status !== "succeeded") {
     words.push(`epoch ${format.outOf(progress.epoch, progress.epochs)}`);
@@ -67,6 +79,9 @@ export function showProgress(job) {
   setText(byId("fact-eta"), live ? format.duration(progress?.eta_s) : format.NONE);
   setText(byId("fact-elapsed"), format.duration(format.elapsed(job.started_at, job.finished_at)));
   setText(byId("fact-attempt"), format.count(job.attempt));
+  setText(byId("fact-priority"), String(job.priority));
+  byId("queue").hidden = !job.queue;
+  if (job.queue) setText(byId("queue-place"), describeQueue(job.queue));
   for (const [action, statuses] of Object.entries(ACTIONS)) byId(action).hidden = !statuses.has(job.status);
   byId("cancel").disabled = !live || job.status === "cancelling";
 }

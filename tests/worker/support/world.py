@@ -74,7 +74,7 @@ class World:
     def __init__(self, home: Path, *, database_url: str = "", storage_url: str = "", **settings: Any) -> None:
         # One failure is the end, unless the test is about another attempt.
         values: dict[str, Any] = {"lease_s": 20.0, "cancel_grace_s": 10.0, "max_attempts": 1, **settings}
-        urls = {"database_url": database_url, "redis_url": "", "storage_url": storage_url}
+        urls: dict[str, Any] = {"database_url": database_url, "redis_url": "", "storage_url": storage_url}
         self.settings = Settings(home=home, **urls, **values)
         self.settings.home.mkdir(exist_ok=True)
         self.database = FlakyDatabase(self.settings.database_url)
@@ -148,7 +148,7 @@ class World:
     def work(self, row: Leased, *, context: Context | None = None) -> None:
         context = context or self.context
         supervisor = Supervisor(context, owner="test", stop=self.stop, command=SCRIPTED, tick_s=0.02, backoff_s=0.01)
-        supervisor.work(ADAPTERS[type(row).TASK](context), row.id)
+        supervisor.work(ADAPTERS[type(row).TASK](context))
 
     @contextmanager
     def working(self, row: Leased) -> Iterator[None]:

@@ -1,0 +1,52 @@
+"""Queries on workers, and on what each of them works on."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import cast
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from app.db import update_count
+from app.leases import LEASED
+from app.models import Leased, Worker
+
+
+def all_workers(session: Session) -> Sequence[Worker]:
+    """Return every worker that is registered, by name."""
+    return session.scalars(select(Worker).order_by(Worker.name, Worker.started_at, Worker.id)).all()
+
+
+def seen_since(session: Session, moment: datetime) -> Sequence[Worker]:
+    """Return the workers that were heard of since then."""
+    return session.scalars(select(Worker).where(Worker.seen_at >= moment)).all()
+
+
+def held_rows(session: Session) -> dict[str, Leased]:
+    """Return the row that each worker holds, by the worker's id."""
+    held: dict[str, Leased] = {}
+    for model in LEASED:
+        mine = select(model).where(model.status.in_(model.HELD), model.lease_owner.is_not(None))
+        rows = cast(Sequence[Leased], session.scalars(mine).all())
+        held |= {worker_of(row): row for row in rows}
+    return held
+
+
+def worker_of(row: Leased) -> str:
+    """Return the id of the worker that holds the row: a lease's owner is `<worker's id>/<host>:<process>`."""
+    return (row.lease_owner or "").partition("/")[0]
+
+
+def set_draining(session: Session, name: str, draining: bool) -> int:
+    """Let the workers of this name take nothing new, or take rows again; return how many there are."""
+    return update_count(session, update(Worker).where(Worker.name == name).values(draining=draining))
+
+
+def forget(session: Session, worker_id: str) -> None:
+    """Delete a worker."""
+    session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def forget_silent(session: Session, before: datetime) -> int:
+    """Delete the workers that were not heard of since `before`; return how many there were."""
+    return update_count(session, delete(Worker).where(Worker.seen_at < before))

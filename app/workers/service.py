@@ -1,0 +1,36 @@
+"""Rules of workers: who is told what of them, and how one is drained."""
+
+from datetime import timedelta
+
+from sqlalchemy.orm import Session
+
+from app.auth import Caller
+from app.db import utcnow
+from app.errors import NotFound
+from app.settings import Settings
+from app.workers import repository
+from app.workers.schemas import WorkerOut, WorkingOn
+
+
+def listed(session: Session, settings: Settings, caller: Caller) -> list[WorkerOut]:
+    """Return every worker. What it works on is told of the caller's own rows only."""
+    held, now = repository.held_rows(session), utcnow()
+    out = []
+    for row in repository.all_workers(session):
+        working = held.get(row.id)
+        silent = row.seen_at < now - timedelta(seconds=settings.lease_s)
+        status = "silent" if silent else "draining" if row.draining else "busy" if working else "idle"
+        shown = None
+        if working is not None and working.tenant_id == caller.tenant_id:
+            shown = WorkingOn(id=working.id, name=working.name, since=working.started_at)
+        out.append(WorkerOut.of(row, status=status, busy=working is not None, working_on=shown))
+    return out
+
+
+def set_draining(session: Session, name: str, draining: bool) -> int:
+    """Let the workers of this name take nothing new, or take rows again; return how many. Raises `NotFound`."""
+    count = repository.set_draining(session, name, draining)
+    if not count:
+        known = ", ".join(sorted({row.name for row in repository.all_workers(session)})) or "none"
+        raise NotFound(f"there is no worker {name!r}; there are: {known}")
+    return count

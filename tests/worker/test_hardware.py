@@ -1,0 +1,61 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings
+from worker import hardware
+
+THREE = "0, GPU-aa11, 24564\n1, GPU-bb22, 81559\n2, GPU-cc33, [N/A]\n"
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Put a program in `nvidia-smi`'s place that prints this and exits so."""
+
+    def _install(text: str, code: int = 0) -> None:
+        path = tmp_path / "nvidia-smi"
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\nexit {code}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return _install
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "memories"),
+    [
+        ("auto", None, [25.8, 85.5, 0.0]),
+        ("cpu", None, []),
+        ("cuda:1", None, [85.5]),
+        ("cuda:7", None, []),
+        ("cuda", "1,0", [85.5, 25.8]),
+        ("cuda:1", "1,0", [25.8]),
+        ("auto", "GPU-bb", [85.5]),
+        ("auto", "0,9,1", [25.8]),
+        ("auto", "", []),
+    ],
+)
+def test_gpus_are_those_that_runs_may_use(
+    smi, monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, memories: list[float]
+):
+    smi(THREE)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.gpu_memories_gb(device) == memories
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(smi):
+    smi("Failed to initialize NVML\n", code=9)
+    assert hardware.gpu_memories_gb("auto") == []
+
+
+def test_a_worker_describes_itself(smi, tmp_path: Path):
+    smi("0, GPU-aa11, 24564\n1, GPU-bb22, 81559\n")
+    worker = hardware.describe(Settings(home=tmp_path, labels=["lab", "lab"]), name="w", queues=["jobs"])
+    assert (worker.device, worker.gpus, worker.processes, worker.gpu_memory_gb) == ("cuda", 2, 2, 25.8)
+    assert (worker.labels, worker.queues) == (["lab"], ["jobs"])
+    assert hardware.describe(Settings(home=tmp_path, gpus=1), name="w", queues=[]).processes == 1
+    alone = hardware.describe(Settings(home=tmp_path, device="cpu"), name="w", queues=[])
+    assert (alone.device, alone.gpus, alone.processes, alone.gpu_memory_gb) == ("cpu", 0, os.cpu_count(), None)
