@@ -54,7 +54,6 @@ def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: i
     """Measure a detector on the evaluation split, log it and return the metrics. Each process does its share."""
 
     reporter, world = context.reporter, context.world
-    reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
     def _on_batch(pictures: int) -> None:
         if world.alone:  # one of several that stopped by itself would leave the others waiting
