@@ -41,9 +41,11 @@ class Losses(nn.Module):
             passed = self.detector.train_pass(images, batch.targets_on(device))
             losses = {**passed.losses, **self.method(passed, self.frozen[0], clock)}
         losses = {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
-        # At the backbone's maps, so that a part that looks at them counts; at the pyramid where those are not seen.
-        shared = list((passed.backbone or passed.features).values())
-        return losses, gradient_norms(losses, shared) if measured else {}
+        if not measured:
+            return losses, {}
+        # At the pyramid; at the backbone's maps only where a part looks at those, for the way back to them costs more.
+        deeper = passed.backbone if any("backbone" in name for name in losses) else None
+        return losses, gradient_norms(losses, list((deeper or passed.features).values()))
 
 
 class Step:
@@ -99,7 +101,7 @@ class Step:
         Returns:
             Means over all processes of: each part of the loss and their sum (`loss/…`), the norm of the whole gradient
             before clipping, the learning rate, and, if `measured`, each part's share of the gradient norms at the
-            backbone's maps (`gradient_share/…`); and whether any process was asked to end.
+            pyramid (`gradient_share/…`); and whether any process was asked to end.
 
         Raises:
             RunError: `loss_not_finite`, naming the parts, the weights being as before the step; `out_of_memory`.

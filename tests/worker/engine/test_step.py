@@ -177,6 +177,15 @@ def test_measuring_changes_nothing():
     assert all(torch.equal(weights[1][name], one) for name, one in weights[0].items())
 
 
+def test_a_part_that_looks_at_the_backbone_has_its_share():
+    step = step_for(TINY, distillation={"method": "defeat", "backbone_object_weight": 2.0})
+    values, _ = step(batch_of(4), START, measured=True)
+    shares = {name: value for name, value in values.items() if name.startswith("gradient_share/")}
+    assert shares["gradient_share/backbone_object"] > 0
+    assert shares["gradient_share/neck_object"] > 0
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_the_average_is_the_formula():
     module = torch.nn.BatchNorm1d(2)
     average = Average(module, decay=0.5)
