@@ -206,6 +206,8 @@ def test_a_claim_reads_few_of_many_rows(postgres_url: str):
         session.execute(text("ANALYZE jobs"))
     read = text("SELECT sum(idx_tup_fetch + seq_tup_read) FROM pg_stat_xact_user_tables WHERE relname = 'jobs'")
     with database.write() as session:
+        # What the transaction before read is still counted, unless it took longer than a second.
+        before = session.scalar(read)
         assert claim_next(session, Job, Offer(), owner="w", **LEASE).id == "job_40000"
-        assert session.scalar(read) < 50
+        assert session.scalar(read) - before < 50
     database.dispose()
