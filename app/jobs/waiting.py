@@ -9,14 +9,14 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
-from sqlalchemy import Row, exists, func, select
+from sqlalchemy import Row, exists, select
 from sqlalchemy.orm import Session
 
-from app.db import utcnow
+from app.db import now
 from app.jobs.durations import Durations, Spread
 from app.jobs.schemas import QueueOut
 from app.models import Job, Tenant, Worker
-from app.scheduling import Offer, due, served
+from app.scheduling import Offer, due, in_work, served
 from app.settings import Settings
 from app.states import QUEUED
 from app.workers import registry, repository
@@ -43,7 +43,7 @@ class Waiting:
         self._session = session
         self._settings = settings
         self._durations = Durations(session)
-        self._now = utcnow()
+        self._now = now(session)
 
     def of(self, job: Job) -> QueueOut | None:
         """Return the truth about a queued job; None for one that does not wait."""
@@ -78,19 +78,19 @@ class Waiting:
         queues = [self._rows(tenant.id) for tenant in tenants]
         turns: list[tuple[Any, ...]] = []
 
-        def _enter(number: int, in_work: int, last_served: Any) -> None:
+        def _enter(number: int, working: int, last_served: Any) -> None:
             if (row := next(queues[number], None)) is not None:
-                heapq.heappush(turns, (-row.priority, in_work, last_served, row.created_at, row.id, number, row))
+                heapq.heappush(turns, (-row.priority, working, last_served, row.created_at, row.id, number, row))
 
         for number, tenant in enumerate(tenants):
             last = (tenant.served_at is not None, tenant.served_at or self._now)
             _enter(number, self._in_work.get(tenant.id, 0), last)
         picked = 0
         while turns:
-            _, in_work, _, _, _, number, row = heapq.heappop(turns)
+            _, working, _, _, _, number, row = heapq.heappop(turns)
             yield row
             picked += 1
-            _enter(number, in_work + 1, (True, self._now, picked))
+            _enter(number, working + 1, (True, self._now, picked))
 
     def _rows(self, tenant_id: str) -> Iterator[Row[Any]]:
         mine = select(*_ORDER, *_NEEDS).where(Job.status == QUEUED, Job.tenant_id == tenant_id, due(Job, self._now))
@@ -103,10 +103,7 @@ class Waiting:
 
     @cached_property
     def _in_work(self) -> Mapping[str, int]:
-        count = (
-            select(Job.tenant_id, func.count().label("held")).where(Job.status.in_(Job.HELD)).group_by(Job.tenant_id)
-        )
-        return {row.tenant_id: row.held for row in self._session.execute(count)}
+        return in_work(self._session, Job)
 
     # ---- what it waits for ----
 

@@ -1,8 +1,9 @@
+import re
 from collections import Counter
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, text, update
 
 from app.db import Database, utcnow
 from app.leases import claim_next, finish
@@ -186,4 +187,41 @@ def test_a_row_that_somebody_is_changing_is_passed_over(postgres_url: str):
         assert _next(database).id == "job_second"
         assert _next(database) is None
     assert _next(database).id == "job_first"
+    database.dispose()
+
+
+@pytest.mark.parametrize("analysed", ["", "jobs", "jobs, tenants"])
+def test_a_claim_reads_few_of_many_rows(postgres_url: str, analysed: str):
+    """Of 20,000 rows that wait, one by tenant is read, whichever tables the planner has counted."""
+    database = Database(postgres_url)
+    seed.add(database, Tenant(id="ten_a", name="a"))
+    seed.add(database, Tenant(id="ten_b", name="b"))
+    dataset = seed.dataset(database, "ten_a")
+    with database.write() as session:
+        session.execute(
+            text(
+                "INSERT INTO jobs (id, tenant_id, name, status, attempt, created_at, dataset_id, spec, labels) "
+                "SELECT 'job_' || n, CASE WHEN n % 4 = 0 THEN 'ten_a' ELSE 'ten_b' END, '', "
+                "CASE WHEN n % 2 = 0 THEN 'queued' ELSE 'succeeded' END, 0, "
+                "now() - n * interval '1 second', :dataset, '{}', '{}' FROM generate_series(1, 40000) n"
+            ),
+            {"dataset": dataset.id},
+        )
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"VACUUM ANALYZE {analysed}" if analysed else "VACUUM jobs"))
+    plans: list[str] = []
+
+    @event.listens_for(database.engine, "before_cursor_execute")
+    def _explain(connection, cursor, statement, parameters, *_):
+        if statement.startswith("SELECT"):
+            cursor.execute(f"EXPLAIN (ANALYZE, TIMING OFF) {statement}", parameters)
+            plans.append(f"{statement}\n" + "\n".join(line for (line,) in cursor.fetchall()))
+
+    with database.write() as session:
+        assert claim_next(session, Job, Offer(), owner="w", **LEASE).id == "job_40000"
+    for plan in plans:
+        read = [int(float(count)) for count in re.findall(r"actual rows=([\d.]+)", plan)]
+        left_out = [int(count) for count in re.findall(r"Rows Removed by \w+(?: \w+)?: (\d+)", plan)]
+        assert max(read + left_out, default=0) < 50, plan
+    assert sum("FROM jobs" in plan for plan in plans) >= 3
     database.dispose()
