@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Engine, Executable, create_engine, event
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy import DateTime, Engine, Executable, create_engine, event, func, select
+from sqlalchemy.engine import URL, Connection, Dialect, make_url
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator
 
@@ -15,8 +15,20 @@ _AFTER_COMMIT = "defeat_after_commit"
 
 
 def utcnow() -> datetime:
-    """Return the present, aware, in UTC."""
+    """Return the present by this machine's clock, aware, in UTC. See `now`."""
     return datetime.now(UTC)
+
+
+def now(session: Session) -> datetime:
+    """Return the present by the database's clock, aware, in UTC.
+
+    What one machine writes and another compares with the present goes by this clock: a lease, a worker's last beat. A
+    machine's own may be minutes off. SQLite has no clock of its own, and serves one machine.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        return utcnow()
+    present: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+    return present.astimezone(UTC)
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -36,10 +48,26 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+# A machine or a network that is gone says nothing: without these a connection waits for an answer for many minutes.
+_NETWORK = {
+    "connect_timeout": "5",  # s
+    "keepalives_idle": "10",  # s
+    "keepalives_interval": "5",  # s
+    "keepalives_count": "3",
+    "tcp_user_timeout": "20000",  # ms
+}
+
+
+def _patient_within_reason(url: str) -> URL:
+    """Return the URL with libpq's time limits of the network, except for those that it sets itself."""
+    parsed = make_url(url)
+    return parsed.update_query_dict({name: value for name, value in _NETWORK.items() if name not in parsed.query})
+
+
 def make_engine(url: str) -> Engine:
     """Return an engine for PostgreSQL (psycopg 3) or SQLite, set up so that two writers lose no update."""
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(_patient_within_reason(url), pool_pre_ping=True)
     engine = create_engine(url, connect_args={"check_same_thread": False})
 
     @event.listens_for(engine, "connect")

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from app import scheduling
-from app.db import update_count, utcnow
+from app.db import now, update_count
 from app.models import Checkpoint, Dataset, Job, JobEvent, Leased
 from app.scheduling import Offer
 from app.states import CANCELLING, FAILED, PAUSED, PAUSING
@@ -31,16 +31,16 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
 
     An expired lease is a loss, which counts towards the limit of attempts. A row that was handed back has lost nothing.
     """
-    now = utcnow()
+    present = now(session)
     # A row that somebody else is just changing is passed over: nobody waits for another's transaction.
-    free = select(model.id).where(model.id == row_id, scheduling.free(model, now)).with_for_update(skip_locked=True)
+    free = select(model.id).where(model.id == row_id, scheduling.free(model, present)).with_for_update(skip_locked=True)
     values: dict[str, Any] = {
         "attempt": model.attempt + 1,
         "losses": case((model.status == model.CLAIMABLE, model.losses), else_=model.losses + 1),
         "not_before": None,
         "lease_owner": owner,
-        "lease_expires_at": now + timedelta(seconds=lease_s),
-        "started_at": func.coalesce(model.started_at, now),
+        "lease_expires_at": present + timedelta(seconds=lease_s),
+        "started_at": func.coalesce(model.started_at, present),
         # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
         "status": case((model.status == CANCELLING, CANCELLING), else_=model.CLAIMED),
     }
@@ -84,7 +84,7 @@ def renew(session: Session, row: Row, *, lease_s: float) -> Row:
 
     Raises `LeaseLost` if another attempt holds the row.
     """
-    fenced(session, row, lease_expires_at=utcnow() + timedelta(seconds=lease_s))
+    fenced(session, row, lease_expires_at=now(session) + timedelta(seconds=lease_s))
     fresh = session.get(type(row), row.id, populate_existing=True)
     if fresh is None:
         raise LeaseLost(f"{row.id} is gone")
@@ -93,7 +93,7 @@ def renew(session: Session, row: Row, *, lease_s: float) -> Row:
 
 def finish(session: Session, row: Leased, *, status: str, **values: Any) -> None:
     """Record the end and drop the lease in one fenced write."""
-    fenced(session, row, status=status, finished_at=utcnow(), lease_expires_at=None, lease_owner=None, **values)
+    fenced(session, row, status=status, finished_at=now(session), lease_expires_at=None, lease_owner=None, **values)
 
 
 def give_back(session: Session, row: Leased, *, status: str, **values: Any) -> None:
@@ -108,27 +108,27 @@ def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> lis
     whose lease has expired. Of the latter, those that have used up their attempts fail here, and those that were to be
     paused are paused. Safe to run anywhere at any time: a row that is found twice is claimed once.
     """
-    now = utcnow()
+    present = now(session)
     lost: list[tuple[type[Leased], str]] = []
     for model in LEASED:
-        _settle_lost(session, model, now, max_attempts)
-        expired = scheduling.abandoned(model, now)
-        stale = or_(model.enqueued_at.is_(None), model.enqueued_at < now - timedelta(seconds=redeliver_s))
+        _settle_lost(session, model, present, max_attempts)
+        expired = scheduling.abandoned(model, present)
+        stale = or_(model.enqueued_at.is_(None), model.enqueued_at < present - timedelta(seconds=redeliver_s))
         # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.
         unanswered = or_(stale, model.enqueued_at < model.lease_expires_at)
-        unsent = and_(model.status == model.CLAIMABLE, scheduling.due(model, now), stale)
+        unsent = and_(model.status == model.CLAIMABLE, scheduling.due(model, present), stale)
         found = select(model.id).where(or_(unsent, and_(expired, unanswered))).limit(1000)
         ids = session.scalars(found).all()
         if ids:
-            update_count(session, update(model).where(model.id.in_(ids)).values(enqueued_at=now))
+            update_count(session, update(model).where(model.id.in_(ids)).values(enqueued_at=present))
         lost.extend((model, row_id) for row_id in ids)
     return lost
 
 
-def _settle_lost(session: Session, model: type[Leased], now: datetime, max_attempts: int) -> None:
+def _settle_lost(session: Session, model: type[Leased], present: datetime, max_attempts: int) -> None:
     """Fail the rows whose lease has expired once too often, and pause those that were about to be."""
     released: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None, "losses": model.losses + 1}
-    expired = update(model).where(model.status.in_(model.HELD), model.lease_expires_at < now).returning(model.id)
+    expired = update(model).where(model.status.in_(model.HELD), model.lease_expires_at < present).returning(model.id)
     paused = expired.where(model.status == PAUSING).values(status=PAUSED, **released)
     _tell(session, model, paused, "info", "paused", "its worker was lost; the job is paused at its last checkpoint")
     failure = {
@@ -139,7 +139,7 @@ def _settle_lost(session: Session, model: type[Leased], now: datetime, max_attem
         "disk than its machine has, then try it again",
     }
     given_up = expired.where(model.losses + 1 >= max_attempts, model.status.not_in((CANCELLING, PAUSING)))
-    given_up = given_up.values(status=FAILED, finished_at=now, failure=failure, **released)
+    given_up = given_up.values(status=FAILED, finished_at=present, failure=failure, **released)
     message = f"infra failure {failure['code']}: {failure['detail']}"
     _tell(session, model, given_up, "error", "failed", message)
 

@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.db import Database, utcnow
+from app.db import Database, now
 from app.leases import LEASED
 from app.models import Artifact, Checkpoint, Dataset, Job
 from app.settings import Settings
@@ -116,7 +116,7 @@ def _queue_families(session: Session) -> list[Metric]:
             rows.add_metric([kind_of(model), status], counts.get(status, (0, None))[0])
         count, since = counts.get(model.CLAIMABLE, (0, None))
         waiting[model.QUEUE] = waiting.get(model.QUEUE, 0) + count
-        age = max(0.0, (utcnow() - since).total_seconds()) if since is not None else 0.0
+        age = max(0.0, (now(session) - since).total_seconds()) if since is not None else 0.0
         longest[model.QUEUE] = max(longest.get(model.QUEUE, 0.0), age)
     for queue in waiting:
         depth.add_metric([queue], waiting[queue])

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.db import after_commit, update_count, utcnow
+from app.db import after_commit, now, update_count
 from app.models import Checkpoint, Dataset, Job, Leased
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class Queue:
 
     def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
         """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""
-        row.enqueued_at = utcnow()
+        row.enqueued_at = now(session)
         model, row_id, bind = type(row), row.id, session.get_bind()
 
         def _send() -> None:

@@ -81,6 +81,12 @@ class Settings(BaseSettings):
         description="Pause before a row is tried again after an infra failure, seconds; doubled with each in a row.",
     )
     retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Longest of these pauses, seconds.")
+    storage_patience_s: float = Field(
+        default=900.0,
+        ge=0,
+        description="How long a worker keeps a finished run and tries to store what it left, while the object store "
+        "refuses or does not answer, seconds; after that another attempt goes on from the last training checkpoint.",
+    )
     cancel_grace_s: float = Field(
         default=20.0,
         gt=0,

@@ -17,7 +17,6 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from app.db import utcnow
 from app.metrics import Kept, disk_families, kind_of, serve
 from app.models import Job
 from app.settings import Settings
@@ -63,7 +62,7 @@ def claimed(row: Any) -> None:
     # An asset's row is made before its upload begins, and that wait is the user's own.
     since = row.created_at if isinstance(row, Job) else row.enqueued_at
     if row.attempt == 1 and since is not None:
-        WAITED.labels(kind).observe(max(0.0, (utcnow() - since).total_seconds()))
+        WAITED.labels(kind).observe(max(0.0, (row.started_at - since).total_seconds()))
 
 
 def heard(events: Iterable[Event]) -> None:

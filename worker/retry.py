@@ -5,10 +5,9 @@ grow, so it is tried again once, with less of the batch at a time. The spec's an
 """
 
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from app.db import utcnow
 from app.models import Leased
 from app.settings import Settings
 from app.states import PAUSED, PAUSING, QUEUED
@@ -28,21 +27,24 @@ class Again:
     message: Message
 
 
-def another(adapter: Adapter[Any], row: Leased, failure: dict[str, Any], settings: Settings) -> Again | None:
+def another(
+    adapter: Adapter[Any], row: Leased, failure: dict[str, Any], settings: Settings, *, present: datetime
+) -> Again | None:
     """Return what lets a row that failed just now be tried again, None if its failure stands.
 
-    A job that is to be paused waits for its owner instead of the clock. `row` is as it is now.
+    A job that is to be paused waits for its owner instead of the clock. `row` is as it is at `present`, by the
+    database's clock.
     """
     if failure["class"] == "oom":
         lighter = adapter.lighten(row)
         if lighter is None:
             return None
         columns, how = lighter
-        due = utcnow()
+        due = present
     elif failure["class"] == "infra" and row.losses + 1 < settings.max_attempts:
         columns = {"losses": row.losses + 1}
         how = f"failure {row.losses + 1} of at most {settings.max_attempts} in a row"
-        due = utcnow() + timedelta(seconds=backoff_s(row.losses, settings))
+        due = present + timedelta(seconds=backoff_s(row.losses, settings))
     else:
         return None
     pausing = row.status == PAUSING

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,6 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from app import leases
+from app.db import now
 from app.leases import LeaseLost, Row
 from app.processes import Locked, locked
 from app.scheduling import Offer
@@ -39,6 +41,8 @@ T = TypeVar("T")
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 _TRIES = 4
 _MAX_BACKOFF_S = 5.0
+# For what another attempt makes up for: inputs that cannot be fetched, the last checkpoint that cannot be stored.
+_PATIENCE_S = 10.0
 
 
 class Stopped(Exception):
@@ -158,7 +162,8 @@ class _Attempt(Generic[Row]):
             supervisor.context.storage,
             self._directory,
             self._executor,
-            lambda number: adapter.checkpoint_key(row, number),
+            backoff_s=supervisor.backoff_s,
+            key_of=lambda number: adapter.checkpoint_key(row, number),
         )
         self._begun_at = time.monotonic()
         self._renew_at = self._begun_at + self._settings.lease_s / 3
@@ -229,7 +234,7 @@ class _Attempt(Generic[Row]):
             return self._adapter.prepare(self._row, self._directory.path, resources)
 
         try:
-            return self._meanwhile(lambda: self._with_retries(_fetch))
+            return self._meanwhile(lambda: self._with_retries(_fetch, patience_s=_PATIENCE_S))
         except OSError as error:
             raise RunError("infra", "inputs_unavailable", f"the run's inputs could not be fetched: {error}") from error
 
@@ -266,12 +271,16 @@ class _Attempt(Generic[Row]):
         return code
 
     def _drain(self, outcome: Outcome | None) -> None:
-        """Record what the run said last. A checkpoint is worth waiting for only if another attempt may need it."""
+        """Record what the run said last. A checkpoint is worth waiting for only if another attempt may need it.
+
+        One that cannot be stored at once is left out.
+        """
         failure = None if outcome is None else outcome.failure
         passing = failure is not None and failure["class"] in PASSING
         needed = passing or outcome is None or outcome.status == "cancelled"
+        patience = time.monotonic() + _PATIENCE_S
         while not self._directory.events.exhausted or not self._keeper.idle:
-            if not needed:
+            if not needed or time.monotonic() > patience:
                 self._keeper.drop_waiting()
             self._tick()
             self._pause_unless_stopping("the run's last events could not be recorded")
@@ -311,7 +320,10 @@ class _Attempt(Generic[Row]):
             return outcome
         try:
             uploaded = self._meanwhile(
-                lambda: self._with_retries(lambda: self._adapter.upload(self._row, outcome, self._directory))
+                lambda: self._with_retries(
+                    lambda: self._adapter.upload(self._row, outcome, self._directory),
+                    patience_s=self._settings.storage_patience_s,
+                )
             )
         except (OSError, ValueError) as error:
             if self._interrupted:
@@ -345,7 +357,9 @@ class _Attempt(Generic[Row]):
 
         def _decide(session: Session, fresh: Row) -> None:
             nonlocal again
-            again = None if fresh.status == CANCELLING else another(self._adapter, fresh, failure, self._settings)
+            again = None
+            if fresh.status != CANCELLING:
+                again = another(self._adapter, fresh, failure, self._settings, present=now(session))
             if again is not None:
                 self._give_back(session, fresh, again.status, again.message, **again.values)
 
@@ -463,16 +477,18 @@ class _Attempt(Generic[Row]):
             self._tick()
         return future.result()
 
-    def _with_retries(self, work: Callable[[], T]) -> T:
-        for number in range(_TRIES):
+    def _with_retries(self, work: Callable[[], T], *, patience_s: float) -> T:
+        until = time.monotonic() + patience_s
+        for number in count():
+            pause = min(self._supervisor.backoff_s * 2.0 ** min(number, 10), _MAX_BACKOFF_S)
             try:
                 return work()
             except OSError as error:
-                if number == _TRIES - 1 or self._supervisor.stop.is_set():
+                if time.monotonic() + pause > until or self._supervisor.stop.is_set():
                     raise
                 log.warning("storage_retry", error=str(error))
                 metrics.STORAGE_RETRIES.inc()
-                self._supervisor.stop.wait(self._supervisor.backoff_s * 2**number)
+                self._supervisor.stop.wait(pause)
         raise AssertionError("unreachable")
 
 

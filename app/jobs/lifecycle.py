@@ -12,7 +12,7 @@ from app import assets
 from app.auth import Caller
 from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import named
-from app.db import after_commit, utcnow
+from app.db import after_commit, now
 from app.errors import Conflict
 from app.jobs import repository
 from app.jobs.schemas import RetryFrom
@@ -60,7 +60,7 @@ def cancel(session: Session, caller: Caller, job_id: str) -> Job:
         return row
     if row.status in AT_REST:
         message = "the job was cancelled while no worker was at it"
-        return _move(session, row, CANCELLED, "cancelled", message, finished_at=utcnow(), not_before=None)
+        return _move(session, row, CANCELLED, "cancelled", message, finished_at=now(session), not_before=None)
     return _move(session, row, CANCELLING, "cancelling", "the job was asked to end; it saves what it has")
 
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 from sqlalchemy.orm import Session
 
 from app.auth import Caller
-from app.db import utcnow
+from app.db import now
 from app.errors import NotFound
 from app.settings import Settings
 from app.workers import repository
@@ -14,11 +14,11 @@ from app.workers.schemas import WorkerOut, WorkingOn
 
 def listed(session: Session, settings: Settings, caller: Caller) -> list[WorkerOut]:
     """Return every worker. What it works on is told of the caller's own rows only."""
-    held, now = repository.held_rows(session), utcnow()
+    held, silent_since = repository.held_rows(session), now(session) - timedelta(seconds=settings.lease_s)
     out = []
     for row in repository.all_workers(session):
         working = held.get(row.id)
-        silent = row.seen_at < now - timedelta(seconds=settings.lease_s)
+        silent = row.seen_at < silent_since
         status = "silent" if silent else "draining" if row.draining else "busy" if working else "idle"
         shown = None
         if working is not None and working.tenant_id == caller.tenant_id:

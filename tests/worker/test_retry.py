@@ -120,7 +120,8 @@ def test_the_specs_and_the_datas_failures_stand(world: World, failure_class: str
 
 
 def test_what_could_not_be_stored_is_tried_again(world: World) -> None:
-    world.storage.match, world.storage.failures = "artifacts/", 4
+    world.settings.storage_patience_s = 0.0
+    world.storage.match, world.storage.failures = "artifacts/", 1
     job = world.job(["artifact", "a.txt", "log", "text", {}], SUCCEED)
     world.work(job)
     assert world.codes(job) == ["claimed", "retrying"]

@@ -313,7 +313,8 @@ def test_an_upload_is_tried_again(world: World) -> None:
 
 
 def test_an_upload_that_keeps_failing_is_an_infra_failure(world: World) -> None:
-    world.storage.match, world.storage.failures = "artifacts/", 100
+    world.settings.storage_patience_s = 0.2
+    world.storage.match, world.storage.failures = "artifacts/", 10**6
     job = world.job(["print", "fine"], ["artifact", "a.txt", "log", "text", {}], ["finish", "succeeded", {}])
     world.work(job)
     row = world.now(job)
@@ -350,13 +351,45 @@ def test_checkpoints_are_kept_for_the_next_attempt(each_world: World, tmp_path: 
     assert world.storage.list(f"jobs/{job.id}") == [f"jobs/{job.id}/artifacts/2/log.txt"]
 
 
-def test_a_checkpoint_that_cannot_be_kept_is_a_warning(world: World, tmp_path: Path) -> None:
-    world.storage.match, world.storage.failures = "resume/", 1
+def test_a_checkpoint_that_cannot_be_kept_is_a_warning_and_tried_again(world: World, tmp_path: Path) -> None:
+    world.storage.match, world.storage.failures = "resume/", 3
     job = world.job(["checkpoint", "a.pt", "one"], ["wait_for", str(tmp_path / "go")], ["finish", "succeeded", {}])
+    with world.working(job):
+        until(lambda: world.now(job).resume_key is not None)
+        assert world.content(world.now(job).resume_key) == b"one"
+        (tmp_path / "go").touch()
+    assert world.now(job).status == "succeeded"
+    assert world.codes(job) == ["claimed", "checkpoint_not_kept", "succeeded"]
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_cannot_be_kept(world: World, tmp_path: Path) -> None:
+    world.storage.match, world.storage.failures = "resume/", 10**6
+    newer = [["wait_for", str(tmp_path / "go")], ["checkpoint", "b.pt", "two"], ["until_told"]]
+    job = world.job(["checkpoint", "a.pt", "one"], *newer, ["finish", "cancelled", {}])
     with world.working(job):
         until(lambda: "checkpoint_not_kept" in world.codes(job))
         (tmp_path / "go").touch()
-    assert world.now(job).status == "succeeded"
+        until(lambda: (world.settings.scratch / "runs" / f"{job.id}-1" / "checkpoints" / "b.pt").exists())
+        world.storage.failures = 0
+        until(lambda: world.now(job).resume_key is not None)
+        until(lambda: world.content(world.now(job).resume_key) == b"two")
+        world.stop.set()
+    assert world.codes(job).count("checkpoint_not_kept") == 1
+
+
+def test_a_store_that_stays_away_does_not_keep_a_worker_that_must_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.supervisor._PATIENCE_S", 0.2)
+    world.storage.match, world.storage.failures = "resume/", 10**6
+    job = world.job(
+        progress("teacher", 0.1), ["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]
+    )
+    with world.working(job):
+        until(lambda: world.now(job).status == "running")
+        world.stop.set()
+    assert (world.now(job).status, world.now(job).resume_key) == ("queued", None)
+    assert world.codes(job) == ["claimed", "checkpoint_not_kept", "interrupted"]
 
 
 def test_a_worker_that_must_end_hands_the_job_back(world: World) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from app import leases
-from app.db import utcnow
+from app.db import now, utcnow
 from app.ids import new_id
 from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvaluation, JobEvent, JobMetric
 from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
@@ -181,7 +181,7 @@ class JobAdapter(Adapter[Job]):
             size_bytes=stored.size_bytes,
             source_job_id=row.id,
             started_at=row.started_at,
-            finished_at=utcnow(),
+            finished_at=now(session),
         )
         session.add(checkpoint)
         return checkpoint.id
