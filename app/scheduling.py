@@ -151,8 +151,8 @@ def _waiting_id(session: Session, model: Any, offer: Offer, present: datetime, p
 
 def in_work(session: Session, model: Any) -> dict[str, int]:
     """Return how many rows of each tenant are in work, by the tenant's id."""
-    count = select(model.tenant_id, func.count()).where(model.status.in_(model.HELD)).group_by(model.tenant_id)
-    return {tenant_id: rows for tenant_id, rows in session.execute(count)}
+    held = select(model.tenant_id, func.count().label("rows")).where(model.status.in_(model.HELD))
+    return {row.tenant_id: row.rows for row in session.execute(held.group_by(model.tenant_id))}
 
 
 def served(model: Any) -> Any:
