@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 BENCHMARKS := $(filter-out __init__ %_runs %_setups,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup setup-browser demo up test test-fast test-slow test-storage test-gpu bench lint types catalog format clean
+.PHONY: help setup setup-browser demo up test test-fast test-slow test-storage test-faults test-gpu bench lint types catalog format clean
 
 help: ## print every command
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-slow: setup ## what takes minutes: the demo, and blood cells where ../share
 
 test-storage: setup ## the API's and the supervisor's tests with their objects on an S3 server
 	$(PYTEST) --storage s3 tests/app tests/worker/test_supervisor.py --ignore tests/app/test_stack.py
+
+test-faults: setup ## what must not happen to a job whatever breaks, in full: half an hour, one JSON object on the last line
+	@$(PYTEST) tests/faults -m '' --faults-long --timeout=3600 -rs
 
 test-gpu: setup ## what needs a GPU
 	$(PYTEST) -m gpu --timeout=1800 -rs

@@ -10,6 +10,7 @@ import structlog
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
+from sqlalchemy.exc import DBAPIError
 
 from app import logs, problems
 from app.api import ROUTERS
@@ -84,8 +85,11 @@ class _Sweeper(threading.Thread):
         while not self._stopped.wait(self._settings.sweep_s):
             try:
                 self._sweep()
+            except DBAPIError as error:
+                log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
+                SWEEPS_FAILED.inc()
             except Exception:
-                # Whatever was wrong this time (a database that restarts), the next sweep must come.
+                # Whatever was wrong this time, the next sweep must come.
                 log.exception("sweep_failed")
                 SWEEPS_FAILED.inc()
 

@@ -111,6 +111,8 @@ def s3_url(_s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storage", choices=("local", "s3"), default="local", help="object store of the app's tests")
+    parser.addoption("--faults-long", action="store_true", help="tests/faults in full, with a JSON object at the end")
+    parser.addoption("--faults-seed", type=int, default=0, help="repeats the faults of a run that printed this seed")
 
 
 @pytest.fixture

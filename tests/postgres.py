@@ -4,6 +4,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -16,8 +17,9 @@ import psycopg
 
 from app.processes import dies_with_parent
 
-# Not UTC, so that a time which loses its zone on the way is seen. The rest trades durability for speed.
-OPTIONS = ("timezone=Asia/Kolkata", "fsync=off", "synchronous_commit=off", "full_page_writes=off", "listen_addresses=")
+# Not UTC, so that a time which loses its zone on the way is seen. The rest trades what a crash of the machine would
+# leave for speed; what was committed survives the server's own.
+OPTIONS = ("timezone=Asia/Kolkata", "fsync=off", "full_page_writes=off", "listen_addresses=")
 START_S = 30.0
 
 
@@ -31,9 +33,14 @@ def server() -> Iterator[str]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    with _local(binaries[-1].parent) if binaries else _packaged() as url:
-        yield url
+    with local() if _binaries() else _packaged() as running:
+        yield running if isinstance(running, str) else running.url
+
+
+def _binaries() -> Path | None:
+    """Return the directory of the newest local installation's programs; None: there is no installation."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    return found[-1].parent if found else None
 
 
 def _unprivileged() -> str | None:
@@ -49,35 +56,72 @@ def _unprivileged() -> str | None:
 
 
 @contextmanager
-def _local(binaries: Path) -> Iterator[str]:
+def local(address: str | None = None) -> Iterator["Local"]:
+    """Give a running server of this machine's installation. Raises `NoPostgres`.
+
+    It listens on a port of the address; None: on a socket that this machine's users can reach alone.
+    """
+    binaries = _binaries()
+    if binaries is None:
+        raise NoPostgres("no PostgreSQL is installed under /usr/lib/postgresql")
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     try:
-        user = _unprivileged()
-        if user:
-            shutil.chown(folder, user)
-        options: dict[str, Any] = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+        running = Local(binaries, folder, address)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+    finally:
+        shutil.rmtree(folder)
+
+
+class Local:
+    """A server of its own, that can be stopped and started again with the same data.
+
+    Attributes:
+        url: of its maintenance database.
+    """
+
+    def __init__(self, binaries: Path, folder: Path, address: str | None) -> None:
+        self.url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        options = list(OPTIONS)
+        if address is not None:
+            port = free_port(address)
+            self.url = f"postgresql+psycopg://postgres@{address}:{port}/postgres"
+            options += [f"listen_addresses={address}", f"port={port}"]
+        self._folder = folder
+        self._options: dict[str, Any] = {"cwd": folder}
+        self._process: subprocess.Popen[Any] | None = None
         data = folder / "data"
+        settings = [argument for option in options for argument in ("-c", option)]
+        self._command = [str(word) for word in (binaries / "postgres", "-D", data, "-k", folder, *settings)]
+        if user := _unprivileged():
+            shutil.chown(folder, user)
+            self._options |= {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
         made = subprocess.run(
             [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"],
-            cwd=folder, capture_output=True, text=True, **options,
+            capture_output=True, text=True, **self._options,
         )  # fmt: skip
         if made.returncode:
             raise NoPostgres(f"initdb failed: {made.stderr.strip()[-500:]}")
-        settings = [argument for option in OPTIONS for argument in ("-c", option)]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [binaries / "postgres", "-D", data, "-k", folder, *settings],
-                cwd=folder, stdout=log, stderr=log, preexec_fn=dies_with_parent(), **options,
-            )  # fmt: skip
-        try:
-            url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
-            _wait(url, lambda: process.poll() is None, folder / "log")
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(START_S)
-    finally:
-        shutil.rmtree(folder)
+        with (data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all samenet trust\n")
+
+    def start(self) -> None:
+        """Start it and wait until it answers. Raises `RuntimeError`."""
+        log = self._folder / "log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command, stdout=output, stderr=output, preexec_fn=dies_with_parent(), **self._options
+            )
+        _wait(self.url, lambda: self._process is not None and self._process.poll() is None, log)
+
+    def stop(self) -> None:
+        """Stop it in an instant, as a crash would; what it has committed it has."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(START_S)
 
 
 @contextmanager
@@ -95,6 +139,13 @@ def _packaged() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def free_port(address: str) -> int:
+    """Return a port of the address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
 def driver_url(url: str) -> str:
     """Return SQLAlchemy's URL as psycopg itself takes it."""
     return url.replace("postgresql+psycopg://", "postgresql://")
@@ -108,5 +159,5 @@ def _wait(url: str, alive: Callable[[], bool], log: Path) -> None:
             return
         except psycopg.OperationalError as error:
             if not alive() or time.monotonic() > deadline:
-                raise NoPostgres(f"it did not start: {log.read_text()[-500:]}") from error
+                raise RuntimeError(f"PostgreSQL did not start: {log.read_text()[-500:]}") from error
             time.sleep(0.05)
