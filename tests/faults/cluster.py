@@ -172,15 +172,13 @@ class Cluster:
         command = ["uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--host", address]
         self.api = self._process(Process, "api", ["-m", *command, "--port", self._url.rpartition(":")[2]])
 
-    def environment(self, name: str, **values: str) -> dict[str, str]:
-        """Return the environment of a process with a home of its own."""
-        home = self.folder / "homes" / name
+    def _process(
+        self, kind: type[Any], name: str, arguments: list[str], home: Path | None = None, **options: Any
+    ) -> Any:
+        home = home or self.folder / "homes" / name
         home.mkdir(parents=True, exist_ok=True)
-        return self._environment | {"DEFEAT_HOME": str(home)} | values
-
-    def _process(self, kind: type[Any], name: str, arguments: list[str], **options: Any) -> Any:
-        log = self.folder / f"{name}.log"
-        return kind([sys.executable, *arguments], log, self.environment(name), **options)
+        environment = self._environment | {"DEFEAT_HOME": str(home)}
+        return kind([sys.executable, *arguments], self.folder / f"{name}.log", environment, **options)
 
     def start(self) -> Client:
         """Start everything but workers, and return a client with a key."""
@@ -207,10 +205,12 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return int(error.code)
 
-    def worker(self, name: str, *, clock_s: float = 0.0, prefix: Sequence[str] = ()) -> Worker:
-        """Start a worker for everything, with its clock so many seconds ahead."""
+    def worker(
+        self, name: str, *, clock_s: float = 0.0, home: Path | None = None, prefix: Sequence[str] = ()
+    ) -> Worker:
+        """Start a worker for everything, with its clock so many seconds ahead, and its files in `home`."""
         module = ["-m", "tests.faults.skewed_worker", str(clock_s)] if clock_s else ["-m", "worker"]
-        worker: Worker = self._process(Worker, name, [*module, "--name", name], prefix=prefix)
+        worker: Worker = self._process(Worker, name, [*module, "--name", name], home=home, prefix=prefix)
         worker.start()
         self.workers[name] = worker
         return worker

@@ -8,21 +8,8 @@ from typing import Any
 from client.sdk import Client
 from examples import digits
 from tests.faults.cluster import Cluster, until
+from tests.tiny import TINY
 
-_DETECTOR: dict[str, Any] = {
-    "architecture": "faster_rcnn",
-    "backbone": "timm/mobilenetv3_small_050",
-    "strides": [8, 16],
-    "pool_level": False,
-    "pyramid_channels": 16,
-    "anchor_scale": 3,
-    "min_size": 64,
-    "max_size": 96,
-    "head_channels": 32,
-    "train_proposals": 64,
-    "test_proposals": 32,
-    "box_samples": 32,
-}
 STEPS_AN_EPOCH = 6
 EPOCHS = 24
 """Of a job that something is to happen to: it trains for some seconds, with a checkpoint several times in each."""
@@ -54,7 +41,7 @@ class Work:
         self.client = client
         scenes = digits.build(folder / "digits", train_scenes=4 * STEPS_AN_EPOCH, val_scenes=4, width=96, height=64)
         self.dataset = client.datasets.wait(client.datasets.add(scenes, name="digits")["id"], timeout_s=120)["id"]
-        trained = {"source": "train", "detector": _DETECTOR, "schedule": schedule(1)}
+        trained = {"source": "train", "detector": TINY, "schedule": schedule(1)}
         first = self.finished(self.submit(epochs=1, teacher=trained))
         self._teacher = {"source": "checkpoint", "id": first["results"]["teacher_checkpoint_id"]}
         self._expected: dict[int, dict[str, Any]] = {}
@@ -65,7 +52,7 @@ class Work:
             "name": f"{epochs} epochs",
             "dataset": self.dataset,
             "teacher": teacher or self._teacher,
-            "student": {"detector": _DETECTOR},
+            "student": {"detector": TINY},
             "distillation": {"method": "defeat"},
             "schedule": schedule(epochs),
         }

@@ -13,23 +13,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from tests.tiny import TINY
 from worker.data.canonical import Box, CanonicalDataset, Picture, write
 from worker.run import main
 
-TINY: dict[str, Any] = {
-    "architecture": "faster_rcnn",
-    "backbone": "timm/mobilenetv3_small_050",
-    "strides": [8, 16],
-    "pool_level": False,
-    "pyramid_channels": 16,
-    "anchor_scale": 3,
-    "min_size": 64,
-    "max_size": 96,
-    "head_channels": 32,
-    "train_proposals": 64,
-    "test_proposals": 32,
-    "box_samples": 32,
-}
 CLASSES = ("square", "disc")
 
 

@@ -16,6 +16,7 @@ from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.detectors.precision import widened
 from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
+from worker.methods.losses import mean_over_ranks
 from worker.methods.strength import strength
 from worker.report import RunError
 
@@ -56,16 +57,17 @@ def richness(logits: Tensor) -> Tensor:
 def frs_neck_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
     """Return the sum over levels of `sum(M * (student - teacher)^2) / sum(M)`, channels in the first sum alone.
 
+    Where several processes train together sum(M) is the mean over them, see `mean_over_ranks`.
+
     Args:
         student: adapted features of each level, (B, C, H, W).
         teacher: the teacher's features of each level, same shapes; no gradient flows into them.
         scores: M of each level, (B, H, W), see `richness`.
     """
-    levels = [
-        _mean((widened(ours) - theirs.detach()).square().sum(dim=1), score)
-        for ours, theirs, score in zip(student, teacher, scores, strict=True)
+    differences = [
+        (widened(ours) - theirs.detach()).square().sum(dim=1) for ours, theirs in zip(student, teacher, strict=True)
     ]
-    return torch.stack(levels).sum()
+    return _sum_of_means(differences, scores)
 
 
 def frs_logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
@@ -76,18 +78,21 @@ def frs_logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], scores:
         teacher: the teacher's of each level, same shapes; no gradient flows into them.
         scores: M of each level, (B, H, W), see `richness`.
     """
-    levels = []
-    for ours, theirs, score in zip(student, teacher, scores, strict=True):
+    entropies = []
+    for ours, theirs in zip(student, teacher, strict=True):
         targets = widened(theirs.detach()).sigmoid()
         entropy = F.binary_cross_entropy_with_logits(widened(ours), targets, reduction="none")
-        levels.append(_mean(entropy.sum(dim=(1, 2)), score))
-    return torch.stack(levels).sum()
+        entropies.append(entropy.sum(dim=(1, 2)))
+    return _sum_of_means(entropies, scores)
 
 
-def _mean(values: Tensor, score: Tensor) -> Tensor:
+def _sum_of_means(values: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Return the sum over levels of the values' mean, weighted by the scores; both are (B, H, W)."""
     # A teacher that is sure of nothing anywhere gives the mean of all cells, and not 0 / 0.
-    score = score.clamp(min=torch.finfo(score.dtype).tiny)
-    return (values * score).sum() / score.sum()
+    weights = [score.clamp(min=torch.finfo(score.dtype).tiny) for score in scores]
+    totals, _ = mean_over_ranks(torch.stack([weight.sum() for weight in weights]))
+    sums = torch.stack([(value * weight).sum() for value, weight in zip(values, weights, strict=True)])
+    return (sums / totals.to(sums.dtype)).sum()
 
 
 class FRS(NeckMethod):

@@ -32,7 +32,12 @@ from worker.engine.world import World
 torch.save(step_and_gradients(directory / "canonical", World(rank, 2)), directory / f"{rank}.pt")
 torch.distributed.destroy_process_group()
 """
-METHOD = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0}
+# Each divides by what it counts in the batch.
+METHODS = [
+    {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0},
+    {"method": "fgfi"},
+    {"method": "frs", "warmup_steps": 0},
+]
 
 
 def step_and_gradients(dataset, world):
@@ -42,7 +47,7 @@ def step_and_gradients(dataset, world):
     torch.manual_seed(0)
     student = detectors.build(RETINANET, CLASSES).train()
     teacher = detectors.build({**RETINANET, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
-    method = methods.build(METHOD, student, teacher)
+    method = methods.build(METHODS, student, teacher)
     schedule = ScheduleConfig(batch_size=4, warmup_steps=0, gradient_clip=0)
     step = Step(student, method=method, teacher=teacher, schedule=schedule, world=world, device=CPU)
     pictures = PictureReader(dataset, canonical.read(dataset).in_split("train"))
@@ -75,7 +80,8 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset):
     assert shares[0][0] == shares[1][0]
     found, pulled = shares[0]
     assert found.keys() == values.keys()
-    assert {"loss/neck_object", "loss/neck_background", "loss/classification", "loss/bbox_regression"} < values.keys()
+    assert {"loss/classification", "loss/bbox_regression"} < values.keys()
+    assert {"loss/defeat/neck_object", "loss/fgfi/neck", "loss/frs/neck", "loss/frs/logits"} < values.keys()
     for name, value in values.items():
         if not name.startswith("gradient_share/"):  # of each process's own share of the batch
             assert found[name] == pytest.approx(value, rel=1e-5), name
