@@ -295,6 +295,34 @@ def test_no_event_is_lost_while_the_database_is_away(world: World, tmp_path: Pat
     assert world.codes(job) == ["claimed", "said", "succeeded"]
 
 
+def test_what_was_committed_is_not_undone_or_doubled_when_the_answer_was_lost(world: World, tmp_path: Path) -> None:
+    job = world.job(
+        progress("teacher", 0.1),
+        ["wait_for", str(tmp_path / "go")],
+        metrics(1, 1.0),
+        ["event", "message", "info", "said", "once", {}],
+        ["checkpoint", "a.pt", "saved"],
+        ["until_told"],
+        ["finish", "cancelled", {}],
+    )
+    with world.working(job):
+        until(lambda: world.now(job).status == "running")
+        world.database.lost_answers = 2  # of the metrics and the message
+        world.storage.match, world.storage.failures = "resume/", 10**6
+        (tmp_path / "go").touch()
+        until(lambda: "checkpoint_not_kept" in world.codes(job))
+        until(lambda: world.database.lost_answers == 0)
+        world.database.lost_answers = 2  # of the checkpoint
+        world.storage.failures = 0
+        until(lambda: world.database.lost_answers == 0)
+        world.stop.set()
+    row = world.now(job)
+    assert row.status == "queued"
+    assert world.content(row.resume_key) == b"saved"
+    assert len(world.all(JobMetric)) == 1
+    assert world.codes(job) == ["claimed", "said", "checkpoint_not_kept", "interrupted"]
+
+
 def test_a_lease_that_was_taken_while_the_database_was_away(world: World, tmp_path: Path) -> None:
     job = world.job(progress("teacher", 0.1), ["wait_for", str(tmp_path / "go")], metrics(1, 1.0), ["sleep_forever"])
     with world.working(job):

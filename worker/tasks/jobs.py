@@ -98,8 +98,10 @@ class JobAdapter(Adapter[Job]):
 
     def keep_checkpoint(self, session: Session, row: Job, key: str) -> str | None:
         """Let the next attempt go on from `key`. The job has come further, so nothing is held against it any more."""
+        # Recorded again, because the answer to a commit was lost, it replaces nothing.
+        replaced = None if row.resume_key == key else row.resume_key
         leases.fenced(session, row, resume_key=key, losses=0)
-        return row.resume_key
+        return replaced
 
     # ---- between two runs ----
 

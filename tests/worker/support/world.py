@@ -29,11 +29,15 @@ DEADLINE_S = 20.0
 
 
 class FlakyDatabase(Database):
-    """Fails the next `failures` sessions as a database does that is away."""
+    """Fails the next `failures` sessions as a database does that is away.
+
+    Of the next `lost_answers` commits the answer is lost: they happen, and look as if they had not.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.failures = 0
+        self.lost_answers = 0
         self.failed = threading.Event()
 
     def _maybe_fail(self) -> None:
@@ -53,6 +57,9 @@ class FlakyDatabase(Database):
         self._maybe_fail()
         with super().write() as session:
             yield session
+        if self.lost_answers:
+            self.lost_answers -= 1
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
 
 
 class FlakyStorage(Storage):
