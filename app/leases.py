@@ -5,6 +5,7 @@ fencing token: everything a worker writes goes through `fenced`, which matches t
 lease was taken over changes nothing.
 """
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -101,17 +102,24 @@ def give_back(session: Session, row: Leased, *, status: str, **values: Any) -> N
     fenced(session, row, status=status, lease_expires_at=None, lease_owner=None, enqueued_at=None, **values)
 
 
-def find_lost(session: Session, *, redeliver_s: float, max_attempts: int) -> list[tuple[type[Leased], str]]:
+def find_lost(
+    session: Session, *, redeliver_s: float, max_attempts: int, untaken: Collection[str] = ()
+) -> list[tuple[type[Leased], str]]:
     """Return the rows whose message must be sent (again), and settle what no worker needs to see.
 
     Lost are: queued rows that may be claimed by now and whose last message is older than `redeliver_s`, and held rows
     whose lease has expired. Of the latter, those that have used up their attempts fail here, and those that were to be
     paused are paused. Safe to run anywhere at any time: a row that is found twice is claimed once.
+
+    Of a queue in `untaken`, which holds messages that nobody has taken yet, no row is returned: its workers are busy,
+    and one that comes free finds the rows by itself. Messages would only pile up.
     """
     present = now(session)
     lost: list[tuple[type[Leased], str]] = []
     for model in LEASED:
         _settle_lost(session, model, present, max_attempts)
+        if model.QUEUE in untaken:
+            continue
         expired = scheduling.abandoned(model, present)
         stale = or_(model.enqueued_at.is_(None), model.enqueued_at < present - timedelta(seconds=redeliver_s))
         # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.

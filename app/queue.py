@@ -20,6 +20,7 @@ CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
 """What sending or pinging raises where the broker does not answer."""
+_QUEUES = {model.QUEUE for model in (Job, Dataset, Checkpoint)}
 
 
 def client_url(url: str) -> str:
@@ -79,12 +80,25 @@ class Queue:
 
         after_commit(session, _send)
 
+    def _client(self) -> redis.Redis:
+        return redis.Redis.from_url(
+            self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+        )
+
     def ping(self) -> None:
         """Raise one of `BROKER_ERRORS` if the broker does not answer within seconds."""
-        with redis.Redis.from_url(
-            self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
-        ) as client:
+        with self._client() as client:
             client.ping()
+
+    def untaken(self) -> frozenset[str]:
+        """Return the queues that hold messages: of their workers, none is idle.
+
+        Raises one of `BROKER_ERRORS` if the broker does not answer within seconds.
+        """
+        with self._client() as client:
+            return frozenset(
+                name for name in {model.QUEUE for model in (Job, Dataset, Checkpoint)} if client.llen(name)
+            )
 
     def workers(self, *, timeout_s: float = 2.0) -> dict[str, list[str]]:
         """Return the queues of every worker that answers within the time, by its name.
@@ -96,9 +110,7 @@ class Queue:
 
     def server(self) -> dict[str, str]:
         """Return the broker's `version` and `eviction` policy. Raises one of `BROKER_ERRORS`."""
-        with redis.Redis.from_url(
-            self._client_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
-        ) as client:
+        with self._client() as client:
             found: dict[str, Any] = client.info()
         version = found.get("valkey_version") or found["redis_version"]
         return {"version": str(version), "eviction": str(found.get("maxmemory_policy", "noeviction"))}

@@ -18,14 +18,14 @@ def sweep(database: Database, queue: Queue, settings: Settings) -> int:
     Does nothing while the broker is away: the rows stay lost, and the next sweep finds them.
     """
     try:
-        queue.ping()
+        untaken = queue.untaken()
     except BROKER_ERRORS as error:
         log.warning("sweep_without_broker", error=str(error))
         SWEEPS_FAILED.inc()
         return 0
     with database.write() as session:
         registry.forget_silent(session, settings)
-        lost = find_lost(session, redeliver_s=settings.redeliver_s, max_attempts=settings.max_attempts)
+        lost = find_lost(session, redeliver_s=settings.redeliver_s, max_attempts=settings.max_attempts, untaken=untaken)
     for model, row_id in lost:
         log.info("lost_row_found", row=row_id)
         queue.send(model, row_id)

@@ -36,6 +36,9 @@ class RecordingQueue(Queue):
     def ping(self) -> None:
         return
 
+    def untaken(self) -> frozenset[str]:
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class Tenant:

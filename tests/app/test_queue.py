@@ -58,7 +58,9 @@ def test_a_message_is_a_celery_task_with_the_rows_id(socket: Path):
     queue = Queue(f"redis+socket://{socket}")
     with _broker(socket) as broker:
         queue.ping()
+        assert queue.untaken() == frozenset()
         queue.send(Job, "job_1")
+        assert queue.untaken() == {"jobs"}
         queue.send(Dataset, "ds_1")
         jobs, checks = (json.loads(broker.lpop(name)) for name in ("jobs", "checks"))
     queue.close()

@@ -28,6 +28,18 @@ def test_lost_rows_are_sent_again(database: Database, settings: Settings, lost: 
     assert sweep(database, queue, settings) == 0
 
 
+def test_no_message_is_added_to_those_that_nobody_has_taken(
+    database: Database, settings: Settings, lost: Job, monkeypatch: pytest.MonkeyPatch
+):
+    """However long the workers are busy, and however many rows wait."""
+    queue = RecordingQueue()
+    monkeypatch.setattr(queue, "untaken", lambda: frozenset({"jobs"}))
+    assert sweep(database, queue, settings) == 0
+    monkeypatch.setattr(queue, "untaken", lambda: frozenset({"checks"}))
+    assert sweep(database, queue, settings) == 1
+    assert queue.sent == [("worker.tasks.run_job", lost.id)]
+
+
 def test_nothing_is_marked_sent_while_the_broker_is_away(
     database: Database, settings: Settings, lost: Job, monkeypatch: pytest.MonkeyPatch
 ):
@@ -36,7 +48,7 @@ def test_nothing_is_marked_sent_while_the_broker_is_away(
     def _away() -> None:
         raise BrokerAway
 
-    monkeypatch.setattr(queue, "ping", _away)
+    monkeypatch.setattr(queue, "untaken", _away)
     assert sweep(database, queue, settings) == 0
     monkeypatch.undo()
     assert sweep(database, queue, settings) == 1
