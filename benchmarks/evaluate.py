@@ -18,8 +18,7 @@ import torch
 
 from tests.reference import STATS, coco_evaluation, to_coco, to_results
 from worker.data.canonical import Box, CanonicalDataset, Picture
-from worker.detectors.base import Detections
-from worker.engine.evaluate import coco_metrics
+from worker.engine.evaluate import Seen, coco_metrics
 
 GOAL = 8.0
 CLASSES, BOXES, DETECTIONS = 80, 7, 100
@@ -27,7 +26,7 @@ HEIGHT, WIDTH = 480, 640
 TOLERANCE = 1e-9
 
 
-def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Detections]:
+def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Seen]:
     """Return one picture's truth and detections: several near each box, of its class or another, and false ones."""
     count = int(rng.poisson(BOXES))
     corner = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
@@ -53,7 +52,7 @@ def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Detections]:
     labels = np.where(rng.random(len(near)) < 0.8, classes[near], rng.integers(CLASSES, size=len(near)))
     labels = np.concatenate([labels, rng.integers(CLASSES, size=len(false))]) + 1
     scores = np.sort(rng.beta(1, 3, DETECTIONS))[::-1].copy()
-    found = Detections(
+    found = Seen(
         boxes=torch.from_numpy(guesses).float(),
         labels=torch.from_numpy(labels).long(),
         scores=torch.from_numpy(scores).float(),
@@ -61,7 +60,7 @@ def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Detections]:
     return picture, found
 
 
-def case(pictures: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, Detections]]:
+def case(pictures: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, Seen]]:
     """Return a dataset of one split, `val`, and detections by picture id."""
     rng = np.random.default_rng(seed)
     scenes = [scene(rng, number) for number in range(1, pictures + 1)]

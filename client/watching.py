@@ -81,11 +81,12 @@ class JobView:
 def show_results(out: Output, job: Job) -> None:
     """Print what came out: the accuracies of teacher and student."""
     results = job["results"] or {}
-    rows = [
-        (subject, *(ap(results[subject].get(name)) for name in ("ap", "ap50", "ap75")))
-        for subject in ("teacher", "student")
-        if results.get(subject)
-    ]
+    rows = []
+    for subject in ("teacher", "student"):
+        metrics = results.get(subject) or {}
+        for name, numbers in ((subject, metrics), (f"{subject}'s masks", metrics.get("masks"))):
+            if numbers:
+                rows.append((name, *(ap(numbers.get(value)) for value in ("ap", "ap50", "ap75"))))
     if rows:
         out.table(["", "AP", "AP50", "AP75"], rows)
     if checkpoint := results.get("teacher_checkpoint_id"):

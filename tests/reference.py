@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from worker.data.canonical import CanonicalDataset, Split
-from worker.detectors.base import Detections
+from worker.engine.evaluate import Seen
 
 # COCO's twelve numbers, in the order of COCOeval's `stats`.
 STATS = (
@@ -57,7 +57,7 @@ def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
     }
 
 
-def to_results(found: dict[int, Detections]) -> list[dict[str, Any]]:
+def to_results(found: dict[int, Seen]) -> list[dict[str, Any]]:
     """Return detections as COCO's result list: boxes as x, y, width, height; categories from 1."""
     results = []
     for image_id, detections in found.items():
@@ -70,13 +70,13 @@ def to_results(found: dict[int, Detections]) -> list[dict[str, Any]]:
     return results
 
 
-def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
-    """Return pycocotools' finished box evaluation: `stats` has the twelve numbers, `eval` the curves."""
+def coco_evaluation(truth: dict[str, Any], results: list[dict[str, Any]], of: str = "bbox") -> COCOeval:
+    """Return pycocotools' finished evaluation (`segm`: of masks): `stats` has the twelve numbers, `eval` the curves."""
     with contextlib.redirect_stdout(io.StringIO()):
         ground = COCO()
         ground.dataset = truth
         ground.createIndex()
-        evaluation = COCOeval(ground, ground.loadRes(results), "bbox")
+        evaluation = COCOeval(ground, ground.loadRes(results), of)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

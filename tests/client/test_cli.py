@@ -106,6 +106,16 @@ def test_waiting_for_success_shows_it_all_in_plain_lines(service, spec):
     assert result.stderr == ""
 
 
+def test_masks_that_were_measured_are_shown(service, spec):
+    results = {"teacher": None, "student": {**metrics(0.31), "masks": metrics(0.2)}, "teacher_checkpoint_id": None}
+    service.script = [reach("succeeded", results=results)]
+    lines = defeat("jobs", "submit", spec, "--wait").stdout.splitlines()
+    assert [line.split() for line in lines if line.startswith("student")][-2:] == [
+        ["student", "0.310", "0.510", "0.260"],
+        ["student's", "masks", "0.200", "0.400", "0.150"],
+    ]
+
+
 def test_json_is_alone_on_stdout_and_the_job_is_last(service, spec):
     succeed(service)
     result = defeat("jobs", "submit", spec, "--wait", "--json")

@@ -145,6 +145,21 @@ def test_tiles_and_classes_compare_student_and_teacher(page: Page, service: Serv
     expect(page.locator("th[aria-sort=descending]")).to_have_text("Student AP")
 
 
+def test_masks_that_were_measured_are_told(page: Page, service: Service) -> None:
+    with service.database.write() as session:
+        job = session.get_one(Job, service.seeded.succeeded)
+        plain = job.results
+        assert plain is not None
+        masks = {"student": {"ap50": 0.25}, "teacher": {"ap50": 0.5}}
+        job.results = plain | {subject: {**plain[subject], "masks": numbers} for subject, numbers in masks.items()}
+    try:
+        open_job(page, service.seeded.succeeded)
+        expect(page.locator("#tile-ap50-note")).to_have_text("masks 0.250 / 0.500")
+    finally:
+        with service.database.write() as session:
+            session.get_one(Job, service.seeded.succeeded).results = plain
+
+
 def gallery_of(service: Service) -> dict[str, Any]:
     with service.database.read() as session:
         row = session.query(Artifact).filter_by(job_id=service.seeded.succeeded, name="gallery.json").one()

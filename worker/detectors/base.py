@@ -28,11 +28,15 @@ class Target(TypedDict):
 
 
 class Detections(TypedDict):
-    """Detections in one picture: boxes (N, 4) in its pixels, labels (N,) from 1, scores (N,) 0 to 1, descending."""
+    """Detections in one picture: boxes (N, 4) in its pixels, labels (N,) from 1, scores (N,) 0 to 1, descending.
+
+    Those of `detect_with_masks` also have masks, (N, M, M): how likely each point of a grid over its box is the object.
+    """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
+    masks: NotRequired[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +253,10 @@ class Detector(nn.Module):
 
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """Detect in pictures (3, H, W), float, 0 to 1; in eval mode, without gradients."""
+        raise NotImplementedError
+
+    def detect_with_masks(self, images: list[Tensor]) -> list[Detections]:
+        """Detect objects and their masks; only where `trains_masks`, else as `detect`."""
         raise NotImplementedError
 
     def select_classes(self, classes: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import maskrcnn_loss
+from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
 from worker.detectors.base import Detections, Target
@@ -32,8 +32,7 @@ class MaskRCNNConfig(TwoStageConfig):
 class MaskRCNNDetector(FasterRCNNDetector):
     """torchvision's Mask R-CNN (same parameters, same names), rebuilt from a config. See `Detector`.
 
-    A batch whose targets have no masks trains everything but the mask head, whose weights then stay as they are. Only
-    boxes are detected; the mask head is kept, so that what is saved is a whole Mask R-CNN.
+    A batch whose targets have no masks trains everything but the mask head, whose weights then stay as they are.
     """
 
     trains_masks = True
@@ -98,6 +97,14 @@ class MaskRCNNDetector(FasterRCNNDetector):
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """See `Detector.detect`. The boxes of a plain call, without its time and memory for the masks."""
+        return self._detect(images, with_masks=False)
+
+    @torch.no_grad()
+    def detect_with_masks(self, images: list[Tensor]) -> list[Detections]:
+        """See `Detector.detect_with_masks`. A plain call's, before they are spread over whole pictures."""
+        return self._detect(images, with_masks=True)
+
+    def _detect(self, images: list[Tensor], *, with_masks: bool) -> list[Detections]:
         batch, _ = self.transform(images)
         features = self.trunk(batch.tensors)
         proposals, _ = self.rpn(batch, features)
@@ -107,7 +114,21 @@ class MaskRCNNDetector(FasterRCNNDetector):
             {"boxes": boxes, "labels": labels, "scores": scores} for boxes, scores, labels in zip(*found, strict=True)
         ]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        return cast(list[Detections], self.transform.postprocess(detections, batch.image_sizes, sizes))
+        masks = self._masks(features, detections, batch.image_sizes) if with_masks else None
+        resized = cast(list[Detections], self.transform.postprocess(detections, batch.image_sizes, sizes))
+        if masks is not None:
+            for one, its in zip(resized, masks, strict=True):
+                one["masks"] = its
+        return resized
+
+    def _masks(
+        self, features: Mapping[str, Tensor], detections: list[dict[str, Any]], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Return the masks of each picture's detections, of their classes, 0 to 1: (N, 28, 28)."""
+        heads = self.roi_heads
+        boxes, labels = ([one[name] for one in detections] for name in ("boxes", "labels"))
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+        return [masks[:, 0] for masks in maskrcnn_inference(logits, labels)]
 
     def select_classes(self, classes: Sequence[str]) -> None:
         """See `Detector.select_classes`. The masks' rows too."""

@@ -1,4 +1,4 @@
-"""COCO's box metrics, on arrays: pycocotools' numbers to the last digits (held by a test), without its loops.
+"""COCO's metrics of boxes and masks, on arrays: pycocotools' numbers to the last digits, without its loops.
 
 The procedure is that of pycocotools (`COCOeval`; Lin et al., "Microsoft COCO", ECCV 2014, and its evaluation page). In
 each picture and class the detections, best first and 100 at most, take the ground truth with which they overlap most;
@@ -7,6 +7,7 @@ that overlap by 0.5 at least can match, so everything past the overlaps is done 
 areas and pictures at once; every other detection is a false positive, and is only counted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Common = Callable[[Ints, Ints], Floats]
 
 THRESHOLDS: Final[Floats] = np.linspace(0.5, 0.95, 10)  # of overlap (intersection over union)
 RECALLS: Final[Floats] = np.linspace(0.0, 1.0, 101)
@@ -26,32 +28,38 @@ MOST_DETECTIONS: Final = (1, 10, 100)  # per picture and class
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Boxes of many pictures, in a row.
+    """Boxes of many pictures, in a row, or objects with masks.
 
     Attributes:
         image: (N,) which picture, from 0.
         label: (N,) which class, from 0.
         corner: (N, 2) x and y of the upper left corner, pixels.
         side: (N, 2) width and height, pixels.
+        pixels: (N,) how many each one's mask has; None: the objects are the boxes.
     """
 
     image: Ints
     label: Ints
     corner: Floats
     side: Floats
+    pixels: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.image)
 
     def __getitem__(self, chosen: Ints | Bools) -> "Boxes":
         return Boxes(
-            image=self.image[chosen], label=self.label[chosen], corner=self.corner[chosen], side=self.side[chosen]
+            image=self.image[chosen],
+            label=self.label[chosen],
+            corner=self.corner[chosen],
+            side=self.side[chosen],
+            pixels=None if self.pixels is None else self.pixels[chosen],
         )
 
     @property
     def area(self) -> Floats:
         """Return (N,) square pixels."""
-        return np.asarray(self.side[:, 0] * self.side[:, 1])
+        return np.asarray(self.side[:, 0] * self.side[:, 1]) if self.pixels is None else self.pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,9 @@ class Curves:
     recall: Floats
 
 
-def curves(truth: Boxes, crowd: Bools, found: Boxes, scores: Floats, *, classes: int) -> Curves:
+def curves(
+    truth: Boxes, crowd: Bools, found: Boxes, scores: Floats, *, classes: int, common: Common | None = None
+) -> Curves:
     """Return precision and recall of detections.
 
     Args:
@@ -76,6 +86,8 @@ def curves(truth: Boxes, crowd: Bools, found: Boxes, scores: Floats, *, classes:
         found: detections, in any order.
         scores: (len(found),); equal ones keep their order.
         classes: how many there are.
+        common: how many pixels the masks of detections and of ground truth share, both by their place in `found` and
+            `truth`: called with pairs of one picture and class. None: what their boxes share counts.
     """
     assert not len(found) or (found.label.min() >= 0 and found.label.max() < classes), "a detection of no known class"
     order = np.lexsort((-scores, found.image * classes + found.label))
@@ -84,7 +96,11 @@ def curves(truth: Boxes, crowd: Bools, found: Boxes, scores: Floats, *, classes:
     found, scores = found[order], scores[order]
 
     ignored = _outside(truth.area) | crowd
-    pairs = _pairs(truth, crowd, found, classes)
+
+    def _common(left: Ints, right: Ints) -> Floats:
+        return _common_area(found[left], truth[right]) if common is None else common(order[left], right)
+
+    pairs = _pairs(truth, crowd, found, classes, _common)
     candidates, matched, excused = _match(pairs, crowd, ignored, rank)
     asked = np.stack([np.bincount(truth.label[~out], minlength=classes) for out in ignored])  # (areas, classes)
     tally = _tally(found, scores, rank, candidates, matched, excused)
@@ -111,7 +127,7 @@ class _Pairs:
     overlap: Floats
 
 
-def _pairs(truth: Boxes, crowd: Bools, found: Boxes, classes: int) -> _Pairs:
+def _pairs(truth: Boxes, crowd: Bools, found: Boxes, classes: int, common: Common) -> _Pairs:
     """Return all pairs of one picture and class that overlap by the least threshold; `found` is sorted by these two."""
     key = truth.image * classes + truth.label
     by_key = np.argsort(key, kind="stable")
@@ -121,21 +137,25 @@ def _pairs(truth: Boxes, crowd: Bools, found: Boxes, classes: int) -> _Pairs:
     left = np.repeat(np.arange(len(found)), many)
     within = np.arange(len(left)) - np.repeat(np.cumsum(many) - many, many)
     right = by_key[np.repeat(first, many) + within]
-    overlap = _overlaps(found[left], truth[right], crowd[right])
+    overlap = _overlaps(found.area[left], truth.area[right], crowd[right], common(left, right))
     near = overlap >= THRESHOLDS[0]
     left, right, overlap = left[near], right[near], overlap[near]
     order = np.lexsort((right, overlap, left))
     return _Pairs(found=left[order], truth=right[order], overlap=overlap[order])
 
 
-def _overlaps(found: Boxes, truth: Boxes, crowd: Bools) -> Floats:
-    """Intersection over union, (N,); over the detection's own area where the truth is a crowd."""
+def _overlaps(found: Floats, truth: Floats, crowd: Bools, common: Floats) -> Floats:
+    """Intersection over union, (N,), by areas; over the detection's own area where the truth is a crowd."""
+    union = np.where(crowd, found, found + truth - common)
+    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+
+
+def _common_area(found: Boxes, truth: Boxes) -> Floats:
+    """Return what each box of one shares with the other's of the same place, (N,), square pixels."""
     low = np.maximum(found.corner, truth.corner)
     high = np.minimum(found.corner + found.side, truth.corner + truth.side)
     sides = np.maximum(high - low, 0)
-    common = sides[:, 0] * sides[:, 1]
-    union = np.where(crowd, found.area, found.area + truth.area - common)
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return np.asarray(sides[:, 0] * sides[:, 1])
 
 
 def _match(pairs: _Pairs, crowd: Bools, ignored: Bools, rank: Ints) -> tuple[Ints, Bools, Bools]:

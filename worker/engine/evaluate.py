@@ -1,8 +1,9 @@
-"""COCO's box metrics of a detector on one split."""
+"""COCO's metrics of a detector on one split: of its boxes, and of its masks where there are some on both sides."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -10,11 +11,21 @@ from torch import Tensor
 
 from worker.data.canonical import CanonicalDataset, Picture, Split
 from worker.data.loader import PictureReader
-from worker.detectors.base import Detections, Detector
-from worker.engine.coco import MOST_DETECTIONS, Boxes, curves
+from worker.detectors.base import Detector
+from worker.engine.coco import MOST_DETECTIONS, Boxes, Common, Curves, curves
+from worker.engine.mask_overlaps import MaskOverlaps, mask_overlaps, object_pixels
 
 # The ranges of areas apart from `all`, as COCO calls them.
 SIZES = ("small", "medium", "large")
+
+
+class Seen(TypedDict):
+    """Detections in one picture, see `Detections`, and what their masks share with its objects."""
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    overlaps: NotRequired[MaskOverlaps]
 
 
 def detect_split(
@@ -26,24 +37,31 @@ def detect_split(
     on_batch: Callable[[int], None] = lambda _: None,
     rank: int = 0,
     world: int = 1,
-) -> dict[int, Detections]:
+) -> dict[int, Seen]:
     """Detect in every picture of a split; return the detections by picture id, on the CPU.
+
+    Masks are looked at where the detector has them and any object of the split is outlined.
 
     Of `world` processes, number `rank` does its share: every `world`-th picture.
 
     `on_batch` is called with the number of pictures after each batch; it may raise to stop.
     """
     detector.eval()
-    found: dict[int, Detections] = {}
+    with_masks = detector.trains_masks and any(box.mask for image in pictures.images for box in image.boxes)
+    detect = detector.detect_with_masks if with_masks else detector.detect
+    found: dict[int, Seen] = {}
     mine = range(rank, len(pictures), world)
     decoded = pictures.read_all(mine, ahead=2 * batch_size if device.type == "cuda" else 0)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
         images = [to_float(image, device) for image in itertools.islice(decoded, len(indices))]
-        for index, detections in zip(indices, detector.detect(images), strict=True):
-            found[pictures.images[index].id] = Detections(
+        for index, detections in zip(indices, detect(images), strict=True):
+            picture = pictures.images[index]
+            found[picture.id] = seen = Seen(
                 boxes=detections["boxes"].cpu(), labels=detections["labels"].cpu(), scores=detections["scores"].cpu()
             )
+            if with_masks:
+                seen["overlaps"] = mask_overlaps(detections, picture)
         on_batch(len(indices))
     return found
 
@@ -53,15 +71,35 @@ def to_float(image: Tensor, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=True).float().div_(255)
 
 
-def coco_metrics(dataset: CanonicalDataset, split: Split, found: dict[int, Detections]) -> dict[str, Any]:
+def coco_metrics(dataset: CanonicalDataset, split: Split, found: Mapping[int, Seen]) -> dict[str, Any]:
     """Return COCO's twelve metrics and per-class AP and AP50 of detections against a split's ground truth.
 
-    Values are 0 to 1; None where there is nothing to measure (COCO's -1).
+    Values are 0 to 1; None where there is nothing to measure (COCO's -1). Where masks were looked at, `masks` has the
+    same of them: an object that the dataset does not outline counts as a crowd there, which need not be found, with its
+    box for a mask.
     """
-    pictures = dataset.in_split(split)
+    pictures, classes = dataset.in_split(split), dataset.classes
     truth, crowd = _truth(pictures)
     guesses, scores = _guesses(pictures, found)
-    result = curves(truth, crowd, guesses, scores, classes=len(dataset.classes))
+    metrics = _numbers(curves(truth, crowd, guesses, scores, classes=len(classes)), classes)
+    if any("overlaps" in seen for seen in found.values()):
+        pixels, common = _shared(pictures, found)
+        outlined = np.array([box.mask is not None for picture in pictures for box in picture.boxes], bool)
+        metrics["masks"] = _numbers(
+            curves(
+                replace(truth, pixels=object_pixels(pictures)),
+                crowd | ~outlined,
+                replace(guesses, pixels=pixels),
+                scores,
+                classes=len(classes),
+                common=common,
+            ),
+            classes,
+        )
+    return {**metrics, "images": len(found), "detections": len(guesses)}
+
+
+def _numbers(result: Curves, classes: Sequence[str]) -> dict[str, Any]:
     precision, recall = result.precision, result.recall
     return {
         "ap": _mean(precision[..., 0]),
@@ -72,11 +110,26 @@ def coco_metrics(dataset: CanonicalDataset, split: Split, found: dict[int, Detec
         **{f"ar_{name}": _mean(recall[:, :, area, -1]) for area, name in enumerate(SIZES, start=1)},
         "per_class": [
             {"class": name, "ap": _mean(precision[:, :, index, 0]), "ap50": _mean(precision[0, :, index, 0])}
-            for index, name in enumerate(dataset.classes)
+            for index, name in enumerate(classes)
         ],
-        "images": len(found),
-        "detections": len(guesses),
     }
+
+
+def _shared(pictures: Sequence[Picture], found: Mapping[int, Seen]) -> tuple[np.ndarray, Common]:
+    """Return how many pixels each detection's mask has, and what `curves` asks for of pairs of masks."""
+    pixels, tables = [np.zeros(0)], [np.zeros(0)]
+    # Of each detection, where its row of shared pixels begins; of each object, its place in its picture's rows.
+    rows, columns, begin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for picture in pictures:
+        columns.append(np.arange(len(picture.boxes)))
+        if picture.id in found:
+            overlaps = found[picture.id]["overlaps"]
+            pixels.append(overlaps.pixels.numpy())
+            tables.append(overlaps.common.numpy().ravel())
+            rows.append(begin + len(picture.boxes) * np.arange(len(overlaps.pixels)))
+            begin += overlaps.common.numel()
+    table, row, column = np.concatenate(tables), np.concatenate(rows), np.concatenate(columns)
+    return np.concatenate(pixels), lambda left, right: table[row[left] + column[right]]
 
 
 def _truth(pictures: Sequence[Picture]) -> tuple[Boxes, np.ndarray]:
@@ -90,14 +143,14 @@ def _truth(pictures: Sequence[Picture]) -> tuple[Boxes, np.ndarray]:
     return _boxes(table[:, 0], table[:, 1], table[:, 2:6]), table[:, 6] > 0
 
 
-def _guesses(pictures: Sequence[Picture], found: dict[int, Detections]) -> tuple[Boxes, np.ndarray]:
+def _guesses(pictures: Sequence[Picture], found: Mapping[int, Seen]) -> tuple[Boxes, np.ndarray]:
     """Return all detections of a split and their scores, picture by picture."""
     there = [(image, found[picture.id]) for image, picture in enumerate(pictures) if picture.id in found]
     if not there:
         return _boxes(np.zeros(0), np.zeros(0), np.zeros((0, 4))), np.zeros(0)
-    boxes, labels, scores = (
-        torch.cat([detections[name] for _, detections in there]).numpy() for name in ("boxes", "labels", "scores")
-    )
+    boxes = torch.cat([seen["boxes"] for _, seen in there]).numpy()
+    labels = torch.cat([seen["labels"] for _, seen in there]).numpy()
+    scores = torch.cat([seen["scores"] for _, seen in there]).numpy()
     images = np.repeat([image for image, _ in there], [len(detections["scores"]) for _, detections in there])
     return _boxes(images, labels - 1, boxes.astype(np.float64)), scores.astype(np.float64)
 

@@ -19,6 +19,9 @@ function best(job, evaluations) {
 
 const epochNote = (metrics) => (metrics?.epoch == null ? "" : `epoch ${metrics.epoch}`);
 
+const maskNote = (student, teacher) =>
+  student?.masks ? `masks ${format.score(student.masks.ap50)} / ${format.score(teacher?.masks?.ap50)}` : "";
+
 /** Fill the four tiles on top. */
 export function showTiles(job, evaluations) {
   const { student, teacher } = best(job, evaluations);
@@ -28,7 +31,7 @@ export function showTiles(job, evaluations) {
   setText(byId("tile-teacher"), format.score(teacher?.ap));
   setText(byId("tile-teacher-note"), job.spec.teacher ? epochNote(teacher) || "the line to reach" : "a baseline: no teacher");
   setText(byId("tile-ap50"), `${format.score(student?.ap50)} / ${format.score(teacher?.ap50)}`);
-  setText(byId("tile-ap50-note"), "boxes that overlap by half");
+  setText(byId("tile-ap50-note"), maskNote(student, teacher) || "boxes that overlap by half");
   setText(byId("tile-share"), format.percent(share));
 }
 

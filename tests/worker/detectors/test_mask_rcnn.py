@@ -66,6 +66,25 @@ def test_without_masks_it_trains_as_the_faster_rcnn_in_it_does():
     assert without == {name for name, _ in masked.named_parameters() if "mask" in name}
 
 
+def test_its_detections_are_those_of_a_plain_call_with_and_without_masks():
+    detector = build().eval()
+    detector.roi_heads.score_thresh = 0.0
+    images, _ = with_masks()
+    with torch.no_grad():
+        plain = detector(images)
+    assert sum(len(one["boxes"]) for one in plain) > 0
+    for detect in (detector.detect, detector.detect_with_masks):
+        for image, found, expected in zip(images, detect(images), plain, strict=True):
+            for name in ("boxes", "labels", "scores"):
+                assert torch.equal(found[name], expected[name])
+            if detect == detector.detect_with_masks:
+                size = (image.shape[1], image.shape[2])
+                spread = detection.roi_heads.paste_masks_in_image(found["masks"][:, None], found["boxes"], size)
+                torch.testing.assert_close(spread, expected["masks"])
+            else:
+                assert "masks" not in found
+
+
 def test_pictures_without_masks_take_no_part_in_the_masks_loss():
     """The loss is that of the pictures with masks: what the mask head makes of the others changes nothing."""
     detector = build().train()

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from tests.reference import STATS, coco_evaluation, to_coco, to_results
 from tests.worker.support_engine import shapes
 from worker.data.canonical import Box, CanonicalDataset, Picture
 from worker.data.loader import PictureReader
+from worker.data.masks import from_text, to_text
 from worker.engine.evaluate import coco_metrics
+from worker.engine.mask_overlaps import mask_overlaps
 
 
 def random_case(seed, pictures=30, classes=3):
@@ -76,6 +80,72 @@ def test_all_numbers_equal_pycocotools(seed, case):
         assert entry["ap"] == (pytest.approx(expected, abs=1e-9) if expected is not None else None)
     assert ours["per_class"][-1]["ap"] is None  # no ground truth: nothing to measure, not 0
     assert ours["images"] == len(dataset.images)
+
+
+def masked_case(seed, pictures=12, size=(90, 120)):
+    """Round objects, some without an outline, some crowds; and detections with masks of their own near them."""
+    rng = np.random.default_rng(seed)
+    images, found = [], {}
+    rows, columns = np.mgrid[: size[0], : size[1]] + 0.5
+    for number in range(1, pictures + 1):
+        boxes, guesses = [], []
+        for _ in range(int(rng.integers(1, 6))):
+            (w, h), kind = rng.uniform(6, 60, 2), int(rng.integers(2))
+            x, y = rng.uniform(0, size[1] - w), rng.uniform(0, size[0] - h)
+            inside = ((columns - x - w / 2) / w) ** 2 + ((rows - y - h / 2) / h) ** 2 <= 0.25
+            crowd = bool(rng.random() < 0.15)
+            mask = None if crowd or rng.random() < 0.2 else to_text(runs_of_bitmap(inside))
+            boxes.append(Box(kind, x, y, x + w, y + h, crowd=crowd, mask=mask))
+            for _ in range(int(rng.integers(1, 4))):
+                dx, dy = rng.normal(0, 0.1, 2) * (w, h)
+                guesses.append([x + dx, y + dy, x + w + dx, y + h + dy, int(rng.random() < 0.2) ^ kind])
+        table = torch.tensor(guesses, dtype=torch.float32)
+        across = torch.linspace(-1, 1, 28)
+        round_ = 0.5 + (0.8 - across[:, None] ** 2 - across**2) / 2
+        images.append(Picture(number, f"images/{number:064x}.png", str(number), size[1], size[0], "val", tuple(boxes)))
+        found[number] = {
+            "boxes": table[:, :4],
+            "labels": table[:, 4].long() + 1,
+            "scores": torch.from_numpy(np.round(rng.random(len(guesses)), 2)).float(),
+            "masks": (round_ + 0.2 * torch.from_numpy(rng.normal(size=(len(guesses), 28, 28))).float()).clamp(0, 1),
+        }
+    return CanonicalDataset(("a", "b"), tuple(images)), found
+
+
+def runs_of_bitmap(bitmap):
+    counts = coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))["counts"]
+    return from_text(counts.decode())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_masks_numbers_equal_pycocotools(seed):
+    dataset, found = masked_case(seed)
+    seen = {
+        picture.id: {**found[picture.id], "overlaps": mask_overlaps(found[picture.id], picture)}
+        for picture in dataset.images
+    }
+    ours = coco_metrics(dataset, "val", seen)
+
+    truth, results = to_coco(dataset, "val"), to_results(found)
+    size = (dataset.images[0].height, dataset.images[0].width)
+    every = [box for picture in dataset.images for box in picture.boxes]
+    for annotation, box in zip(truth["annotations"], every, strict=True):
+        bitmap = np.zeros(size, np.uint8, order="F")
+        x1, y1, x2, y2 = (round(side) for side in (box.x1, box.y1, box.x2, box.y2))
+        bitmap[y1:y2, x1:x2] = 1  # of those that are not outlined: they are crowds, and their boxes their masks
+        rle = coco_mask.encode(bitmap) if box.mask is None else {"size": list(size), "counts": box.mask}
+        annotation |= {"segmentation": rle, "area": float(coco_mask.area(rle)), "iscrowd": int(box.mask is None)}
+    spread = torch.cat([paste_masks_in_image(one["masks"][:, None], one["boxes"], size) for one in found.values()])
+    for result, mask in zip(results, spread[:, 0] >= 0.5, strict=True):
+        result["segmentation"] = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        del result["bbox"]
+    theirs = coco_evaluation(truth, results, "segm")
+    assert theirs.stats[0] > 0.05
+    for name, value in zip(STATS, theirs.stats, strict=True):
+        found_value = ours["masks"][name]
+        assert (found_value if found_value is not None else -1) == pytest.approx(value, abs=1e-9), name
+    # The boxes' numbers do not change for it.
+    assert {**ours, "masks": None} == {**coco_metrics(dataset, "val", found), "masks": None}
 
 
 def test_no_detections_is_zero_and_no_error():

@@ -25,7 +25,7 @@ def logged(directory):
     return [one["values"] for one in events(directory, "metrics")]
 
 
-def test_the_mask_loss_falls(tmp_path):
+def test_the_mask_loss_falls_and_the_masks_are_measured(tmp_path):
     shapes(tmp_path, train=24, val=4, masks=True)
     directory = write_run(tmp_path / "run", tmp_path / "canonical", job())
     result = run(directory)
@@ -33,6 +33,12 @@ def test_the_mask_loss_falls(tmp_path):
     values = [one["loss/mask"] for one in logged(directory)]
     assert values[0] > 0.5  # a mask that knows nothing costs log 2 = 0.69
     assert values[-1] < 0.6 * values[0]
+    (measured,) = (one["metrics"] for one in events(directory, "evaluation"))
+    masks = measured.pop("masks")
+    assert masks.keys() == measured.keys() - {"images", "detections"}
+    assert 0 < masks["ap50"] <= 1
+    assert [one["class"] for one in masks["per_class"]] == ["square", "disc"]
+    assert result["results"]["student"]["masks"] == masks
 
 
 def test_without_masks_there_is_no_mask_loss(tmp_path):
@@ -42,6 +48,7 @@ def test_without_masks_there_is_no_mask_loss(tmp_path):
     result = run(directory)
     assert result["status"] == "succeeded", result
     assert all({name for name in one if name.startswith("loss/")} == LOSSES for one in logged(directory))
+    assert all("masks" not in one["metrics"] for one in events(directory, "evaluation"))
 
 
 @pytest.mark.parametrize("kept", [0, 1])
