@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,12 +21,13 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.db import Database
+from app.db import Database, now
 from app.leases import LEASED
 from app.migrate import revisions
-from app.queue import BROKER_ERRORS, Queue
+from app.queue import BROKER_ERRORS, Answer, Queue
 from app.settings import GIB, Settings
 from app.storage import ObjectMissing, Storage
+from app.workers import repository
 
 State = Literal["ok", "warning", "wrong"]
 _MARKS: Final[dict[State, str]] = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
@@ -52,16 +53,37 @@ class Finding:
     advice: str | None = None
 
 
+@dataclass(frozen=True)
+class Beat:
+    """What the table of workers says of one.
+
+    Attributes:
+        queues: what it takes.
+        draining: whether it takes nothing new.
+        age_s: how long ago it was heard of.
+    """
+
+    queues: tuple[str, ...]
+    draining: bool
+    age_s: float
+
+
 def examine(settings: Settings) -> Iterator[Finding]:
     """Yield what each check finds. Writes and deletes one probe in the object store and one in the scratch space."""
     yield _versions()
     yield _secret(settings)
     yield _scratch(settings)
     with _opened(settings.database_url) as database:
-        yield from _database(database, settings)
+        findings = list(_database(database, settings))
+        yield from findings
+        current = any(found.check == "migrations" and found.state == "ok" for found in findings)
+        beats = _beats(database) if current else None
     yield _storage(settings)
     with closing(Queue(settings.redis_url)) as queue:
-        yield from _broker(queue)
+        broker, answers = _broker(queue)
+    yield broker
+    if beats is not None or answers is not None:
+        yield from _workers(beats, answers, settings)
 
 
 @contextmanager
@@ -170,31 +192,88 @@ def _storage(settings: Settings) -> Finding:
     return Finding("storage", "ok", f"wrote, read and deleted a probe in {took * 1000:.0f} ms")
 
 
-def _broker(queue: Queue) -> Iterator[Finding]:
+def _broker(queue: Queue) -> tuple[Finding, dict[str, Answer] | None]:
+    """Return what is found of the broker, and what its workers answer; None: it is away."""
     try:
-        server = queue.server()
-        if server["eviction"] == "noeviction":
-            yield Finding("broker", "ok", f"version {server['version']}")
-        else:
-            detail = (
-                f"version {server['version']} drops messages when it is full (maxmemory-policy {server['eviction']})"
-            )
-            yield Finding("broker", "warning", detail, "set maxmemory-policy to noeviction")
-        yield from _workers(queue.workers())
+        server, answers = queue.server(), queue.workers()
     except BROKER_ERRORS as error:
-        yield Finding(
-            "broker", "wrong", _first_line(error), "start the broker, or mend REDIS_URL and the network to it"
-        )
+        advice = "start the broker, or mend REDIS_URL and the network to it"
+        return Finding("broker", "wrong", _first_line(error), advice), None
+    found = f"version {server['version']}"
+    if server["eviction"] == "noeviction":
+        return Finding("broker", "ok", found), answers
+    detail = f"{found} drops messages when it is full (maxmemory-policy {server['eviction']})"
+    return Finding("broker", "warning", detail, "set maxmemory-policy to noeviction"), answers
 
 
-def _workers(workers: dict[str, list[str]]) -> Iterator[Finding]:
-    for wanted in sorted({model.QUEUE for model in LEASED}):
-        takers = sorted(name for name, queues in workers.items() if wanted in queues)
-        if takers:
-            yield Finding(f"workers for {wanted}", "ok", ", ".join(takers))
+def _beats(database: Database) -> dict[str, Beat]:
+    """Return what is known of each worker, by name; of several with one name, of the one heard of last."""
+    with database.read() as session:
+        present = now(session)
+        rows = sorted(repository.all_workers(session), key=lambda row: row.seen_at)
+    return {
+        row.name: Beat(tuple(row.queues), row.draining, max(0.0, (present - row.seen_at).total_seconds()))
+        for row in rows
+    }
+
+
+def _workers(
+    beats: Mapping[str, Beat] | None, answers: Mapping[str, Answer] | None, settings: Settings
+) -> Iterator[Finding]:
+    """Say who takes each queue, and what is wrong with a worker that only one of database and broker hears of.
+
+    None: that service is away, and the other's word is taken.
+    """
+    troubles: list[Finding] = []
+    taking: dict[str, tuple[str, ...]] = {}
+    draining: dict[str, tuple[str, ...]] = {}
+    own = version("defeat-service")
+    for name in sorted({*(beats or ()), *(answers or ())}):
+        beat, answer = (beats or {}).get(name), (answers or {}).get(name)
+        trouble = _trouble(name, beat, answer, settings, database=beats is not None, broker=answers is not None)
+        if trouble is not None:
+            troubles.append(trouble)
         else:
-            advice = f"start one: python -m worker --queues {wanted}"
-            yield Finding(f"workers for {wanted}", "wrong", "no worker answers", advice)
+            queues = beat.queues if beat is not None else answer.queues if answer is not None else ()
+            (draining if beat is not None and beat.draining else taking)[name] = queues
+        if answer is not None and answer.version != own:
+            detail = f"runs version {answer.version or 'older than its question'}, and this is {own}"
+            troubles.append(Finding(f"version of {name}", "warning", detail, "let all be of one version"))
+    for wanted in sorted({model.QUEUE for model in LEASED}):
+        takers = [name for name, queues in taking.items() if wanted in queues]
+        yield _queue(wanted, takers, [name for name, queues in draining.items() if wanted in queues])
+    yield from troubles
+
+
+def _trouble(
+    name: str, beat: Beat | None, answer: Answer | None, settings: Settings, *, database: bool, broker: bool
+) -> Finding | None:
+    """Return what is wrong with a worker by what it said to the database and to the broker, those that were asked."""
+    check = f"worker {name}"
+    silent = beat is not None and beat.age_s > settings.lease_s
+    heard = f"it was last heard of {beat.age_s:.0f} s ago" if beat is not None else "it is not registered"
+    if database and answer is not None and (beat is None or silent):
+        detail = f"answers on the broker, but does not reach the database: {heard}"
+        return Finding(check, "wrong", detail, "see its log, its DATABASE_URL and the network from there")
+    if silent:
+        advice = "see whether it was killed, and start it again; its row goes to another worker"
+        return Finding(check, "warning", f"is gone: {heard}", advice)
+    # One that ends once its work is done hears no messages any more.
+    if broker and answer is None and beat is not None and not beat.draining:
+        detail = "reaches the database, but does not answer on the broker: no message wakes it"
+        return Finding(check, "wrong", detail, "see its log, its REDIS_URL and the network from there; start it again")
+    return None
+
+
+def _queue(wanted: str, takers: Sequence[str], draining: Sequence[str]) -> Finding:
+    check, start = f"workers for {wanted}", f"start one: python -m worker --queues {wanted}"
+    drained = f"draining: {', '.join(draining)}"
+    if takers:
+        return Finding(check, "ok", "; ".join([", ".join(takers), *([drained] if draining else [])]))
+    if draining:
+        advice = f"python -m app.workers --undrain {draining[0]}, or {start}"
+        return Finding(check, "wrong", f"none takes anything new; {drained}", advice)
+    return Finding(check, "wrong", "none takes this queue", start)
 
 
 def _print_line(finding: Finding) -> None:

@@ -6,7 +6,9 @@ Served on a port of its own (`DEFEAT_METRICS_PORT`), never by the API: the numbe
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from datetime import datetime
 from typing import Final, Generic, TypeVar
 
 import structlog
@@ -14,20 +16,23 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, s
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, case, func, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.db import Database, now
 from app.leases import LEASED
-from app.models import Artifact, Checkpoint, Dataset, Job
+from app.models import Artifact, Checkpoint, Dataset, Job, Worker
+from app.scheduling import LeasedModel
 from app.settings import Settings
 from app.states import ASSET_MOVES, JOB_MOVES
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-# A scrape costs the database two small queries; what is summed over whole tables is asked for rarely.
+# What a job's label that no registered worker has is counted as: tenants choose labels, and each would be a series.
+OTHER_LABEL: Final = "other"
+# A scrape costs the database a few small queries; what is summed over whole tables is asked for rarely.
 _QUEUES_KEPT_S: Final = 5.0
 _SUMS_KEPT_S: Final = 300.0
 _LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
@@ -96,35 +101,59 @@ class ServiceCollector(Collector):
 
 def _queue_families(session: Session) -> list[Metric]:
     rows = GaugeMetricFamily(
-        "defeat_rows", "Jobs, datasets and checkpoints that have not ended, by status.", labels=["kind", "status"]
+        "defeat_rows",
+        "Jobs, datasets and checkpoints that have not ended, by status and resources.label.",
+        labels=["kind", "status", "label"],
     )
-    depth = GaugeMetricFamily("defeat_queue_depth", "Rows that wait for a worker.", labels=["queue"])
+    depth = GaugeMetricFamily(
+        "defeat_queue_depth", "Rows that wait for a worker, by resources.label.", labels=["queue", "label"]
+    )
     oldest = GaugeMetricFamily(
         "defeat_queue_oldest_seconds",
         "How long the oldest row of the queue has waited; 0: none waits.",
         labels=["queue"],
     )
-    waiting: dict[str, int] = {}
-    longest: dict[str, float] = {}
+    offered = {label for labels in session.scalars(select(Worker.labels)) for label in labels}
+    waiting: dict[tuple[str, str], int] = defaultdict(int)
+    longest: dict[str, float] = defaultdict(float)
+    present = now(session)
     for model in LEASED:
-        moves = JOB_MOVES if model is Job else ASSET_MOVES
-        # Ended rows are left out: there may be millions, and nobody watches them.
-        alive = [state for state, onward in moves.items() if onward]
-        found = select(model.status, func.count(), func.min(model.created_at)).where(model.status.in_(alive))
-        counts = {status: (count, since) for status, count, since in session.execute(found.group_by(model.status))}
-        for status in alive:
-            rows.add_metric([kind_of(model), status], counts.get(status, (0, None))[0])
-        count, since = counts.get(model.CLAIMABLE, (0, None))
-        waiting[model.QUEUE] = waiting.get(model.QUEUE, 0) + count
-        age = max(0.0, (now(session) - since).total_seconds()) if since is not None else 0.0
-        longest[model.QUEUE] = max(longest.get(model.QUEUE, 0.0), age)
-    for queue in waiting:
-        depth.add_metric([queue], waiting[queue])
-        oldest.add_metric([queue], longest[queue])
+        for (status, label), (count, since) in _alive(session, model, offered).items():
+            rows.add_metric([kind_of(model), status, label], count)
+            if status == model.CLAIMABLE:
+                waiting[model.QUEUE, label] += count
+                age = (present - since).total_seconds() if since is not None else 0.0
+                longest[model.QUEUE] = max(longest[model.QUEUE], age)
+    for key, count in waiting.items():
+        depth.add_metric(key, count)
+    for queue, age in longest.items():
+        oldest.add_metric([queue], age)
     return [rows, depth, oldest]
 
 
-def kind_of(model: type[Job] | type[Dataset] | type[Checkpoint]) -> str:
+def _alive(
+    session: Session, model: LeasedModel, offered: Collection[str]
+) -> dict[tuple[str, str], tuple[int, datetime | None]]:
+    """Return how many rows there are and since when, for each status that is no end and each label."""
+    # Ended rows are left out: there may be millions, and nobody watches them.
+    states = [state for state, onward in (JOB_MOVES if model is Job else ASSET_MOVES).items() if onward]
+    labels = {"", OTHER_LABEL, *offered} if model is Job else {""}
+    counts: dict[tuple[str, str], tuple[int, datetime | None]]
+    counts = {(status, label): (0, None) for status in states for label in sorted(labels)}
+    columns = (model.status, _bounded_label(model, offered), func.count(), func.min(model.created_at))
+    found = select(*columns).where(model.status.in_(states)).group_by(model.status, "bounded")
+    return counts | {(status, label): (count, since) for status, label, count, since in session.execute(found)}
+
+
+def _bounded_label(model: LeasedModel, offered: Collection[str]) -> ColumnElement[str]:
+    """Return the label that a row is counted under: one that a worker has, `other`, or "" for none."""
+    if model is not Job:
+        return literal("").label("bounded")
+    known = (Job.worker_label.in_(sorted(offered)), Job.worker_label)
+    return case((Job.worker_label.is_(None), ""), known, else_=OTHER_LABEL).label("bounded")
+
+
+def kind_of(model: LeasedModel) -> str:
     """Return what a row is called in labels: job, dataset or checkpoint."""
     return model.__name__.lower()
 

@@ -1,6 +1,7 @@
 """Messages to workers. A message carries a row's id and wakes somebody up; the row itself is the truth."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
@@ -18,9 +19,24 @@ log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
+WORKER_COMMAND: Final = "defeat_worker"
+"""The control message that a worker answers with what `Answer` holds."""
 BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
 """What sending or pinging raises where the broker does not answer."""
 _QUEUES = {model.QUEUE for model in (Job, Dataset, Checkpoint)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker says of itself on the broker.
+
+    Attributes:
+        queues: what it takes messages from.
+        version: of the service; None: one that is older than this question.
+    """
+
+    queues: tuple[str, ...]
+    version: str | None
 
 
 def client_url(url: str) -> str:
@@ -96,17 +112,19 @@ class Queue:
         Raises one of `BROKER_ERRORS` if the broker does not answer within seconds.
         """
         with self._client() as client:
-            return frozenset(
-                name for name in {model.QUEUE for model in (Job, Dataset, Checkpoint)} if client.llen(name)
-            )
+            return frozenset(name for name in _QUEUES if client.llen(name))
 
-    def workers(self, *, timeout_s: float = 2.0) -> dict[str, list[str]]:
-        """Return the queues of every worker that answers within the time, by its name.
+    def workers(self, *, timeout_s: float = 2.0) -> dict[str, Answer]:
+        """Return what every worker says that answers within the time, which is waited for in full, by its name.
 
         Raises one of `BROKER_ERRORS` if the broker does not answer.
         """
-        answers = self._celery.control.inspect(timeout=timeout_s).active_queues() or {}
-        return {name: sorted(str(queue["name"]) for queue in queues) for name, queues in answers.items()}
+        replies = self._celery.control.broadcast(WORKER_COMMAND, reply=True, timeout=timeout_s) or []
+        return {
+            str(name): Answer(tuple(sorted(said.get("queues", ()))), said.get("version"))
+            for reply in replies
+            for name, said in reply.items()
+        }
 
     def server(self) -> dict[str, str]:
         """Return the broker's `version` and `eviction` policy. Raises one of `BROKER_ERRORS`."""

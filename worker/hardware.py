@@ -1,10 +1,12 @@
-"""What this machine has for jobs. No torch: GPUs are asked of `nvidia-smi`."""
+"""What this machine has for jobs, and what it has run out of. No torch: GPUs are asked of `nvidia-smi`."""
 
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -18,6 +20,8 @@ log = structlog.get_logger(__name__)
 _QUERY = ("--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits")
 _ANSWER_S = 20.0
 _MIB_PER_GB = 1e9 / 2**20
+_OWN_CGROUPS: Final = Path("/proc/self/cgroup")
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def gpu_memories_gb(device: str) -> list[float]:
@@ -61,6 +65,40 @@ def _visible(lines: Sequence[str], chosen: str | None) -> list[float]:
             break  # CUDA too ignores what comes after a name that it does not know
         found.append(round(memories[full], 1))
     return found
+
+
+def memory_kills() -> int | None:
+    """Return how many processes of this one's control group the kernel has killed, ever, since memory ran out.
+
+    That of the machine or that of the group's limit; runs are in their worker's group. None where nobody says: not on
+    Linux, not in a group of its own, or not allowed to look.
+    """
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, name = _CGROUPS, "memory.events"
+        elif "memory" in controllers.split(","):
+            mount, name = _CGROUPS / "memory", "memory.oom_control"  # of version 1
+        else:
+            continue
+        # A container may be told its path on the host and be shown only its own group.
+        for file in (mount / path.lstrip("/") / name, mount / name):
+            kills = _counted(file, "oom_kill")
+            if kills is not None:
+                return kills
+    return None
+
+
+def _counted(file: Path, name: str) -> int | None:
+    try:
+        words = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(value) for key, value in words if key == name), None)
 
 
 def describe(settings: Settings, *, name: str, queues: Sequence[str]) -> Worker:

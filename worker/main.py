@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ import structlog
 from celery import Celery
 from celery.signals import celeryd_init, worker_init, worker_ready
 from celery.worker import state
+from celery.worker.control import inspect_command
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import logs, scheduling
@@ -26,7 +28,7 @@ from app.db import Database
 from app.leases import LEASED
 from app.metrics import SWEEPS_FAILED
 from app.models import Worker
-from app.queue import BROKER_ERRORS, Queue
+from app.queue import BROKER_ERRORS, WORKER_COMMAND, Queue
 from app.scheduling import Offer
 from app.settings import get_settings
 from app.storage import Storage
@@ -157,6 +159,14 @@ for _name, _adapter in ADAPTERS.items():
 @celeryd_init.connect
 def _set_up_logs(**_: object) -> None:
     logs.configure(get_settings().log_level)
+
+
+@inspect_command(name=WORKER_COMMAND)
+def _answer(told: Any) -> dict[str, Any]:
+    """Say on the broker which queues this worker hears and which version it is; see `Queue.workers`."""
+    consumer = told.consumer.task_consumer
+    queues = [queue.name for queue in consumer.queues] if consumer else []
+    return {"queues": queues, "version": version("defeat-service")}
 
 
 @worker_init.connect

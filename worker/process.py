@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from app.processes import dies_with_parent
+from worker.hardware import memory_kills
+from worker.report import RunError
 
 RUN_COMMAND: Final = (sys.executable, "-m", "worker.run")
+HOST_OUT_OF_MEMORY: Final = "host_out_of_memory"
+"""The code of the failure of a run that the kernel killed for memory."""
 
 # A run opens files that strangers made, so it gets none of the service's secrets.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
@@ -36,6 +40,7 @@ class RunProcess:
     """
 
     def __init__(self, command: Sequence[str], directory: Path, *, log: Path) -> None:
+        self._kills_before = memory_kills()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*command, str(directory)],
@@ -66,6 +71,23 @@ class RunProcess:
         except subprocess.TimeoutExpired:
             return None
 
+    def death(self, code: int) -> RunError:
+        """Return what an end without a result is to be called, soon after `wait` has returned its exit code.
+
+        The kernel counts before it kills, so that a kill for memory is seen by then.
+        """
+        kills = memory_kills()
+        if -code != signal.SIGKILL or self._kills_before is None or kills is None:
+            return RunError("infra", "run_died", _in_words(code))
+        if kills <= self._kills_before:
+            told = "not by the kernel for memory, so by a person or another program"
+            return RunError("infra", "run_died", f"the run was killed by SIGKILL, {told}, and left no result")
+        detail = (
+            "the kernel killed the run since memory ran out, that of its machine or of its worker's limit; give the "
+            "worker more, or let the run take less"
+        )
+        return RunError("oom", HOST_OUT_OF_MEMORY, detail)
+
     def terminate(self) -> None:
         """Ask the run to save and end (SIGTERM). Its helpers are its own to end."""
         self._process.send_signal(signal.SIGTERM)
@@ -90,8 +112,7 @@ def _descriptor(pid: int) -> int | None:
         return None
 
 
-def describe_exit(code: int) -> str:
-    """Say in words how a process ended that left no result."""
+def _in_words(code: int) -> str:
     if code >= 0:
         return f"the run ended with exit code {code} and left no result"
     try:

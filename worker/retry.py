@@ -69,7 +69,7 @@ def explained(adapter: Adapter[Any], row: Leased, outcome: Outcome) -> Outcome:
     if failure is None or failure["class"] not in PASSING:
         return outcome
     if failure["class"] == "oom":
-        hint = adapter.memory_hint(row)
+        hint = adapter.memory_hint(row, failure["code"])
     else:
         count = row.losses + 1
         hint = f"given up after {count} attempts in a row that ended so or lost their worker" if row.losses else ""

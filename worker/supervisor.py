@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import structlog
 from sqlalchemy import select
@@ -29,8 +29,8 @@ from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
 from worker import metrics
 from worker.keeper import CheckpointKeeper
-from worker.process import RUN_COMMAND, RunProcess, describe_exit
-from worker.report import RunError
+from worker.process import RUN_COMMAND, RunProcess
+from worker.report import FailureClass, RunError
 from worker.retry import PASSING, another, explained
 from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory
 from worker.tasks.base import Adapter, Context, Outcome, Request
@@ -221,8 +221,7 @@ class _Attempt(Generic[Row]):
             if self._interrupted and error.failure_class == "infra":
                 return None
             return Outcome.failed(error.failure_class, error.code, error.detail)
-        exit_code = None if self._must_end else self._run(request)
-        outcome = self._classify(exit_code)
+        outcome = self._classify(None if self._must_end else self._run(request))
         self._drain(outcome)
         try:
             return outcome and self._adapter.complete(outcome, self._directory)
@@ -238,7 +237,8 @@ class _Attempt(Generic[Row]):
         except OSError as error:
             raise RunError("infra", "inputs_unavailable", f"the run's inputs could not be fetched: {error}") from error
 
-    def _run(self, request: Request) -> int:
+    def _run(self, request: Request) -> RunError:
+        """See the run to its end and return what that is to be called if there is no result."""
         self._directory.write_request(
             {
                 "kind": request.kind,
@@ -256,7 +256,7 @@ class _Attempt(Generic[Row]):
         finally:
             process.kill()
 
-    def _watch(self, process: RunProcess) -> int:
+    def _watch(self, process: RunProcess) -> RunError:
         kill_at: float | None = None
         while (code := process.wait(self._supervisor.tick_s)) is None:
             self._tick()
@@ -268,7 +268,7 @@ class _Attempt(Generic[Row]):
                 log.warning("run_killed", grace_s=self._settings.cancel_grace_s)
                 process.kill()
         log.info("run_ended", exit_code=code)
-        return code
+        return process.death(code)
 
     def _drain(self, outcome: Outcome | None) -> None:
         """Record what the run said last. A checkpoint is worth waiting for only if another attempt may need it.
@@ -290,7 +290,7 @@ class _Attempt(Generic[Row]):
         """Whether the run is to end before its time, for another attempt to go on."""
         return (self._supervisor.stop.is_set() or self._status == PAUSING) and not self._cancelled
 
-    def _classify(self, exit_code: int | None) -> Outcome | None:
+    def _classify(self, death: RunError | None) -> Outcome | None:
         try:
             result = self._directory.result()
         except BadResult as error:
@@ -307,10 +307,11 @@ class _Attempt(Generic[Row]):
             return None
         if result is not None and result.status == "cancelled":
             return self._failed("run_terminated", "the run was told to end (SIGTERM) by somebody else than its worker")
-        return self._failed("run_died", describe_exit(cast(int, exit_code)))
+        assert death is not None, "a row whose run was not started is cancelled or interrupted"
+        return self._failed(death.code, death.detail, death.failure_class)
 
-    def _failed(self, code: str, detail: str) -> Outcome:
-        return Outcome.failed("infra", code, detail, log_tail=self._directory.log_tail())
+    def _failed(self, code: str, detail: str, failure_class: FailureClass = "infra") -> Outcome:
+        return Outcome.failed(failure_class, code, detail, log_tail=self._directory.log_tail())
 
     # ---- the end ----
 

@@ -143,19 +143,19 @@ def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, setting
         return _one(session, settings, lifecycle.pause(session, caller, job_id))
 
 
-@router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
+@router.post("/{job_id}/resume", status_code=202, responses=problems(NotFound, Conflict, CrossSite, QuotaBusy))
 def resume_job(
     job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep, settings: SettingsDep
 ) -> JobOut:
     """Put a paused job back into the queue. Asking again changes nothing."""
     with database.write() as session:
-        return _one(session, settings, lifecycle.resume(session, caller, job_id, queue))
+        return _one(session, settings, lifecycle.resume(session, caller, job_id, queue=queue, settings=settings))
 
 
 @router.post(
     "/{job_id}/retry",
     status_code=202,
-    responses=problems(NotFound, Conflict, Invalid, PayloadTooLarge, CrossSite, KeyReused),
+    responses=problems(NotFound, Conflict, Invalid, PayloadTooLarge, CrossSite, KeyReused, QuotaBusy),
 )
 def retry_job(
     job_id: str,
@@ -182,7 +182,7 @@ def retry_job(
             create=lambda: _one(
                 session,
                 settings,
-                lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage),
+                lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage, settings=settings),
             ),
         )
 

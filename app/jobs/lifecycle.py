@@ -18,6 +18,7 @@ from app.jobs import repository
 from app.jobs.schemas import RetryFrom
 from app.models import Job
 from app.queue import Queue
+from app.settings import Settings
 from app.states import (
     CANCELLED,
     CANCELLING,
@@ -32,6 +33,7 @@ from app.states import (
 )
 from app.storage import Storage
 from app.uploads import discard
+from app.usage import quotas
 
 AT_REST = frozenset({QUEUED, PAUSED})
 """States of jobs that have not ended and that no worker holds."""
@@ -77,10 +79,10 @@ def pause(session: Session, caller: Caller, job_id: str) -> Job:
     return _move(session, row, PAUSING, "pausing", "the job was asked to pause; it saves what it has")
 
 
-def resume(session: Session, caller: Caller, job_id: str, queue: Queue) -> Job:
+def resume(session: Session, caller: Caller, job_id: str, *, queue: Queue, settings: Settings) -> Job:
     """Put a paused job back into the queue, to go on from its last checkpoint. One that is not paused stays as it is.
 
-    Raises `NotFound`, and `Conflict` for a job that is still saving, is being cancelled or has ended.
+    Raises `NotFound`, `QuotaBusy`, and `Conflict` for a job that is still saving, is being cancelled or has ended.
     """
     row = _locked(session, caller, job_id)
     if row.status in (QUEUED, PREPARING, RUNNING):
@@ -89,20 +91,27 @@ def resume(session: Session, caller: Caller, job_id: str, queue: Queue) -> Job:
         raise Conflict(f"{row.id} is pausing and has not saved yet; resume it once it is paused")
     if row.status in (FAILED, CANCELLED):
         raise Conflict(f"{row.id} is {row.status}, not paused; POST /v1/jobs/{row.id}/retry begins another attempt")
-    _move(session, row, QUEUED, "unpaused", "the job was resumed and waits for a worker")
-    return _queued(session, row, queue)
+    note = ("unpaused", "the job was resumed and waits for a worker")
+    return _queue_again(session, row, note, queue=queue, settings=settings)
 
 
 def retry(
-    session: Session, caller: Caller, job_id: str, start: RetryFrom | None, *, queue: Queue, storage: Storage
+    session: Session,
+    caller: Caller,
+    job_id: str,
+    start: RetryFrom | None,
+    *,
+    queue: Queue,
+    storage: Storage,
+    settings: Settings,
 ) -> Job:
     """Put a job that failed or was cancelled back into the queue, with nothing held against it.
 
     `start` None: from the last training checkpoint if there is one. From the beginning, all that was logged is
     forgotten but the events, and so is what the service had adjusted.
 
-    Raises `NotFound`, and `Conflict` for a job in another state (`conflict`), without a training checkpoint
-    (`no_checkpoint`), or whose spec refers to a checkpoint that is gone (`checkpoint_not_found`).
+    Raises `NotFound`, `QuotaBusy`, and `Conflict` for a job in another state (`conflict`), without a training
+    checkpoint (`no_checkpoint`), or whose spec refers to a checkpoint that is gone (`checkpoint_not_found`).
     """
     row = _locked(session, caller, job_id)
     if row.status not in (FAILED, CANCELLED):
@@ -135,11 +144,20 @@ def retry(
         if (key := row.resume_key) is not None:
             after_commit(session, lambda: discard(storage, key))
     where = "from its last training checkpoint" if again else "from the beginning"
-    _move(session, row, QUEUED, "retried", f"the job is tried again, {where}; it waits for a worker", **values)
-    return _queued(session, row, queue)
+    note = ("retried", f"the job is tried again, {where}; it waits for a worker")
+    return _queue_again(session, row, note, queue=queue, settings=settings, **values)
 
 
-def _queued(session: Session, row: Job, queue: Queue) -> Job:
+def _queue_again(
+    session: Session, row: Job, note: tuple[str, str], *, queue: Queue, settings: Settings, **values: Any
+) -> Job:
+    """Let the job wait for a worker, within the quota that holds for new ones. `note` is an event's code and message.
+
+    Raises `Conflict`, `QuotaBusy`.
+    """
+    check_move(JOB_MOVES, row.status, QUEUED, what=row.id)
+    quotas.check(session, settings, row.tenant_id, "queued_jobs")
+    _move(session, row, QUEUED, *note, **values)
     queue.enqueue(session, row)
     session.flush()
     return row

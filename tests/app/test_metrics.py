@@ -20,6 +20,7 @@ from app.settings import Settings
 from app.sweep import sweep
 from tests.app import seed
 from tests.app.conftest import ONE_DATABASE, RecordingQueue, Tenant
+from tests.app.test_workers import worker
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
 
@@ -59,17 +60,42 @@ def test_rows_by_status_and_the_longest_wait(database: Database, settings: Setti
 
     samples = collected(ServiceCollector(database, settings))
 
-    assert samples["defeat_rows", ("job", "queued")] == 2
-    assert samples["defeat_rows", ("job", "running")] == 1
-    assert samples["defeat_rows", ("job", "preparing")] == 0
-    assert ("defeat_rows", ("job", "succeeded")) not in samples  # there may be millions
-    assert samples["defeat_queue_depth", ("jobs",)] == 2
-    assert samples["defeat_queue_depth", ("checks",)] == 0
+    assert samples["defeat_rows", ("job", "queued", "")] == 2
+    assert samples["defeat_rows", ("job", "running", "")] == 1
+    assert samples["defeat_rows", ("job", "preparing", "")] == 0
+    assert ("defeat_rows", ("job", "succeeded", "")) not in samples  # there may be millions
+    assert samples["defeat_queue_depth", ("jobs", "")] == 2
+    assert samples["defeat_queue_depth", ("checks", "")] == 0
     assert samples["defeat_queue_oldest_seconds", ("jobs",)] == pytest.approx(100, abs=20)
     assert samples["defeat_queue_oldest_seconds", ("checks",)] == 0
     assert samples["defeat_stored_bytes", ("dataset",)] == 7
     assert samples["defeat_database_up", ()] == 1
     assert 0 < samples["defeat_disk_free_bytes", ()] <= samples["defeat_disk_bytes", ()]
+
+
+def test_labels_are_those_that_workers_have(database: Database, settings: Settings, alice: Tenant) -> None:
+    dataset = seed.dataset(database, alice.id)
+    seed.dataset(database, alice.id, status="queued")
+    for name, labels in (("one", ["a100", "lab"]), ("two", ["lab"]), ("three", [])):
+        seed.add(database, worker(name, labels=labels))
+    for label in ("lab", "lab", None, "b\n{x}", *(f"made-up-{number}" for number in range(20))):
+        seed.job(database, alice.id, dataset.id, worker_label=label)
+    seed.job(database, alice.id, dataset.id, worker_label="lab", status="paused")
+
+    samples = collected(ServiceCollector(database, settings))
+
+    depth = {labels: value for (name, labels), value in samples.items() if name == "defeat_queue_depth"}
+    assert depth == {
+        ("checks", ""): 1,
+        ("jobs", ""): 1,
+        ("jobs", "a100"): 0,  # nothing waits, and the series is there
+        ("jobs", "lab"): 2,
+        ("jobs", "other"): 21,
+    }
+    assert samples["defeat_rows", ("job", "paused", "lab")] == 1
+    assert samples["defeat_rows", ("job", "queued", "other")] == 21
+    kinds = {(labels[0], labels[2]) for name, labels in samples if name == "defeat_rows"}
+    assert kinds == {("job", label) for label in ("", "a100", "lab", "other")} | {("dataset", ""), ("checkpoint", "")}
 
 
 @ONE_DATABASE

@@ -257,6 +257,58 @@ def test_a_scan_finds_every_object_of_a_folder_once(storage: Storage, file: Path
     assert storage.scan("checkpoints", after=None, limit=limit) == []
 
 
+def _put(storage: Storage, tmp_path: Path, *keys: str) -> None:
+    (tmp_path / "tiny").write_bytes(b"tiny")
+    for key in keys:
+        storage.put_file(key, tmp_path / "tiny")
+
+
+def _scanned(storage: Storage, folder: str, *, after: str | None = None, limit: int = 100) -> list[str]:
+    return [one.key for one in storage.scan(folder, after=after, limit=limit)]
+
+
+def test_a_scan_goes_on_behind_a_key_in_the_stores_own_order(storage: Storage, tmp_path: Path) -> None:
+    keys = ["jobs/job_1/a", "jobs/job_1/b/c", "jobs/job_1=x/a", "jobs/job_10/a", "jobs/job_2/a"]
+    _put(storage, tmp_path, *reversed(keys), "job/a", "jobs2/a", "jobsa")
+
+    found = _scanned(storage, "jobs")
+
+    assert sorted(found) == sorted(keys)
+    assert _scanned(storage, "jobs") == found
+    for number, key in enumerate(found):
+        assert _scanned(storage, "jobs", after=key) == found[number + 1 :]
+        assert _scanned(storage, "jobs", after=key, limit=2) == found[number + 1 : number + 3]
+    # What was found last may be deleted before the next scan, and what is new behind it is found.
+    storage.delete(found[1])
+    _put(storage, tmp_path, "jobs/job_9/new")
+    rest = _scanned(storage, "jobs", after=found[1])
+    assert [key for key in rest if key != "jobs/job_9/new"] == found[2:]
+    assert "jobs/job_9/new" in rest
+
+
+def test_on_s3_a_scan_follows_the_order_of_bytes(s3_url: str, tmp_path: Path) -> None:
+    keys = ["jobs/A/1", "jobs/a/1", "jobs/a/10", "jobs/a/2", "jobs/a/b/1", "jobs/a/~", "jobs/a=/1", "jobs/a_/1"]
+    storage = Storage(s3_url)
+    _put(storage, tmp_path, *reversed(keys))
+    assert _scanned(storage, "jobs") == keys == sorted(keys)
+    assert _scanned(storage, "jobs", after="jobs/a/3", limit=2) == ["jobs/a/b/1", "jobs/a/~"]  # a key that never was
+    assert _scanned(storage, "jobs", after="jobs/b") == []
+    assert _scanned(Storage(f"{s3_url}/jobs"), "a", after="a/10") == ["a/2", "a/b/1", "a/~"]
+
+
+def test_on_s3_a_scan_passes_over_the_servers_pages(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")  # a page of other servers has 1000: one holds all of these
+    storage, keys = Storage(s3_url), [f"jobs/{number:02}" for number in range(11)]
+    _put(storage, tmp_path, *keys)
+    assert _scanned(storage, "jobs", limit=20) == keys
+    assert _scanned(storage, "jobs", limit=5) == keys[:5]
+    assert _scanned(storage, "jobs", after=keys[3], limit=20) == keys[4:]
+    assert _scanned(storage, "jobs", after=keys[1], limit=8) == keys[2:10]
+    assert storage.list("jobs") == keys
+
+
 def test_a_scan_finds_what_a_killed_write_left(local: Storage, file: Path, tmp_path: Path) -> None:
     storage = local
     storage.put_file("jobs/job_1/a", file)

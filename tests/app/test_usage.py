@@ -14,7 +14,7 @@ from app.settings import Settings
 from app.storage import Storage
 from app.usage.__main__ import main
 from tests.app import seed
-from tests.app.conftest import Tenant
+from tests.app.conftest import RecordingQueue, Tenant
 from tests.app.test_jobs import SPEC
 from tests.racing import race
 
@@ -93,6 +93,49 @@ def test_jobs_beyond_the_quota_wait_outside(api: TestClient, database: Database,
     assert api.post("/v1/jobs", json=body | {"seed": -1}).status_code == 422
     api.post(f"/v1/jobs/{made[0].json()['id']}/cancel")
     assert api.post("/v1/jobs", json=body, headers={"Idempotency-Key": "2"}).status_code == 201
+
+
+@pytest.mark.parametrize(("verb", "status"), [("resume", "paused"), ("retry", "failed"), ("retry", "cancelled")])
+def test_jobs_that_are_queued_again_count_as_new_ones_do(
+    api: TestClient, database: Database, storage: Storage, alice: Tenant, queue: RecordingQueue, quota, verb, status,
+    tmp_path: Path,
+):  # fmt: skip
+    dataset = seed.dataset(database, alice.id)
+    (tmp_path / "checkpoint").write_bytes(b"state")
+    key = storage.put_file("jobs/x/resume/1-1.pt", tmp_path / "checkpoint").key
+    waiting = seed.job(database, alice.id, dataset.id)
+    job = seed.job(database, alice.id, dataset.id, status=status, resume_key=key)
+    path, body = f"/v1/jobs/{job.id}", {"from": "beginning"} if verb == "retry" else None
+    quota(queued_jobs=1)
+
+    refused = api.post(f"{path}/{verb}", json=body)
+
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota_busy")
+    assert "quota queued_jobs allows 1 queued jobs; there are 1: " in refused.json()["detail"]
+    assert refused.headers["Retry-After"] == "60"
+    assert api.get(path).json()["status"] == status
+    assert api.get(f"{path}/events").json()["data"] == []
+    assert (queue.sent, storage.list("jobs/x")) == ([], [key])
+    # One that waits already needs no more room, and what its state forbids is told before the quota.
+    assert api.post(f"/v1/jobs/{waiting.id}/resume").status_code == 202
+    assert api.post(f"/v1/jobs/{waiting.id}/retry").status_code == 409
+    api.post(f"/v1/jobs/{waiting.id}/cancel")
+    assert api.post(f"{path}/{verb}", json=body).json()["status"] == "queued"
+    assert queue.sent == [("worker.tasks.run_job", job.id)]
+
+
+def test_racing_resumes_do_not_pass_the_quota_together(api: TestClient, database: Database, alice: Tenant, quota):
+    dataset = seed.dataset(database, alice.id)
+    jobs = [seed.job(database, alice.id, dataset.id, status="paused") for _ in range(6)]
+    quota(queued_jobs=2)
+    answers: dict[int, int] = {}
+
+    def _resume(number: int) -> None:
+        answers[number] = api.post(f"/v1/jobs/{jobs[number].id}/resume").status_code
+
+    race(_resume, 6)
+    assert sorted(answers.values()) == [202] * 2 + [429] * 4
+    assert api.get("/v1/usage").json()["quotas"]["queued_jobs"] == {"used": 2, "limit": 2}
 
 
 def test_a_tenants_own_limit_goes_before_the_services(

@@ -51,6 +51,48 @@ def test_a_driver_that_does_not_answer_is_no_gpu(smi):
     assert hardware.gpu_memories_gb("auto") == []
 
 
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Put files in the place of the kernel's: what this process's groups are, and one of their counters."""
+
+    def _install(own: str, file: str, text: str) -> None:
+        monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "own")
+        monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroup")
+        (tmp_path / "own").write_text(own)
+        (tmp_path / "cgroup" / file).parent.mkdir(parents=True)
+        (tmp_path / "cgroup" / file).write_text(text)
+
+    return _install
+
+
+EVENTS = "low 0\nhigh 0\nmax 9\noom 8\noom_kill 7\noom_group_kill 0\n"
+CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n"
+VERSION_1 = "9:name=systemd:/a:b\n4:cpu,memory:/a:b/c\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "file", "text", "kills"),
+    [
+        ("0::/a.slice/b c.service\n", "a.slice/b c.service/memory.events", EVENTS, 7),
+        ("0::/\n", "memory.events", EVENTS, 7),  # a container of version 2
+        (VERSION_1, "memory/a:b/c/memory.oom_control", CONTROL, 7),
+        (VERSION_1, "memory/memory.oom_control", CONTROL, 7),  # a container of version 1
+        (VERSION_1, "memory/a:b/c/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\n", None),  # before Linux 4.13
+        ("0::/\n", "cgroup.procs", "1\n", None),  # the root of version 2 counts nothing
+        ("3:cpuset:/\n", "memory.events", EVENTS, None),
+        ("", "memory.events", EVENTS, None),
+    ],
+)
+def test_kills_for_memory_are_counted_where_the_kernel_says(cgroups, own: str, file: str, text: str, kills: int | None):
+    cgroups(own, file, text)
+    assert hardware.memory_kills() == kills
+
+
+def test_a_system_without_groups_counts_no_kills(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "nothing")
+    assert hardware.memory_kills() is None
+
+
 def test_a_worker_describes_itself(smi, tmp_path: Path):
     smi("0, GPU-aa11, 24564\n1, GPU-bb22, 81559\n")
     worker = hardware.describe(Settings(home=tmp_path, labels=["lab", "lab"]), name="w", queues=["jobs"])

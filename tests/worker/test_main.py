@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.models import Job, Worker
 from app.processes import dies_with_parent
-from app.queue import BROKER_ERRORS, Queue
+from app.queue import BROKER_ERRORS, Answer, Queue
 from app.stack import broker_binary, broker_command
 from tests.worker.support.world import World, alive, until
 
@@ -213,7 +214,8 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
 
     until(lambda: ("defeat_attempt_seconds_count", ("", "job", "succeeded")) in _scrape())
     samples = _scrape()
-    assert [queues for name, queues in queue.workers().items() if name.startswith("one@")] == [["jobs"]]
+    (registered_as,) = [row.name for row in world.all(Worker)]
+    assert queue.workers() == {registered_as: Answer(("jobs",), version("defeat-service"))}
     assert world.now(job).status == "succeeded"
     assert samples["defeat_claims_total", ("no", "job")] == 1
     assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row

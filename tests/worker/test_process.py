@@ -1,10 +1,20 @@
+import json
 import os
+import secrets
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from worker import process as module
 from worker.process import RunProcess
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 @pytest.fixture(params=["descriptor", "refused", "missing"])
@@ -38,6 +48,100 @@ def test_waiting_sees_the_end_and_the_code(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("system")
 def test_a_killed_run_is_seen_at_once(tmp_path: Path) -> None:
-    process = RunProcess([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, log=tmp_path / "log.txt")
+    process = RunProcess(SLEEP, tmp_path, log=tmp_path / "log.txt")
     process.kill()
     assert process.wait(20) == -9
+
+
+PROBABLY = "the run was killed by SIGKILL and left no result; the machine was probably out of memory"
+NOT_FOR_MEMORY = (
+    "the run was killed by SIGKILL, not by the kernel for memory, so by a person or another program, and left no result"
+)
+FOR_MEMORY = (
+    "the kernel killed the run since memory ran out, that of its machine or of its worker's limit; give the worker "
+    "more, or let the run take less"
+)
+SEGFAULT = "the run was killed by SIGSEGV and left no result"
+
+
+@pytest.mark.parametrize(
+    ("number", "before", "after", "named"),
+    [
+        (signal.SIGKILL, 3, 4, ("oom", "host_out_of_memory", FOR_MEMORY)),
+        (signal.SIGKILL, 3, 3, ("infra", "run_died", NOT_FOR_MEMORY)),
+        (signal.SIGKILL, None, 4, ("infra", "run_died", PROBABLY)),
+        (signal.SIGKILL, 3, None, ("infra", "run_died", PROBABLY)),
+        (signal.SIGSEGV, 3, 4, ("infra", "run_died", SEGFAULT)),
+    ],
+)
+def test_what_a_death_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, before: int | None, after: int | None, named: tuple
+) -> None:
+    kills = iter((before, after))
+    monkeypatch.setattr(module, "memory_kills", lambda: next(kills))
+    process = RunProcess(SLEEP, tmp_path, log=tmp_path / "log.txt")
+    os.kill(process.pid, number)
+    code = process.wait(20)
+    process.kill()
+    assert code == -number
+    death = process.death(code)
+    assert (death.failure_class, death.code, death.detail) == named
+
+
+LIMIT_BYTES = 256 * 2**20
+# The worker's part joins the group first, as a container's processes are in theirs; the run is in it by birth.
+WORKER = """
+import json, os, sys
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+from worker.process import RunProcess
+process = RunProcess([sys.executable, "-c", sys.argv[2]], Path(sys.argv[3]), log=Path(sys.argv[3], "log.txt"))
+code = process.wait(60)
+death = process.death(code)
+process.kill()
+print(json.dumps([code, death.failure_class, death.code]))
+"""
+EAT = "eaten = [bytes([1]) * 2**20 for _ in range(2000)]"
+KILL = "import os; os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    """A control group with little memory, of the version that this machine has."""
+    first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    old = (first / "memory.limit_in_bytes").exists()
+    group = (first if old else second) / f"defeat-test-{secrets.token_hex(6)}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    with ExitStack() as cleaning:
+        cleaning.callback(_remove, group)
+        limits = {"memory.limit_in_bytes": LIMIT_BYTES, "memory.swappiness": 0}
+        try:
+            for name, value in (limits if old else {"memory.max": LIMIT_BYTES, "memory.swap.max": 0}).items():
+                (group / name).write_text(str(value))
+        except OSError as error:
+            pytest.skip(f"no memory can be limited here: {error}")
+        yield group
+
+
+def _remove(group: Path) -> None:
+    """Remove a group whose processes have ended; the kernel may take a moment to see that."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+@pytest.mark.parametrize(("run", "named"), [(EAT, ["oom", "host_out_of_memory"]), (KILL, ["infra", "run_died"])])
+def test_the_kernel_is_asked_who_killed_a_run(limited: Path, tmp_path: Path, run: str, named: list[str]) -> None:
+    command = [sys.executable, "-c", WORKER, str(limited), run, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout) == [-signal.SIGKILL, *named]

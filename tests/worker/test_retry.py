@@ -18,6 +18,7 @@ from app.states import PAUSED, PAUSING, QUEUED
 from app.sweep import sweep
 from tests.app.conftest import RecordingQueue
 from tests.worker.support.world import FlakyDatabase, World, alive, until
+from worker import hardware
 from worker.retry import backoff_s
 from worker.tasks.base import Context
 from worker.tasks.memory import adjusted
@@ -222,6 +223,47 @@ def test_parts_of_a_batch_are_equal(world: World) -> None:
     job = memory_job(world, "distillation", batch_size=18, gpus=2)  # 9 each: 2 would not divide it
     world.work(job)
     assert world.now(job).adjustments == {"schedule": {"accumulation": 3}}
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's count of kills for memory, in a file that a run's script may write."""
+    counter = tmp_path / "cgroup" / "memory.events"
+    counter.parent.mkdir()
+    counter.write_text("oom_kill 3\n")
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", counter.parent)
+    return counter
+
+
+def killed_for_memory(kernel: Path, kills: int) -> list:
+    return [["write", str(kernel), f"oom_kill {kills}\n"], ["kill", signal.SIGKILL]]
+
+
+def test_a_run_that_the_kernel_killed_for_memory_takes_less(world: World, kernel: Path) -> None:
+    job = memory_job(world, "distillation")
+    steps = job.spec["script"][:-1]
+    next_attempt(world, job, *steps, *killed_for_memory(kernel, 4))
+    row = world.now(job)
+    assert (row.status, row.adjustments, row.losses) == ("queued", {"schedule": {"accumulation": 2}}, 0)
+    assert row.not_before < utcnow() + timedelta(seconds=20)  # at once
+    assert "oom failure host_out_of_memory: the kernel killed the run since memory ran out" in last_message(world, job)
+
+    next_attempt(world, job, *steps, *killed_for_memory(kernel, 5))
+    row = world.now(job)
+    assert (row.status, row.failure["class"], row.failure["code"]) == ("failed", "oom", "host_out_of_memory")
+    told = row.failure["detail"]
+    assert "give the worker more, or let the run take less; schedule.accumulation 2 was tried" in told
+    assert told.endswith("fewer decoded pictures kept in memory (the worker's DEFEAT_PICTURE_MEMORY_BYTES)")
+
+
+def test_a_run_that_somebody_killed_is_tried_again_as_it_was(world: World, kernel: Path) -> None:
+    job = memory_job(world, "distillation")
+    next_attempt(world, job, *job.spec["script"][:-1], *killed_for_memory(kernel, 3))
+    row = world.now(job)
+    assert (row.status, row.adjustments, row.losses) == ("queued", None, 1)
+    assert "not by the kernel for memory" in last_message(world, job)
 
 
 # ---- pausing ----

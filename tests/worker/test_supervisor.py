@@ -138,7 +138,8 @@ def test_a_run_that_fails_says_why_and_leaves_its_log(world: World) -> None:
         (["exit", 7], "the run ended with exit code 7 and left no result"),
     ],
 )
-def test_a_run_that_dies(world: World, step: list, detail: str) -> None:
+def test_a_run_that_dies(world: World, monkeypatch: pytest.MonkeyPatch, step: list, detail: str) -> None:
+    monkeypatch.setattr("worker.process.memory_kills", lambda: None)  # the kernel does not say for what
     job = world.job(["print", "last words"], metrics(1, 1.0), ["raw", '{"type": "progr'], step)
     world.work(job)
     row = world.now(job)

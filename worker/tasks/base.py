@@ -91,9 +91,9 @@ class Adapter(ABC, Generic[Row]):
         del row
         return None
 
-    def memory_hint(self, row: Row) -> str:
-        """Say what to change in the row after memory ran out; empty: the run has said all there is to say."""
-        del row
+    def memory_hint(self, row: Row, code: str) -> str:
+        """Say what to change after memory ran out, by the failure's code; empty: the run has said all there is."""
+        del row, code
         return ""
 
     def goes_on(self, row: Row) -> str:

@@ -18,6 +18,7 @@ from app.ids import new_id
 from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvaluation, JobEvent, JobMetric
 from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
 from app.storage import Stored
+from worker.process import HOST_OUT_OF_MEMORY
 from worker.report import RunError
 from worker.rundir import Evaluation, Event, Message, Metrics, Progress, ResultArtifact, RunDirectory
 from worker.tasks import memory
@@ -110,9 +111,11 @@ class JobAdapter(Adapter[Job]):
         changes = None if row.adjustments else memory.lighter(row.spec, _phase(row))
         return None if changes is None else ({"adjustments": changes}, f"with {memory.describe(changes)}")
 
-    def memory_hint(self, row: Job) -> str:
-        """Say what of the spec to change, and what the service has tried."""
+    def memory_hint(self, row: Job, code: str) -> str:
+        """Say what of the spec to change, what the service has tried, and what of the machine's memory to save."""
         advice = memory.hint(memory.adjusted(row.spec, row.adjustments), _phase(row))
+        if code == HOST_OUT_OF_MEMORY:
+            advice += "; or have fewer decoded pictures kept in memory (the worker's DEFEAT_PICTURE_MEMORY_BYTES)"
         tried = f"{memory.describe(row.adjustments)} was tried and is too much, too; " if row.adjustments else ""
         return tried + advice
 
