@@ -69,7 +69,7 @@ _OPTIMIZERS: dict[tuple[Data, Architecture], Spec] = {
 # The teacher's and the students'. RetinaNet's narrow heads start with hardly any signal, and learn to classify late.
 _EPOCHS: dict[tuple[Data, Architecture], tuple[int, int]] = {
     ("digits", "faster_rcnn"): (6, 6),
-    ("digits", "retinanet"): (20, 12),
+    ("digits", "retinanet"): (20, 40),
     ("bccd", "faster_rcnn"): (9, 6),
     ("bccd", "retinanet"): (30, 20),
 }
