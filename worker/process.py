@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from worker.report import RunError
 RUN_COMMAND: Final = (sys.executable, "-m", "worker.run")
 HOST_OUT_OF_MEMORY: Final = "host_out_of_memory"
 """The code of the failure of a run that the kernel killed for memory."""
+
+_LEAST_ROOM_BYTES: Final = 1024 * 1024
 
 # A run opens files that strangers made, so it gets none of the service's secrets.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
@@ -40,6 +43,7 @@ class RunProcess:
     """
 
     def __init__(self, command: Sequence[str], directory: Path, *, log: Path) -> None:
+        self._directory = directory
         self._kills_before = memory_kills()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -76,6 +80,10 @@ class RunProcess:
 
         The kernel counts before it kills, so that a kill for memory is seen by then.
         """
+        if code > 0 and shutil.disk_usage(self._directory).free < _LEAST_ROOM_BYTES:
+            # It could not even write down what went wrong.
+            detail = f"{_in_words(code)}; the disk of its worker's scratch directory is full: free some space"
+            return RunError("infra", "disk_full", detail)
         kills = memory_kills()
         if -code != signal.SIGKILL or self._kills_before is None or kills is None:
             return RunError("infra", "run_died", _in_words(code))

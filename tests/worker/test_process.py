@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,19 @@ def test_a_killed_run_is_seen_at_once(tmp_path: Path) -> None:
     process = RunProcess(SLEEP, tmp_path, log=tmp_path / "log.txt")
     process.kill()
     assert process.wait(20) == -9
+
+
+@pytest.mark.parametrize(("free", "code"), [(0, "disk_full"), (2**30, "run_died")])
+def test_a_run_that_had_no_room_to_say_why_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, code: str
+) -> None:
+    process = RunProcess([sys.executable, "-c", "raise SystemExit(1)"], tmp_path, log=tmp_path / "log.txt")
+    assert process.wait(20) == 1
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    failure = process.death(1)
+    assert (failure.failure_class, failure.code) == ("infra", code)
+    assert failure.detail.startswith("the run ended with exit code 1 and left no result")
+    process.kill()
 
 
 PROBABLY = "the run was killed by SIGKILL and left no result; the machine was probably out of memory"
