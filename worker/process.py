@@ -14,9 +14,9 @@ from app.processes import dies_with_parent
 
 RUN_COMMAND: Final = (sys.executable, "-m", "worker.run")
 
-# A run opens files that strangers made, so it gets none of the service's secrets.
+# A run opens files that strangers made, so it gets none of the service's secrets: OTEL_EXPORTER_OTLP_HEADERS is one.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
-_SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_")
+_SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_", "OTEL_")
 
 
 def run_environment() -> dict[str, str]:

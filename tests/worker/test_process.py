@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.process import RunProcess
+from worker.process import RunProcess, run_environment
 
 
 @pytest.fixture(params=["descriptor", "refused", "missing"])
@@ -41,3 +41,10 @@ def test_a_killed_run_is_seen_at_once(tmp_path: Path) -> None:
     process = RunProcess([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, log=tmp_path / "log.txt")
     process.kill()
     assert process.wait(20) == -9
+
+
+def test_a_run_gets_none_of_the_services_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("DATABASE_URL", "DEFEAT_SECRET", "AWS_SECRET_ACCESS_KEY", "OTEL_EXPORTER_OTLP_HEADERS")
+    for name in secrets:
+        monkeypatch.setenv(name, "secret")
+    assert not run_environment().keys() & set(secrets)
