@@ -4,6 +4,7 @@ import re
 import time
 
 import structlog
+from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -42,6 +43,7 @@ class Boundary:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
+        trace.get_current_span().set_attribute("defeat.request_id", request_id)
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await _Exchange(self.app, scope, receive, send, request_id).run()
 

@@ -4,11 +4,20 @@ import logging
 import sys
 
 import structlog
+from opentelemetry import trace
 
 
 def _to_stderr(*_names: object) -> structlog.WriteLogger:
     # Asked for at each message: a stream kept from the start may have been replaced and closed since.
     return structlog.WriteLogger(sys.stderr)
+
+
+def _add_span(_logger: object, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    current = trace.get_current_span().get_span_context()
+    if current.is_valid:
+        event["trace_id"] = trace.format_trace_id(current.trace_id)
+        event["span_id"] = trace.format_span_id(current.span_id)
+    return event
 
 
 def configure(level: str) -> None:
@@ -24,6 +33,7 @@ def configure(level: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _add_span,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *renderer,

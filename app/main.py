@@ -1,7 +1,7 @@
 """The HTTP service: `uvicorn app.main:create_app --factory`."""
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
 from sqlalchemy.exc import DBAPIError
 
-from app import logs, problems
+from app import logs, problems, traces
 from app.api import ROUTERS
 from app.boundary import Boundary
 from app.db import Database
@@ -31,12 +31,14 @@ from app.uploads import remove_abandoned
 log = structlog.get_logger()
 
 _STOP_S = 10.0
+_PROBES = frozenset({"/healthz", "/readyz"})
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Return the application; its database, broker and object store are opened when it starts."""
     settings = settings or get_settings()
     logs.configure(settings.log_level)
+    traces.configure("defeat-api")
     app = _Api(
         title="DeFeat: distillation as a service",
         version=version("defeat-service"),
@@ -45,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The stock pages run a script of somebody else's host on the origin that holds the dashboard's session.
         docs_url=None,
         redoc_url=None,
+        telemetry={"auto_configure": False, "exclude": _is_probe},
     )
     app.state.settings = settings
     app.add_middleware(Boundary)
@@ -52,6 +55,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     return app
+
+
+def _is_probe(scope: MutableMapping[str, Any]) -> bool:
+    """Say whether this is one of the requests that come every few seconds, and of which no trace is worth its room."""
+    return scope.get("path") in _PROBES
 
 
 @asynccontextmanager
@@ -71,6 +79,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(sweeper.stop)
         queue.close()
         database.dispose()
+        await run_in_threadpool(traces.flush)  # uvicorn ends by the signal that it got
 
 
 class _Sweeper(threading.Thread):

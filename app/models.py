@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from app.db import UTCDateTime, utcnow
 from app.logs import current_request_id
 from app.states import CANCELLING, CHECKING, PAUSING, PREPARING, QUEUED, RUNNING
+from app.traces import TRACEPARENT_LENGTH, current_traceparent
 
 # `none_as_null`: Python's None is SQL's NULL, never JSON's `null`.
 Json = JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
@@ -124,6 +125,8 @@ class Leased:
     enqueued_at: Mapped[datetime | None]
     # Of the request that made the row, so that every log line about it can be found by the id that its sender got.
     request_id: Mapped[str | None] = mapped_column(String(64), default=current_request_id)
+    # Likewise, of its trace: a message may be lost or sent again, and an attempt may be the second, hours later.
+    traceparent: Mapped[str | None] = mapped_column(String(TRACEPARENT_LENGTH), default=current_traceparent)
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

@@ -8,10 +8,12 @@ import redis
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
+from opentelemetry.trace import SpanKind
 from sqlalchemy import Connection, Engine, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app import traces
 from app.db import after_commit, now, update_count
 from app.models import Checkpoint, Dataset, Job, Leased
 
@@ -80,7 +82,16 @@ class Queue:
         """
         # Once more, since a pooled connection may be of a broker that was restarted in the meantime.
         policy = {"max_retries": 1, "interval_start": 0.1, "interval_step": 0}
-        self._celery.send_task(model.TASK, args=[row_id, hops], queue=model.QUEUE, retry=True, retry_policy=policy)
+        attributes = {"messaging.destination.name": model.QUEUE, "defeat.row": row_id}
+        with traces.span(f"send {model.TASK}", kind=SpanKind.PRODUCER, attributes=attributes):
+            self._celery.send_task(
+                model.TASK,
+                args=[row_id, hops],
+                queue=model.QUEUE,
+                headers={"traceparent": traces.current_traceparent()},
+                retry=True,
+                retry_policy=policy,
+            )
 
     def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
         """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""

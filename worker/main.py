@@ -17,13 +17,19 @@ from types import FrameType
 from typing import Any
 
 import structlog
-from celery import Celery
-from celery.signals import celeryd_init, worker_init, worker_ready
+from celery import Celery, Task
+from celery.signals import (
+    celeryd_init,
+    worker_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+)
 from celery.worker import state
 from celery.worker.control import inspect_command
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import logs, scheduling
+from app import logs, scheduling, traces
 from app.db import Database
 from app.leases import LEASED
 from app.metrics import SWEEPS_FAILED
@@ -121,13 +127,14 @@ def start(*, name: str, queues: Sequence[str]) -> None:
 
 
 def _register(name: str, adapter: type[Adapter[Any]]) -> None:
-    @celery.task(name=name)
-    def _task(row_id: str, hops: int = 0) -> None:
+    @celery.task(name=name, bind=True)
+    def _task(self: "Task[Any, Any]", row_id: str, hops: int = 0) -> None:
         context, worker = _context(), _presence.registered
         owner = f"{worker.id}/{socket.gethostname()}:{os.getpid()}"
         # Checks first: they are short, and a long job would hold them up.
         kinds = [kind for kind in reversed(ADAPTERS.values()) if kind.model.QUEUE in worker.queues]
-        with _stop_on_signal() as stop:
+        # No span of its own: a worker that finds one row after the other may be at one message for days.
+        with _stop_on_signal() as stop, traces.within(self.request.get("traceparent")):
             supervisor = Supervisor(context, owner=owner, stop=stop, offer=Offer.of(worker))
             if not supervisor.serve([kind(context) for kind in kinds]) and not stop.is_set():
                 _pass_on(context, worker, adapter.model, row_id, hops)
@@ -167,6 +174,17 @@ def _answer(told: Any) -> dict[str, Any]:
     consumer = told.consumer.task_consumer
     queues = [queue.name for queue in consumer.queues] if consumer else []
     return {"queues": queues, "version": version("defeat-service")}
+
+
+@worker_process_init.connect
+def _set_up_traces(**_: object) -> None:
+    """Trace the pool's child, which does the work: an exporter's thread and connections would not survive the fork."""
+    traces.configure("defeat-worker")
+
+
+@worker_process_shutdown.connect
+def _export_the_rest(**_: object) -> None:
+    traces.flush()
 
 
 @worker_init.connect

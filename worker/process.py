@@ -21,9 +21,9 @@ HOST_OUT_OF_MEMORY: Final = "host_out_of_memory"
 
 _LEAST_ROOM_BYTES: Final = 1024 * 1024
 
-# A run opens files that strangers made, so it gets none of the service's secrets.
+# A run opens files that strangers made, so it gets none of the service's secrets: OTEL_EXPORTER_OTLP_HEADERS is one.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
-_SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_")
+_SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_", "OTEL_")
 
 
 def run_environment() -> dict[str, str]:

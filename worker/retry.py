@@ -27,6 +27,14 @@ class Again:
     message: Message
 
 
+def worker_error(error: Exception) -> Outcome:
+    """Return what a failure of the worker itself is called."""
+    if isinstance(error, OSError):
+        return Outcome.failed("infra", "worker_disk", f"the worker's scratch directory failed: {error}")
+    detail = f"unexpected {type(error).__name__} in the worker; its log has the details"
+    return Outcome.failed("infra", "worker_error", detail)
+
+
 def another(
     adapter: Adapter[Any], row: Leased, failure: dict[str, Any], settings: Settings, *, present: datetime
 ) -> Again | None:

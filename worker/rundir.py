@@ -5,12 +5,14 @@ what a database would refuse, sizes are bounded, and a path may not lead out of 
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from app.processes import Locked, locked
 from app.storage import check_key
 
 MAX_LINE_BYTES = 1024 * 1024
@@ -277,3 +279,14 @@ class RunDirectory:
         except FileNotFoundError:
             return []
         return [_clean(line[:_MAX_LOG_LINE]) for line in text.splitlines()[-LOG_TAIL_LINES:]]
+
+
+def remove_dead_runs(runs: Path) -> None:
+    """Remove the run directories whose supervisor is gone. Safe while others work."""
+    for lock in runs.glob("*.lock"):
+        try:
+            with locked(lock):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        except Locked:
+            continue

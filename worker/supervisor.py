@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import count
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -23,16 +22,18 @@ from sqlalchemy.orm import Session
 from app import leases
 from app.db import now
 from app.leases import LeaseLost, Row
-from app.processes import Locked, locked
+from app.processes import locked
 from app.scheduling import Offer
 from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
+from app.traces import span
 from worker import metrics
+from worker.attempts import attempt, ended
 from worker.keeper import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess
 from worker.report import FailureClass, RunError
-from worker.retry import PASSING, another, explained
-from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory
+from worker.retry import PASSING, another, explained, worker_error
+from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory, remove_dead_runs
 from worker.tasks.base import Adapter, Context, Outcome, Request
 
 log = structlog.get_logger(__name__)
@@ -114,7 +115,7 @@ class Supervisor:
                 adapter.record(session, row, [_claimed(row.attempt)])
         if row is None:
             return False
-        with structlog.contextvars.bound_contextvars(row=row.id, attempt=row.attempt, request_id=row.request_id):
+        with attempt(row):
             log.info("claimed")
             metrics.claimed(row)
             try:
@@ -122,8 +123,10 @@ class Supervisor:
             except LeaseLost as error:
                 log.warning("lease_lost", error=str(error))
                 metrics.lease_lost(row)
+                ended("lease_lost")
             except Stopped as error:
                 log.warning("stopped", error=str(error))
+                ended("stopped")
             finally:
                 metrics.released(row)
         return True
@@ -133,17 +136,6 @@ def _claimed(attempt: int) -> Message:
     if attempt == 1:
         return Message(level="info", code="claimed", message="a worker has begun")
     return Message(level="info", code="resumed", message=f"a worker has begun attempt {attempt}")
-
-
-def remove_dead_runs(runs: Path) -> None:
-    """Remove the run directories whose supervisor is gone. Safe while others work."""
-    for lock in runs.glob("*.lock"):
-        try:
-            with locked(lock):
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-        except Locked:
-            continue
 
 
 class _Attempt(Generic[Row]):
@@ -180,7 +172,7 @@ class _Attempt(Generic[Row]):
                 raise
             except Exception as error:
                 log.exception("supervisor_failed")
-                failed = _worker_error(error)
+                failed = worker_error(error)
                 if not self._try_again(failed):
                     self._record_end(failed, {})
                 raise
@@ -228,6 +220,7 @@ class _Attempt(Generic[Row]):
         except BadResult as error:
             return self._failed("bad_result", str(error))
 
+    @span("prepare")
     def _prepare(self, resources: ExitStack) -> Request:
         def _fetch() -> Request:
             return self._adapter.prepare(self._row, self._directory.path, resources)
@@ -237,6 +230,7 @@ class _Attempt(Generic[Row]):
         except OSError as error:
             raise RunError("infra", "inputs_unavailable", f"the run's inputs could not be fetched: {error}") from error
 
+    @span("run")
     def _run(self, request: Request) -> RunError:
         """See the run to its end and return what that is to be called if there is no result."""
         self._directory.write_request(
@@ -320,12 +314,7 @@ class _Attempt(Generic[Row]):
         if self._try_again(outcome):
             return outcome
         try:
-            uploaded = self._meanwhile(
-                lambda: self._with_retries(
-                    lambda: self._adapter.upload(self._row, outcome, self._directory),
-                    patience_s=self._settings.storage_patience_s,
-                )
-            )
+            uploaded = self._store(outcome)
         except (OSError, ValueError) as error:
             if self._interrupted:
                 return None
@@ -340,6 +329,13 @@ class _Attempt(Generic[Row]):
             log.warning("not_tidied", error=str(error))
         return outcome
 
+    @span("store")
+    def _store(self, outcome: Outcome) -> dict[str, Stored]:
+        def _upload() -> dict[str, Stored]:
+            return self._adapter.upload(self._row, outcome, self._directory)
+
+        return self._meanwhile(lambda: self._with_retries(_upload, patience_s=self._settings.storage_patience_s))
+
     def _record_end(self, outcome: Outcome, uploaded: dict[str, Stored]) -> None:
         def _finish(session: Session, fresh: Row) -> None:
             told = explained(self._adapter, fresh, outcome)
@@ -348,6 +344,7 @@ class _Attempt(Generic[Row]):
         self._patiently(_finish)
         log.info("finished", status=outcome.status, failure=outcome.failure and outcome.failure["code"])
         metrics.finished(self._row, outcome, time.monotonic() - self._begun_at)
+        ended(outcome.status, outcome.failure)
 
     def _try_again(self, outcome: Outcome) -> bool:
         """Give the row back to be tried again if its failure may pass; return whether it was."""
@@ -367,6 +364,7 @@ class _Attempt(Generic[Row]):
         self._patiently(_decide)
         if again is not None:
             log.info("to_be_tried_again", failure=failure["code"])
+            ended("retrying", failure)
         return again is not None
 
     def _hand_back(self) -> None:
@@ -386,6 +384,7 @@ class _Attempt(Generic[Row]):
         self._patiently(_rest)
         log.info("handed_back")
         metrics.handed_back(self._row)
+        ended("handed_back")
 
     def _give_back(self, session: Session, fresh: Row, status: str, note: Message, **values: Any) -> None:
         """Let go of the row; where it is queued, the sweep sends its message."""
@@ -491,10 +490,3 @@ class _Attempt(Generic[Row]):
                 metrics.STORAGE_RETRIES.inc()
                 self._supervisor.stop.wait(pause)
         raise AssertionError("unreachable")
-
-
-def _worker_error(error: Exception) -> Outcome:
-    if isinstance(error, OSError):
-        return Outcome.failed("infra", "worker_disk", f"the worker's scratch directory failed: {error}")
-    detail = f"unexpected {type(error).__name__} in the worker; its log has the details"
-    return Outcome.failed("infra", "worker_error", detail)

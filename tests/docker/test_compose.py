@@ -93,7 +93,7 @@ class Image:
 def resolved(service: dict[str, Any], replaced: dict[str, str]) -> dict[str, str]:
     """Return the service's environment with what the test has in place of its services."""
     assert replaced.keys() - {"DEFEAT_HOME", "DEFEAT_METRICS_PORT", "PATH"} <= service["environment"].keys()
-    return {name: str(value) for name, value in service["environment"].items()} | replaced
+    return {name: str(value) for name, value in service["environment"].items() if value is not None} | replaced
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from worker import process as module
-from worker.process import RunProcess
+from worker.process import RunProcess, run_environment
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -159,3 +159,10 @@ def test_the_kernel_is_asked_who_killed_a_run(limited: Path, tmp_path: Path, run
     command = [sys.executable, "-c", WORKER, str(limited), run, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == [-signal.SIGKILL, *named]
+
+
+def test_a_run_gets_none_of_the_services_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("DATABASE_URL", "DEFEAT_SECRET", "AWS_SECRET_ACCESS_KEY", "OTEL_EXPORTER_OTLP_HEADERS")
+    for name in secrets:
+        monkeypatch.setenv(name, "secret")
+    assert not run_environment().keys() & set(secrets)
