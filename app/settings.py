@@ -84,8 +84,9 @@ class Settings(BaseSettings):
     storage_patience_s: float = Field(
         default=900.0,
         ge=0,
-        description="How long a worker keeps a finished run and tries to store what it left, while the object store "
-        "refuses or does not answer, seconds; after that another attempt goes on from the last training checkpoint.",
+        description="How long a worker waits for an object store that refuses or does not answer, to fetch a run's "
+        "inputs or to store what it left, seconds; after that another attempt goes on from the last training "
+        "checkpoint.",
     )
     cancel_grace_s: float = Field(
         default=20.0,

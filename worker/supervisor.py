@@ -42,8 +42,8 @@ T = TypeVar("T")
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 _TRIES = 4
 _MAX_BACKOFF_S = 5.0
-# For what another attempt makes up for: inputs that cannot be fetched, the last checkpoint that cannot be stored.
-_PATIENCE_S = 10.0
+# How long somebody who waits for an attempt's end waits for the object store.
+_HURRY_S = 10.0
 
 
 class Stopped(Exception):
@@ -210,8 +210,8 @@ class _Attempt(Generic[Row]):
         try:
             request = self._prepare(resources)
         except RunError as error:
-            if self._interrupted and error.failure_class == "infra":
-                return None
+            if self._must_end and error.failure_class == "infra":
+                return Outcome("cancelled") if self._cancelled else None
             return Outcome.failed(error.failure_class, error.code, error.detail)
         outcome = self._classify(None if self._must_end else self._run(request))
         self._drain(outcome)
@@ -226,7 +226,7 @@ class _Attempt(Generic[Row]):
             return self._adapter.prepare(self._row, self._directory.path, resources)
 
         try:
-            return self._meanwhile(lambda: self._with_retries(_fetch, patience_s=_PATIENCE_S))
+            return self._patiently_with_store(_fetch, hurry=lambda: self._must_end)
         except OSError as error:
             raise RunError("infra", "inputs_unavailable", f"the run's inputs could not be fetched: {error}") from error
 
@@ -272,7 +272,7 @@ class _Attempt(Generic[Row]):
         failure = None if outcome is None else outcome.failure
         passing = failure is not None and failure["class"] in PASSING
         needed = passing or outcome is None or outcome.status == "cancelled"
-        patience = time.monotonic() + _PATIENCE_S
+        patience = time.monotonic() + _HURRY_S
         while not self._directory.events.exhausted or not self._keeper.idle:
             if not needed or time.monotonic() > patience:
                 self._keeper.drop_waiting()
@@ -319,7 +319,8 @@ class _Attempt(Generic[Row]):
             if self._interrupted:
                 return None
             detail = f"the run {outcome.status}, but what it left could not be stored: {error}"
-            outcome, uploaded = self._failed("storage_failed", detail), {}
+            uploaded = {}
+            outcome = Outcome("cancelled") if self._cancelled else self._failed("storage_failed", detail)
             if self._try_again(outcome):
                 return outcome
         self._record_end(outcome, uploaded)
@@ -334,7 +335,7 @@ class _Attempt(Generic[Row]):
         def _upload() -> dict[str, Stored]:
             return self._adapter.upload(self._row, outcome, self._directory)
 
-        return self._meanwhile(lambda: self._with_retries(_upload, patience_s=self._settings.storage_patience_s))
+        return self._patiently_with_store(_upload, hurry=lambda: self._cancelled)
 
     def _record_end(self, outcome: Outcome, uploaded: dict[str, Stored]) -> None:
         def _finish(session: Session, fresh: Row) -> None:
@@ -477,16 +478,26 @@ class _Attempt(Generic[Row]):
             self._tick()
         return future.result()
 
-    def _with_retries(self, work: Callable[[], T], *, patience_s: float) -> T:
-        until = time.monotonic() + patience_s
-        for number in count():
-            pause = min(self._supervisor.backoff_s * 2.0 ** min(number, 10), _MAX_BACKOFF_S)
-            try:
-                return work()
-            except OSError as error:
-                if time.monotonic() + pause > until or self._supervisor.stop.is_set():
-                    raise
-                log.warning("storage_retry", error=str(error))
-                metrics.STORAGE_RETRIES.inc()
-                self._supervisor.stop.wait(pause)
-        raise AssertionError("unreachable")
+    def _patiently_with_store(self, work: Callable[[], T], *, hurry: Callable[[], bool]) -> T:
+        """Do `work` as soon as the object store lets it; nothing else could be done without the store either.
+
+        Raises its error once patience has ended: `hurry` says whether somebody waits for this attempt's end.
+        """
+        begun, stop = time.monotonic(), self._supervisor.stop
+
+        def _repeat() -> T:
+            for number in count():
+                pause = min(self._supervisor.backoff_s * 2.0 ** min(number, 10), _MAX_BACKOFF_S)
+                try:
+                    return work()
+                except OSError as error:
+                    patience_s = self._settings.storage_patience_s
+                    patience_s = min(patience_s, _HURRY_S) if hurry() else patience_s
+                    if stop.is_set() or time.monotonic() + pause > begun + patience_s:
+                        raise
+                    log.warning("storage_retry", error=str(error))
+                    metrics.STORAGE_RETRIES.inc()
+                    stop.wait(pause)
+            raise AssertionError("unreachable")
+
+        return self._meanwhile(_repeat)

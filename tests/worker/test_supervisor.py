@@ -354,6 +354,49 @@ def test_an_upload_that_keeps_failing_is_an_infra_failure(world: World) -> None:
     assert world.artifacts(job) == {}
 
 
+def test_a_job_waits_with_its_worker_for_a_store_that_cannot_be_read(world: World) -> None:
+    world.storage.unreadable = True
+    job = world.job(["finish", "succeeded", {}])
+    with world.working(job):
+        until(lambda: world.storage.refused > 3)
+        world.storage.unreadable = False
+    row = world.now(job)
+    assert (row.status, row.attempt, row.losses) == ("succeeded", 1, 0)
+    assert world.codes(job) == ["claimed", "succeeded"]
+
+
+def test_inputs_that_stay_unreadable_are_an_infra_failure(world: World) -> None:
+    world.settings.storage_patience_s = 0.1
+    world.storage.unreadable = True
+    job = world.job(["finish", "succeeded", {}])
+    world.work(job)
+    assert world.now(job).failure["code"] == "inputs_unavailable"
+
+
+@pytest.mark.parametrize(("asked", "status"), [("cancelling", "cancelled"), ("pausing", "paused")])
+def test_nobody_waits_long_for_a_store_to_cancel_or_pause(
+    world: World, monkeypatch: pytest.MonkeyPatch, asked: str, status: str
+) -> None:
+    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.1)
+    world.storage.unreadable = True
+    job = world.job(["finish", "succeeded", {}])
+    with world.working(job):
+        until(lambda: world.storage.refused > 1)
+        world.set(job, status=asked)
+    row = world.now(job)
+    assert (row.status, row.failure) == (status, None)
+
+
+def test_a_job_whose_results_cannot_be_stored_can_be_cancelled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.1)
+    world.storage.match, world.storage.failures = "artifacts/", 10**6
+    job = world.job(["artifact", "a.txt", "log", "text", {}], ["finish", "succeeded", {}])
+    with world.working(job):
+        until(lambda: world.storage.failures < 10**6 - 2)
+        world.set(job, status="cancelling")
+    assert (world.now(job).status, world.now(job).failure) == ("cancelled", None)
+
+
 def test_checkpoints_are_kept_for_the_next_attempt(each_world: World, tmp_path: Path) -> None:
     world = each_world
     job = world.job(
@@ -409,7 +452,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_cannot_be_kept(world: Wo
 def test_a_store_that_stays_away_does_not_keep_a_worker_that_must_end(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.supervisor._PATIENCE_S", 0.2)
+    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.2)
     world.storage.match, world.storage.failures = "resume/", 10**6
     job = world.job(
         progress("teacher", 0.1), ["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]

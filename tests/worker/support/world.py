@@ -63,12 +63,20 @@ class FlakyDatabase(Database):
 
 
 class FlakyStorage(Storage):
-    """Fails to put the next `failures` files whose key contains `match`."""
+    """Fails to put the next `failures` files whose key contains `match`, and to get any while it is `unreadable`."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.failures = 0
         self.match = ""
+        self.unreadable = False
+        self.refused = 0
+
+    def get_file(self, key: str, path: Path) -> None:
+        if self.unreadable:
+            self.refused += 1
+            raise OSError(5, "Input/output error")
+        super().get_file(key, path)
 
     def put_file(self, key: str, path: Path) -> Stored:
         if self.failures and self.match in key:
