@@ -103,7 +103,7 @@ class Local:
         if user := _unprivileged():
             shutil.chown(folder, user)
             self._options |= {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
-        make = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        make = [str(binaries / "initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
         try:
             made = subprocess.run(make, capture_output=True, text=True, **self._options)
         except PermissionError as error:
