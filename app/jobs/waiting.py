@@ -43,7 +43,6 @@ class Waiting:
         self._session = session
         self._settings = settings
         self._durations = Durations(session)
-        self._now = now(session)
 
     def of(self, job: Job) -> QueueOut | None:
         """Return the truth about a queued job; None for one that does not wait."""
@@ -59,6 +58,10 @@ class Waiting:
             eta_low_s=etas and etas[0],
             eta_high_s=etas and etas[2],
         )
+
+    @cached_property
+    def _now(self) -> datetime:
+        return now(self._session)
 
     # ---- the order ----
 
@@ -76,6 +79,7 @@ class Waiting:
         waits = exists(select(Job.id).where(Job.status == QUEUED, Job.tenant_id == Tenant.id))
         tenants = self._session.execute(select(Tenant.id, served(Job)).where(waits)).all()
         queues = [self._rows(tenant.id) for tenant in tenants]
+        held = in_work(self._session, Job)
         turns: list[tuple[Any, ...]] = []
 
         def _enter(number: int, working: int, last_served: Any) -> None:
@@ -84,7 +88,7 @@ class Waiting:
 
         for number, tenant in enumerate(tenants):
             last = (tenant.served_at is not None, tenant.served_at or self._now)
-            _enter(number, self._in_work.get(tenant.id, 0), last)
+            _enter(number, held.get(tenant.id, 0), last)
         picked = 0
         while turns:
             _, working, _, _, _, number, row = heapq.heappop(turns)
@@ -100,10 +104,6 @@ class Waiting:
         """Yield the rows that are to be tried again later: those that may begin now are before them."""
         later = select(*_ORDER, *_NEEDS).where(Job.status == QUEUED, Job.not_before > self._now)
         yield from self._session.execute(later.order_by(Job.not_before, Job.id).limit(LOOK))
-
-    @cached_property
-    def _in_work(self) -> Mapping[str, int]:
-        return in_work(self._session, Job)
 
     # ---- what it waits for ----
 
