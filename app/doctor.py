@@ -22,8 +22,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import Database, now
-from app.leases import LEASED
 from app.migrate import revisions
+from app.models import QUEUES
 from app.queue import BROKER_ERRORS, Answer, Queue
 from app.settings import GIB, Settings
 from app.storage import ObjectMissing, Storage
@@ -239,7 +239,7 @@ def _workers(
         if answer is not None and answer.version != own:
             detail = f"runs version {answer.version or 'older than its question'}, and this is {own}"
             troubles.append(Finding(f"version of {name}", "warning", detail, "let all be of one version"))
-    for wanted in sorted({model.QUEUE for model in LEASED}):
+    for wanted in QUEUES:
         takers = [name for name, queues in taking.items() if wanted in queues]
         yield _queue(wanted, takers, [name for name, queues in draining.items() if wanted in queues])
     yield from troubles

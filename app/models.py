@@ -1,7 +1,7 @@
 """The tables. Every row of a tenant carries `tenant_id`; what a worker claims carries a lease."""
 
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from sqlalchemy import (
     JSON,
@@ -226,6 +226,10 @@ class Job(Leased, Base):
     adjustments: Mapped[dict[str, Any] | None]
     # When retention reduced the ended job's events and metrics; null again when another attempt ends.
     history_swept_at: Mapped[datetime | None]
+
+
+QUEUES: Final = sorted({model.QUEUE for model in (Job, Dataset, Checkpoint)})
+"""What workers take messages from."""
 
 
 class JobEvent(Base):

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import traces
 from app.db import after_commit, now, update_count
-from app.models import Checkpoint, Dataset, Job, Leased
+from app.models import QUEUES, Checkpoint, Dataset, Job, Leased
 
 log = structlog.get_logger()
 
@@ -25,7 +25,6 @@ WORKER_COMMAND: Final = "defeat_worker"
 """The control message that a worker answers with what `Answer` holds."""
 BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
 """What sending or pinging raises where the broker does not answer."""
-_QUEUES = {model.QUEUE for model in (Job, Dataset, Checkpoint)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Queue:
         Raises one of `BROKER_ERRORS` if the broker does not answer within seconds.
         """
         with self._client() as client:
-            return frozenset(name for name in _QUEUES if client.llen(name))
+            return frozenset(name for name in QUEUES if client.llen(name))
 
     def workers(self, *, timeout_s: float = 2.0) -> dict[str, Answer]:
         """Return what every worker says that answers within the time, which is waited for in full, by its name.

@@ -8,11 +8,8 @@ queue.
 import argparse
 import os
 import tempfile
-from typing import Final
 
-from app.models import Checkpoint, Dataset, Job
-
-QUEUES: Final = sorted({model.QUEUE for model in (Job, Dataset, Checkpoint)})
+from app.models import QUEUES
 
 
 def main() -> None:
