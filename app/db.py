@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import DateTime, Engine, Executable, create_engine, event, func, select
 from sqlalchemy.engine import URL, Connection, Dialect, make_url
@@ -87,11 +87,17 @@ def make_engine(url: str) -> Engine:
 
 
 class Database:
-    """The engine and its two kinds of session."""
+    """The engine and its two kinds of session. In a `with` statement its connections are closed at the end."""
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
         self._reading = self.engine.execution_options(**{_READ_ONLY: True})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.dispose()
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import Database, now
+from app.logs import first_line
 from app.migrate import revisions
 from app.models import QUEUES
 from app.queue import BROKER_ERRORS, Answer, Queue
@@ -34,6 +35,8 @@ _MARKS: Final[dict[State, str]] = {"ok": "ok     ", "warning": "warning", "wrong
 _PACKAGES: Final = ("defeat-service", "fastapi", "celery", "sqlalchemy", "obstore", "torch", "torchvision")
 _LEAST_POSTGRES: Final = 13
 _SKEW_WARNING_S: Final = 2.0
+# Amazon S3 and its like refuse a request that was signed this far from their own time.
+_SKEW_WRONG_S: Final = 900.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _versions()
     yield _secret(settings)
     yield _scratch(settings)
-    with _opened(settings.database_url) as database:
-        findings = list(_database(database, settings))
+    with Database(settings.database_url) as database:
+        findings = list(_database(database))
         yield from findings
         current = any(found.check == "migrations" and found.state == "ok" for found in findings)
         beats = _beats(database) if current else None
@@ -84,19 +87,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield broker
     if beats is not None or answers is not None:
         yield from _workers(beats, answers, settings)
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[Database]:
-    database = Database(url)
-    try:
-        yield database
-    finally:
-        database.dispose()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _versions() -> Finding:
@@ -137,27 +127,27 @@ def _scratch(settings: Settings) -> Finding:
     return Finding("scratch", "warning" if usage.free < 0.1 * usage.total else "ok", room, advice)
 
 
-def _database(database: Database, settings: Settings) -> Iterator[Finding]:
+def _database(database: Database) -> Iterator[Finding]:
     try:
         with database.engine.connect() as connection:
             current, head = revisions(connection)
             before = datetime.now(UTC)
             if connection.dialect.name == "postgresql":
                 query = text("SELECT current_setting('server_version'), clock_timestamp()")
-                server, now = connection.execute(query).one()
+                server, present = connection.execute(query).one()
             else:
-                server, now = connection.execute(text("SELECT sqlite_version()")).scalar_one(), None
+                server, present = connection.execute(text("SELECT sqlite_version()")).scalar_one(), None
             after = datetime.now(UTC)
             name = connection.dialect.name
     except SQLAlchemyError as error:
         yield Finding(
-            "database", "wrong", _first_line(error), "start the database, or mend DATABASE_URL and the network to it"
+            "database", "wrong", first_line(error), "start the database, or mend DATABASE_URL and the network to it"
         )
         return
     yield _server(name, str(server))
     yield _migrations(current, head)
-    if now is not None:
-        yield _clock((before + (after - before) / 2 - now).total_seconds(), settings)
+    if present is not None:
+        yield _clock((before + (after - before) / 2 - present).total_seconds())
 
 
 def _server(name: str, found: str) -> Finding:
@@ -173,11 +163,11 @@ def _migrations(current: str | None, head: str) -> Finding:
     return Finding("migrations", "wrong", detail, "python -m app.migrate, with the newest version that runs here")
 
 
-def _clock(skew_s: float, settings: Settings) -> Finding:
+def _clock(skew_s: float) -> Finding:
     detail = f"this machine is {abs(skew_s):.2f} s {'ahead of' if skew_s > 0 else 'behind'} the database"
-    advice = "let both keep time by NTP: leases are told by the clock"
-    if abs(skew_s) > settings.lease_s / 2:
-        return Finding("clock", "wrong", f"{detail}, and a lease is {settings.lease_s:g} s", advice)
+    advice = "let both keep time by NTP: the times that people read, and signatures for S3, go by this machine's clock"
+    if abs(skew_s) > _SKEW_WRONG_S:
+        return Finding("clock", "wrong", f"{detail}; an S3 server refuses what is signed so far off", advice)
     return Finding("clock", "warning" if abs(skew_s) > _SKEW_WARNING_S else "ok", detail, advice)
 
 
@@ -187,7 +177,7 @@ def _storage(settings: Settings) -> Finding:
         Storage(settings.storage_url).ping()
     except (OSError, ValueError, ObjectMissing) as error:
         advice = "see STORAGE_URL, the AWS_* variables, and what the credentials may do: write, read, list and delete"
-        return Finding("storage", "wrong", _first_line(error), advice)
+        return Finding("storage", "wrong", first_line(error), advice)
     took = time.perf_counter() - start
     return Finding("storage", "ok", f"wrote, read and deleted a probe in {took * 1000:.0f} ms")
 
@@ -198,7 +188,7 @@ def _broker(queue: Queue) -> tuple[Finding, dict[str, Answer] | None]:
         server, answers = queue.server(), queue.workers()
     except BROKER_ERRORS as error:
         advice = "start the broker, or mend REDIS_URL and the network to it"
-        return Finding("broker", "wrong", _first_line(error), advice), None
+        return Finding("broker", "wrong", first_line(error), advice), None
     found = f"version {server['version']}"
     if server["eviction"] == "noeviction":
         return Finding("broker", "ok", found), answers

@@ -48,3 +48,8 @@ def current_request_id() -> str | None:
     """Return the id of the request that is served here and now; None outside of one."""
     found = structlog.contextvars.get_contextvars().get("request_id")
     return None if found is None else str(found)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first; its type's name if it says nothing. Drivers add their SQL and its values."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

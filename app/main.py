@@ -95,7 +95,7 @@ class _Sweeper(threading.Thread):
             try:
                 self._sweep()
             except DBAPIError as error:
-                log.warning("sweep_failed", error=str(error).split("\n", 1)[0])
+                log.warning("sweep_failed", error=logs.first_line(error))
                 SWEEPS_FAILED.inc()
             except Exception:
                 # Whatever was wrong this time, the next sweep must come.

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from app.db import Database, now
 from app.leases import LEASED
+from app.logs import first_line
 from app.models import Artifact, Checkpoint, Dataset, Job, Worker
 from app.scheduling import LeasedModel
 from app.settings import Settings
@@ -93,7 +94,7 @@ class ServiceCollector(Collector):
         try:
             yield from [*self._queues.get(), *self._stored.get()]
         except SQLAlchemyError as error:
-            log.warning("metrics_without_database", error=str(error).split("\n", 1)[0])
+            log.warning("metrics_without_database", error=first_line(error))
             up = GaugeMetricFamily("defeat_database_up", "Whether the database answered this scrape.", value=0)
         yield up
         yield from disk_families(self._settings)

@@ -130,7 +130,7 @@ class Stack:
         try:
             upgrade(self.settings.database_url)
         except SQLAlchemyError as error:
-            raise StackError(f"the database cannot be used: {str(error).splitlines()[0]}") from error
+            raise StackError(f"the database cannot be used: {logs.first_line(error)}") from error
         key = self._make_key()
         python = (sys.executable, "-m")
         address = ("--host", self._host, "--port", str(self._port))
@@ -176,14 +176,10 @@ class Stack:
         self._wait_for("the broker", _answers)
 
     def _make_key(self) -> str | None:
-        database = Database(self.settings.database_url)
-        try:
-            with database.write() as session:
-                key = first_key(session, self.settings)
-                if key is None and self._new_key:
-                    key = create_key(session, self.settings, DEFAULT_TENANT, "made by --new-key")[1]
-        finally:
-            database.dispose()
+        with Database(self.settings.database_url) as database, database.write() as session:
+            key = first_key(session, self.settings)
+            if key is None and self._new_key:
+                key = create_key(session, self.settings, DEFAULT_TENANT, "made by --new-key")[1]
         return key
 
     def _ready(self) -> bool:

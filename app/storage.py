@@ -22,6 +22,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
 
+from app.logs import first_line
+
 if TYPE_CHECKING:
     from obstore import GetOptions
 
@@ -124,7 +126,7 @@ def _errors(key: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise ObjectMissing(key) from error
         # The library reports a local disk's error in its text only.
-        text = str(error).split("\n", 1)[0]
+        text = first_line(error)
         found = _OS_ERROR.search(text)
         raise OSError(int(found[1]) if found else errno.EIO, f"object store, {key}: {text}") from error
 

@@ -7,6 +7,7 @@ from concurrent.futures import Executor, Future
 import structlog
 
 from app.storage import Storage
+from worker.retry import pause_s
 from worker.rundir import CheckpointOffer, Message, RunDirectory
 
 log = structlog.get_logger(__name__)
@@ -82,7 +83,7 @@ class CheckpointKeeper:
             text = f"a training checkpoint could not be kept for another attempt yet; it is tried again: {error}"
             origin = f"checkpoint {self._number}"
             self.warnings.append(Message(level="warn", code="checkpoint_not_kept", message=text, origin=origin))
-        self._again_at = time.monotonic() + min(self._backoff_s * 2.0 ** min(self._failures, 10), _MAX_BACKOFF_S)
+        self._again_at = time.monotonic() + pause_s(self._backoff_s, self._failures, most_s=_MAX_BACKOFF_S)
         self._failures += 1
         self._uploading = None
         self._offer = self._offer or self._current

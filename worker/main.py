@@ -212,7 +212,7 @@ def _drain() -> None:
             with database.write() as session:
                 registry.beat(session, _presence.registered, draining=True)
         except SQLAlchemyError as error:
-            log.warning("drain_not_recorded", error=str(error).split("\n", 1)[0])
+            log.warning("drain_not_recorded", error=logs.first_line(error))
         else:
             break
         finally:
@@ -246,7 +246,7 @@ def _forget(worker: Worker) -> None:
         with database.write() as session:
             repository.forget(session, worker.id)
     except SQLAlchemyError as error:
-        log.warning("not_forgotten", error=str(error).split("\n", 1)[0])
+        log.warning("not_forgotten", error=logs.first_line(error))
 
 
 def _wake(database: Database, queue: Queue, worker: Worker) -> None:
@@ -282,7 +282,7 @@ def _repeat(
                 current()
                 current = action
             except _AWAY as error:
-                log.warning(f"{name}_failed", error=str(error).split("\n", 1)[0])
+                log.warning(f"{name}_failed", error=logs.first_line(error))
                 failed()
             _presence.ended.wait(every_s)
 

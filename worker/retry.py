@@ -52,7 +52,8 @@ def another(
     elif failure["class"] == "infra" and row.losses + 1 < settings.max_attempts:
         columns = {"losses": row.losses + 1}
         how = f"failure {row.losses + 1} of at most {settings.max_attempts} in a row"
-        due = present + timedelta(seconds=backoff_s(row.losses, settings))
+        wait_s = pause_s(settings.retry_backoff_s, row.losses, most_s=settings.retry_backoff_max_s)
+        due = present + timedelta(seconds=wait_s)
     else:
         return None
     pausing = row.status == PAUSING
@@ -66,9 +67,9 @@ def another(
     )
 
 
-def backoff_s(losses: int, settings: Settings) -> float:
-    """Return the pause after one more failure than `losses` in a row, seconds."""
-    return min(settings.retry_backoff_s * 2.0 ** min(losses, 60), settings.retry_backoff_max_s)
+def pause_s(first_s: float, before: int, *, most_s: float) -> float:
+    """Return the pause after a failure, seconds: `first_s`, doubled for each failure in a row `before` this one."""
+    return min(first_s * 2.0 ** min(before, 60), most_s)
 
 
 def explained(adapter: Adapter[Any], row: Leased, outcome: Outcome) -> Outcome:

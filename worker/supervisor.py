@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from app import leases
 from app.db import now
 from app.leases import LeaseLost, Row
+from app.logs import first_line
 from app.processes import locked
 from app.scheduling import Offer
 from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
@@ -32,7 +33,7 @@ from worker.attempts import attempt, ended
 from worker.keeper import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess
 from worker.report import FailureClass, RunError
-from worker.retry import PASSING, another, explained, worker_error
+from worker.retry import PASSING, another, explained, pause_s, worker_error
 from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory, remove_dead_runs
 from worker.tasks.base import Adapter, Context, Outcome, Request
 
@@ -409,11 +410,11 @@ class _Attempt(Generic[Row]):
             self._database_errors = 0
 
     def _count_database_error(self, error: Exception) -> None:
-        pause = min(self._supervisor.backoff_s * 2**self._database_errors, _MAX_BACKOFF_S)
-        self._database_errors = min(self._database_errors + 1, 10)
+        pause = pause_s(self._supervisor.backoff_s, self._database_errors, most_s=_MAX_BACKOFF_S)
+        self._database_errors += 1
         self._database_at = time.monotonic() + pause
         metrics.DATABASE_ERRORS.inc()
-        log.warning("database_away", error=str(error).split("\n", 1)[0], retry_in_s=pause)
+        log.warning("database_away", error=first_line(error), retry_in_s=pause)
 
     def _exchange(self) -> None:
         kept = self._keeper.ready()
@@ -487,7 +488,7 @@ class _Attempt(Generic[Row]):
 
         def _repeat() -> T:
             for number in count():
-                pause = min(self._supervisor.backoff_s * 2.0 ** min(number, 10), _MAX_BACKOFF_S)
+                pause = pause_s(self._supervisor.backoff_s, number, most_s=_MAX_BACKOFF_S)
                 try:
                     return work()
                 except OSError as error:

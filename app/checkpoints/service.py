@@ -16,6 +16,7 @@ from app.checkpoints.schemas import CheckpointCreate
 from app.db import Database, after_commit, utcnow
 from app.errors import Conflict
 from app.ids import new_id
+from app.logs import first_line
 from app.models import Checkpoint, Job
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, CHECKING, JOB_TERMINAL, READY
@@ -93,7 +94,7 @@ def note_download(database: Database, row: Checkpoint) -> None:
             repository.note_download(session, row.id, moment)
     except SQLAlchemyError as error:
         # A full disk must not keep anybody from fetching what there is.
-        log.warning("download_not_noted", row=row.id, error=str(error).split("\n", 1)[0])
+        log.warning("download_not_noted", row=row.id, error=first_line(error))
 
 
 def not_ready(row: Checkpoint) -> str:

@@ -26,9 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     if creating == bool(options.list or options.revoke):
         parser.error("give --tenant and --name, or --list, or --revoke ID")
     settings = get_settings()
-    database = Database(settings.database_url)
     try:
-        with database.write() as session:
+        with Database(settings.database_url) as database, database.write() as session:
             if options.list:
                 for key, tenant in repository.all_keys(session):
                     state = f"revoked {key.revoked_at:%Y-%m-%d}" if key.revoked_at else "good"
@@ -41,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotFound, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        database.dispose()
     return 0
 
 

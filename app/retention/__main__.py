@@ -22,24 +22,21 @@ def main(arguments: list[str] | None = None) -> int:
     dry = parser.parse_args(arguments).dry_run
     settings = get_settings()
     logs.configure(settings.log_level)
-    database = Database(settings.database_url)
+    storage = Storage(settings.storage_url)
+    more = True
     try:
-        storage = Storage(settings.storage_url)
-        more = True
-        while more:
-            if not dry:
-                with database.write() as session:
-                    service.begin(session, utcnow())
-            report = service.run(database, storage, settings, dry=dry)
-            print(
-                json.dumps({"dry_run": dry, "more": report.more, "orphan_bytes": report.orphan_bytes} | report.removed)
-            )
-            more = report.more and not dry
+        with Database(settings.database_url) as database:
+            while more:
+                if not dry:
+                    with database.write() as session:
+                        service.begin(session, utcnow())
+                report = service.run(database, storage, settings, dry=dry)
+                said = {"dry_run": dry, "more": report.more, "orphan_bytes": report.orphan_bytes} | report.removed
+                print(json.dumps(said))
+                more = report.more and not dry
     except SQLAlchemyError as error:
-        print(f"the database does not answer: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"the database does not answer: {logs.first_line(error)}", file=sys.stderr)
         return 1
-    finally:
-        database.dispose()
     return 0
 
 

@@ -33,23 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     if (options.set or options.clear) and options.tenant is None:
         parser.error("--set and --clear need --tenant NAME")
     settings = get_settings()
-    database = Database(settings.database_url)
     try:
-        if options.set or options.clear:
-            with database.write() as session:
-                service.set_limits(session, options.tenant, dict(options.set), options.clear)
-        with database.read() as session:
-            tenants = [row for row in repository.tenants(session) if options.tenant in (None, row.name)]
-            if options.tenant is not None and not tenants:
-                raise NotFound(f"there is no tenant {options.tenant!r}")
-            for row in tenants:
-                use = service.of_tenant(session, settings, row.id)
-                print(json.dumps({"tenant": row.name} | use.model_dump(exclude={"object"})))
+        with Database(settings.database_url) as database:
+            if options.set or options.clear:
+                with database.write() as session:
+                    service.set_limits(session, options.tenant, dict(options.set), options.clear)
+            with database.read() as session:
+                tenants = [row for row in repository.tenants(session) if options.tenant in (None, row.name)]
+                if options.tenant is not None and not tenants:
+                    raise NotFound(f"there is no tenant {options.tenant!r}")
+                for row in tenants:
+                    use = service.of_tenant(session, settings, row.id)
+                    print(json.dumps({"tenant": row.name} | use.model_dump(exclude={"object"})))
     except (NotFound, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        database.dispose()
     return 0
 
 

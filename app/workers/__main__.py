@@ -17,9 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument("--drain", metavar="NAME", help="let it finish what it has and take nothing new")
     action.add_argument("--undrain", metavar="NAME", help="let it take work again")
     options = parser.parse_args(arguments)
-    database = Database(get_settings().database_url)
     try:
-        with database.write() as session:
+        with Database(get_settings().database_url) as database, database.write() as session:
             if options.list:
                 for row in repository.all_workers(session):
                     state = "draining" if row.draining else "taking work"
@@ -30,8 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     except NotFound as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        database.dispose()
     return 0
 
 

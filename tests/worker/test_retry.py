@@ -19,7 +19,7 @@ from app.sweep import sweep
 from tests.app.conftest import RecordingQueue
 from tests.worker.support.world import FlakyDatabase, World, alive, until
 from worker import hardware
-from worker.retry import backoff_s
+from worker.retry import pause_s
 from worker.tasks.base import Context
 from worker.tasks.memory import adjusted
 
@@ -82,10 +82,10 @@ def test_an_infra_failure_is_tried_again_from_the_last_checkpoint(each_world: Wo
     assert world.codes(job) == ["claimed", "retrying", "resumed", "succeeded"]
 
 
-def test_pauses_grow_and_end(world: World) -> None:
-    settings = world.settings
-    assert [backoff_s(losses, settings) for losses in range(5)] == [50.0, 100.0, 200.0, 400.0, 600.0]
-    assert backoff_s(10**6, settings) == 600.0
+def test_pauses_grow_and_end() -> None:
+    pauses = [pause_s(50.0, before, most_s=600.0) for before in range(5)]
+    assert pauses == [50.0, 100.0, 200.0, 400.0, 600.0]
+    assert pause_s(50.0, 10**6, most_s=600.0) == 600.0
 
 
 def test_it_is_given_up_in_the_end(world: World) -> None:

@@ -256,7 +256,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def detect_with_masks(self, images: list[Tensor]) -> list[Detections]:
-        """Detect objects and their masks; only where `trains_masks`, else as `detect`."""
+        """Detect objects and their masks, in inference mode. Only detectors that have `trains_masks` can."""
         raise NotImplementedError
 
     def select_classes(self, classes: Sequence[str]) -> None:
