@@ -26,7 +26,8 @@ from app.models import Dataset
 from app.processes import dies_with_parent
 from app.settings import Settings
 from app.stack import broker_binary, broker_command
-from tests.worker.support.world import World, until
+from tests.waiting import until
+from tests.worker.support.world import World
 
 CALLERS_TRACE, CALLERS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

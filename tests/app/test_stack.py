@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from app import stack as stack_module
 from app.children import Child, ChildFailed
 from app.settings import Settings
 from app.stack import StackError, broker_binary, choose_port
+from tests.waiting import until
 
 DEADLINE_S = 60.0
 
@@ -65,14 +65,6 @@ def start(home: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-    return value
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:

@@ -6,10 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from app.settings import Settings
 from app.stack import broker_binary, broker_command
 from client.sdk import Client
 from tests import postgres, s3
+from tests.waiting import until
 
 ADDRESS = "127.0.0.1"
 START_S = 60.0
@@ -39,15 +39,6 @@ FAST = {
     "DEFEAT_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
 }
-
-
-def until(condition: Callable[[], Any], *, within_s: float, what: str) -> Any:
-    """Return the condition's first true value; fail if there is none within the time."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {within_s:.0f} s"
-        time.sleep(0.1)
-    return value
 
 
 class Process:

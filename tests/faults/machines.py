@@ -16,8 +16,9 @@ from typing import Final
 
 import psutil
 
-from tests.faults.cluster import Cluster, cluster, until
+from tests.faults.cluster import Cluster, cluster
 from tests.faults.work import EPOCHS, Work
+from tests.waiting import until
 
 SERVICES: Final = "10.77.0.1"
 
@@ -94,7 +95,7 @@ def main(folder: Path, cut_s: float) -> None:
     """Set the machines up, break them, and print what came of it."""
     _ip("link", "set", "lo", "up")
     _ip("addr", "add", f"{SERVICES}/32", "dev", "lo")
-    subprocess.run(["mkdir", "-p", "/run/netns"], check=True)
+    Path("/run/netns").mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "none", "/run/netns"], check=True)  # seen by nobody else
     prefixes = {f"machine{number}": _machine(number) for number in (1, 2)}
     with cluster(folder, SERVICES) as service:

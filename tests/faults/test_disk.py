@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cluster import Cluster, until
+from tests.faults.cluster import Cluster
 from tests.faults.conftest import Found
 from tests.faults.work import EPOCHS, Work
+from tests.waiting import until
 
 _ROOM_MB = 64
 

@@ -8,9 +8,10 @@ import time
 import psutil
 import pytest
 
-from tests.faults.cluster import Cluster, Worker, until
+from tests.faults.cluster import Cluster, Worker
 from tests.faults.conftest import Found
 from tests.faults.work import EPOCHS, Work
+from tests.waiting import until
 
 
 def _kill(process: psutil.Process | None) -> bool:

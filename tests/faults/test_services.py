@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from tests.faults.cluster import Cluster, until
+from tests.faults.cluster import Cluster
 from tests.faults.conftest import Found
 from tests.faults.work import EPOCHS, Work
+from tests.waiting import until
 
 
 def _running(service: Cluster) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 from client.sdk import Client
 from examples import digits
-from tests.faults.cluster import Cluster, until
+from tests.faults.cluster import Cluster
 from tests.tiny import TINY
+from tests.waiting import until
 
 STEPS_AN_EPOCH = 6
 EPOCHS = 24

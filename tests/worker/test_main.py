@@ -19,7 +19,8 @@ from app.models import Job, Worker
 from app.processes import dies_with_parent
 from app.queue import BROKER_ERRORS, Answer, Queue
 from app.stack import broker_binary, broker_command
-from tests.worker.support.world import World, alive, until
+from tests.waiting import until
+from tests.worker.support.world import World, alive
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from tests.worker.support.world import World, until
+from tests.waiting import until
+from tests.worker.support.world import World
 from worker.metrics import GpuCollector
 
 SMI = """#!/bin/sh

@@ -17,7 +17,8 @@ from app.models import Job, JobEvent, JobMetric
 from app.states import PAUSED, PAUSING, QUEUED
 from app.sweep import sweep
 from tests.app.conftest import RecordingQueue
-from tests.worker.support.world import FlakyDatabase, World, alive, until
+from tests.waiting import until
+from tests.worker.support.world import FlakyDatabase, World, alive
 from worker import hardware
 from worker.retry import pause_s
 from worker.tasks.base import Context

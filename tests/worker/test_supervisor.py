@@ -10,7 +10,8 @@ import pytest
 from app import logs
 from app.db import utcnow
 from app.models import Job, JobEvaluation, JobEvent, JobMetric
-from tests.worker.support.world import World, alive, until
+from tests.waiting import until
+from tests.worker.support.world import World, alive
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import io
 import sys
 import tarfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -189,15 +188,6 @@ class World:
     def scratch_left(self) -> list[str]:
         runs = self.settings.scratch / "runs"
         return sorted(path.name for path in runs.iterdir()) if runs.exists() else []
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Poll until the condition holds and return its value; fail after the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
-    return value
 
 
 def alive(pid: int) -> bool:
