@@ -150,6 +150,7 @@ class _Attempt(Generic[Row]):
         self._row: Row = row
         self._status = row.status  # as it was last seen: its owner may ask for a pause, or for the end
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage")
+        self._left = threading.Event()  # nobody waits for that thread any more
         self._directory = RunDirectory(self._settings.scratch / "runs" / f"{row.id}-{row.attempt}")
         self._keeper = CheckpointKeeper(
             supervisor.context.storage,
@@ -192,6 +193,7 @@ class _Attempt(Generic[Row]):
         path.mkdir()
         # Last in, first out: the other thread has ended before the directory goes.
         resources.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+        resources.callback(self._left.set)
 
     # ---- the run ----
 
@@ -494,7 +496,8 @@ class _Attempt(Generic[Row]):
                 except OSError as error:
                     patience_s = self._settings.storage_patience_s
                     patience_s = min(patience_s, _HURRY_S) if hurry() else patience_s
-                    if stop.is_set() or time.monotonic() + pause > begun + patience_s:
+                    given_up = stop.is_set() or self._left.is_set()
+                    if given_up or time.monotonic() + pause > begun + patience_s:
                         raise
                     log.warning("storage_retry", error=str(error))
                     metrics.STORAGE_RETRIES.inc()

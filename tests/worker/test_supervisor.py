@@ -366,6 +366,18 @@ def test_a_job_waits_with_its_worker_for_a_store_that_cannot_be_read(world: Worl
     assert world.codes(job) == ["claimed", "succeeded"]
 
 
+def test_who_has_lost_the_lease_waits_no_longer_for_the_store(world: World) -> None:
+    world.storage.unreadable = True
+    job = world.job(["finish", "succeeded", {}])
+    with world.working(job):
+        until(lambda: world.storage.refused > 1)
+        world.set(job, attempt=2, lease_owner="another")
+    row = world.now(job)
+    assert (row.attempt, row.lease_owner) == (2, "another")
+    assert world.codes(job) == ["claimed"]
+    assert world.scratch_left() == []
+
+
 def test_inputs_that_stay_unreadable_are_an_infra_failure(world: World) -> None:
     world.settings.storage_patience_s = 0.1
     world.storage.unreadable = True
