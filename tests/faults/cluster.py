@@ -221,13 +221,14 @@ class Cluster:
 
     def runs(self) -> list[tuple[str, int]]:
         """Return the job and the attempt of every run that is there now, of any worker."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
+        found = {}
+        for process in psutil.process_iter(["cmdline", "ppid"]):
             command = process.info["cmdline"] or []
             if "worker.run" in command and str(self.folder) in command[-1]:
                 job, _, attempt = Path(command[-1]).name.partition("-")
-                found.append((job, int(attempt)))
-        return found
+                found[process.pid] = process.info["ppid"], (job, int(attempt))
+        # What a run starts looks like the run until it is another program: torch's import asks `ldconfig`.
+        return [run for parent, run in found.values() if parent not in found]
 
     def logs(self) -> str:
         """Return the end of every log, for a test that fails."""
