@@ -87,7 +87,8 @@ def _break(service: Cluster, work: Work, cut_s: float) -> list[str]:
     (other,) = set(service.workers) - {owner}
     service.workers[other].kill()
     after = work.submit(epochs=EPOCHS)
-    work.finished(after, within_s=60)
+    until(lambda: work.client.jobs.get(after)["status"] != "queued", within_s=60, what="somebody to hear of a new job")
+    work.finished(after)
     return [killed, cut_off, after]
 
 
