@@ -70,7 +70,7 @@ _OPTIMIZERS: dict[tuple[Data, Architecture], Spec] = {
 _EPOCHS: dict[tuple[Data, Architecture], tuple[int, int]] = {
     ("digits", "faster_rcnn"): (6, 6),
     ("digits", "retinanet"): (20, 40),
-    ("bccd", "faster_rcnn"): (9, 6),
+    ("bccd", "faster_rcnn"): (9, 12),
     ("bccd", "retinanet"): (30, 20),
 }
 
