@@ -15,11 +15,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app import scheduling
 from app.db import now, update_count
-from app.models import Checkpoint, Dataset, Job, JobEvent, Leased
+from app.models import LEASED, Checkpoint, Dataset, Job, JobEvent, Leased
 from app.scheduling import Offer
 from app.states import CANCELLING, FAILED, PAUSED, PAUSING
 
-LEASED: tuple[type[Dataset] | type[Checkpoint] | type[Job], ...] = (Dataset, Checkpoint, Job)
 Row = TypeVar("Row", Dataset, Checkpoint, Job)
 
 

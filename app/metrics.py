@@ -21,9 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.db import Database, now
-from app.leases import LEASED
 from app.logs import first_line
-from app.models import Artifact, Checkpoint, Dataset, Job, Worker
+from app.models import LEASED, Artifact, Checkpoint, Dataset, Job, Worker
 from app.scheduling import LeasedModel
 from app.settings import Settings
 from app.states import ASSET_MOVES, JOB_MOVES

@@ -228,7 +228,9 @@ class Job(Leased, Base):
     history_swept_at: Mapped[datetime | None]
 
 
-QUEUES: Final = sorted({model.QUEUE for model in (Job, Dataset, Checkpoint)})
+LEASED: Final[tuple[type[Dataset] | type[Checkpoint] | type[Job], ...]] = (Dataset, Checkpoint, Job)
+"""What workers claim."""
+QUEUES: Final = sorted({model.QUEUE for model in LEASED})
 """What workers take messages from."""
 
 

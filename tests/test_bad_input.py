@@ -8,7 +8,6 @@ import json
 import socket
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from app.models import ApiKey
 from app.settings import MIB, Settings
 from tests.app import seed
 from tests.app.conftest import ONE_DATABASE, RecordingQueue
+from tests.waiting import until
 from tests.worker.data.builders import put, tar_with, voc, zip_of
 from tests.worker.support_engine import CLASSES, TINY
 from worker import detectors
@@ -367,18 +367,11 @@ def port(front: Front) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(front.app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    _until(lambda: server.started)
+    until(lambda: server.started)
     yield int(listening.getsockname()[1])
     server.should_exit = True
     thread.join(DEADLINE_S)
     listening.close()
-
-
-def _until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 @ONE_DATABASE
@@ -390,8 +383,8 @@ def test_a_cut_upload_leaves_the_dataset_waiting(front: Front, port: int, framin
     with socket.create_connection(("127.0.0.1", port)) as connection:
         head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {front.plaintext}\r\n{framing}\r\n\r\n"
         connection.sendall(head.encode() + b"400\r\n" + b"x" * 0x400 + b"\r\n")
-        _until(lambda: list(parts.glob("*.part")))
-    _until(lambda: not list(parts.glob("*.part")))
+        until(lambda: list(parts.glob("*.part")))
+    until(lambda: not list(parts.glob("*.part")))
     assert front.client.get(dataset["links"]["self"]).json()["status"] == "awaiting_upload"
     assert front.queue.sent == []
     assert front.client.put(path, content=b"whole").status_code == 202

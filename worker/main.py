@@ -31,9 +31,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import logs, scheduling, traces
 from app.db import Database
-from app.leases import LEASED
 from app.metrics import SWEEPS_FAILED
-from app.models import Worker
+from app.models import LEASED, Worker
 from app.queue import BROKER_ERRORS, WORKER_COMMAND, Queue
 from app.scheduling import Offer
 from app.settings import get_settings

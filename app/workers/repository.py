@@ -8,8 +8,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from app.db import update_count
-from app.leases import LEASED
-from app.models import Leased, Worker
+from app.models import LEASED, Leased, Worker
 
 
 def all_workers(session: Session) -> Sequence[Worker]:

@@ -4,13 +4,13 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
 
 from client.cli import app
 from tests.client.service import metrics, progress, reach
+from tests.waiting import until
 
 COMMAND = [sys.executable, "-c", "from client.cli import main; main()"]
 REPORT = {
@@ -403,9 +403,7 @@ def test_interrupting_a_wait_leaves_the_job_and_says_so(server, service, spec):
     child = subprocess.Popen(
         [*COMMAND, "jobs", "submit", str(spec), "--wait", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 20
-    while not service.requested("GET .*/evaluations") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: service.requested("GET .*/evaluations"), within_s=20, what="the wait")
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=20)
     assert child.returncode == 130
