@@ -1,5 +1,7 @@
 """Engine, sessions, and the rule of one commit at the boundary with messages sent only after it."""
 
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -64,6 +66,27 @@ def _patient_within_reason(url: str) -> URL:
     return parsed.update_query_dict({name: value for name, value in _NETWORK.items() if name not in parsed.query})
 
 
+_SQLITE_PATIENCE_S = 30
+"""How long a connection waits for SQLite's write lock before it fails."""
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Put the file in write-ahead mode, in which it then stays.
+
+    While another connection writes to a file that is not in that mode yet, as when several processes start on a new
+    one, SQLite refuses this statement at once, whatever the busy timeout: it is tried again for as long.
+    """
+    deadline = time.monotonic() + _SQLITE_PATIENCE_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
+
+
 def make_engine(url: str) -> Engine:
     """Return an engine for PostgreSQL (psycopg 3) or SQLite, set up so that two writers lose no update."""
     if not url.startswith("sqlite"):
@@ -75,7 +98,9 @@ def make_engine(url: str) -> Engine:
         # The driver's own transaction control begins lazily and upgrades read locks to write locks, which fails
         # under two writers; we begin ourselves, below.
         connection.isolation_level = None
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA busy_timeout={_SQLITE_PATIENCE_S * 1000}")
+        _write_ahead(connection)
+        for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -1,10 +1,15 @@
+import sqlite3
+import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select
-from sqlalchemy.exc import StatementError
+from sqlalchemy.exc import OperationalError, StatementError
 
-from app.db import Database, after_commit, update_count
+from app import db
+from app.db import Database, after_commit, make_engine, update_count
 from app.models import Job, JobEvent, Tenant
 from tests.app import seed
 from tests.racing import race
@@ -87,3 +92,30 @@ def test_deleting_a_job_takes_its_events(database: Database, job: Job):
         assert update_count(session, Job.__table__.delete()) == 1
     with database.read() as session:
         assert session.scalars(select(JobEvent)).all() == []
+
+
+def _being_written(path: Path) -> sqlite3.Connection:
+    """Return another process's connection, as it were, that has begun to write to a new file."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("CREATE TABLE first (number INTEGER)")
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("INSERT INTO first VALUES (1)")
+    return connection
+
+
+def test_a_new_file_that_another_starter_writes_to_is_waited_for(tmp_path: Path):
+    path = tmp_path / "new.sqlite3"
+    with closing(_being_written(path)) as other:
+        threading.Timer(0.3, other.execute, ["COMMIT"]).start()
+        engine = make_engine(f"sqlite:///{path}")
+        with engine.begin() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+            assert connection.exec_driver_sql("SELECT number FROM first").all() == [(1,)]
+        engine.dispose()
+
+
+def test_a_new_file_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(db, "_SQLITE_PATIENCE_S", 0)
+    path = tmp_path / "new.sqlite3"
+    with closing(_being_written(path)), pytest.raises(OperationalError, match="database is locked"):
+        make_engine(f"sqlite:///{path}").connect()
