@@ -1,5 +1,6 @@
 """The runs of `benchmarks.gain`: real run directories, each carried out once by `python -m worker.run`."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ def train_student(
     without = method["method"] == "baseline"
     job = _job(
         setup,
-        teacher=None if without else {"source": "checkpoint", "id": "ckpt_gain", "detector": setup.teacher},
+        teacher=None if without else {"source": "checkpoint", "id": _id(teacher), "detector": setup.teacher},
         student=setup.student,
         method=method,
         seed=seed,
@@ -144,6 +145,12 @@ def train_student(
         out / f"{name}-{seed}", "distill", job, _inputs(dataset, teacher=None if without else str(teacher))
     )
     return dict(results["student"])
+
+
+def _id(weights: Path) -> str:
+    """Return an id that another teacher would not have: students of one that was trained anew are trained anew."""
+    with weights.open("rb") as file:
+        return f"ckpt_{hashlib.file_digest(file, 'sha256').hexdigest()[:26]}"
 
 
 def _job(setup: Setup, *, teacher: Spec | None, student: Spec, method: Spec, seed: int) -> dict[str, Any]:

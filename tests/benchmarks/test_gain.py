@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from benchmarks import gain
+from benchmarks import gain, gain_runs
 from benchmarks.gain_runs import RunFailed, carry_out, prepare_data
 from benchmarks.gain_setups import Architecture, Data, methods, quick, setup
 from worker import detectors
@@ -92,6 +92,16 @@ def test_a_finished_run_is_kept_and_another_takes_its_place(tmp_path):
     other = {**request["spec"], "max_dropped_fraction": 0.5}
     assert carry_out(imported, request["kind"], other, request["inputs"])["report"]["max_dropped_fraction"] == 0.5
     assert whole.exists()
+
+
+def test_students_of_a_teacher_that_was_trained_anew_are_trained_anew(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gain_runs, "carry_out", lambda *given: asked.append(given) or {"student": {"ap": 0.5}})
+    full, weights = setup("digits", "retinanet"), tmp_path / "teacher.safetensors"
+    for content in (b"one", b"one", b"another"):
+        weights.write_bytes(content)
+        gain_runs.train_student(tmp_path, full, tmp_path, weights, name="mine", method=methods(full)["defeat"], seed=0)
+    assert asked[0] == asked[1] != asked[2]
 
 
 def test_a_run_that_fails_says_why_and_is_tried_again(tmp_path):
