@@ -168,6 +168,13 @@ class Detector(nn.Module):
                 "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
             )
 
+    def synchronise_batch_norm(self) -> None:
+        """Let batch norm take its statistics over all processes that train together, on GPUs; before they begin.
+
+        Each of them must then go through every such layer in every step.
+        """
+        nn.SyncBatchNorm.convert_sync_batchnorm(self)
+
     @property
     def least_pictures(self) -> int:
         """How many pictures a training pass needs at least; a normalisation may have none to take the variance of."""

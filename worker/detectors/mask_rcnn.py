@@ -52,6 +52,15 @@ class MaskRCNNDetector(FasterRCNNDetector):
         )
         self.roi_heads.mask_predictor = MaskRCNNPredictor(channels, channels, len(classes) + 1)
 
+    def synchronise_batch_norm(self) -> None:
+        """See `Detector.synchronise_batch_norm`. The mask head's stays each process's own.
+
+        A process whose pictures have no positive proposals leaves that head out, and the others would wait for it.
+        """
+        head, self.roi_heads.mask_head = self.roi_heads.mask_head, nn.Identity()
+        super().synchronise_batch_norm()
+        self.roi_heads.mask_head = head
+
     def select(
         self, proposals: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

@@ -72,14 +72,16 @@ class TrainingState:
         write_atomically(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path, *, device: torch.device) -> "TrainingState":
-        """Read a state that `save` wrote.
+    def load(cls, path: Path) -> "TrainingState":
+        """Read a state that `save` wrote, its tensors onto the CPU, wherever they were.
+
+        There AdamW keeps its step counters: on a GPU each step would wait for each of them.
 
         Raises:
             RunError: `checkpoint_unreadable` if the file is cut off or of another version.
         """
         try:
-            document = torch.load(path, map_location=device, weights_only=True)
+            document = torch.load(path, map_location="cpu", weights_only=True)
             if document.pop("format_version") != FORMAT_VERSION:
                 raise RunError("infra", "checkpoint_unreadable", f"{path.name} was written by another version")
             best = document.pop("best")

@@ -49,7 +49,7 @@ def _distill(
     config: JobConfig, inputs: Mapping[str, Any], reporter: Reporter, device: torch.device, world: World
 ) -> dict[str, Any]:
     dataset = canonical.read(Path(inputs["dataset"]))
-    resume = TrainingState.load(Path(inputs["resume"]), device=device) if inputs["resume"] else None
+    resume = TrainingState.load(Path(inputs["resume"])) if inputs["resume"] else None
     context = _context(config, dataset, inputs, device, reporter, world)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]

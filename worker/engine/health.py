@@ -12,10 +12,12 @@ QUIET_STEPS = 50  # steps that a part of the loss may be 0 before somebody is to
 
 
 class Watch:
-    """Warns once when a part of the loss has been 0 for many steps. (One that is not finite ends the run at once.)
+    """Warns once when a part of the loss has been 0, or the gradient not finite, for many steps.
+
+    A part that is not finite ends the run at once, and so does such a gradient, except in float16.
 
     Attributes:
-        quiet_steps: for each part, how many steps up to now it has been 0.
+        quiet_steps: for each part, how many steps up to now it has been 0; for `gradient_norm`, how many had none.
     """
 
     def __init__(self, reporter: Reporter, subject: Subject, quiet_steps: dict[str, int]) -> None:
@@ -26,16 +28,25 @@ class Watch:
     def look(self, values: dict[str, float], *, step: int) -> None:
         """Take in the values of step `step`."""
         for name, value in values.items():
-            if not name.startswith("loss/"):
-                continue
-            quiet = self.quiet_steps[name] = self.quiet_steps.get(name, 0) + 1 if value == 0.0 else 0
-            if quiet == QUIET_STEPS:
+            if name.startswith("loss/") and self._long(name, quiet=value == 0.0):
                 self._reporter.message(
                     "warn",
                     "loss_part_zero",
                     f"{name} of the {self._subject} has been 0 for {QUIET_STEPS} steps, up to step {step}: this part "
                     "teaches nothing; look at what it is made from, or at its weight",
                 )
+        if self._long("gradient_norm", quiet="gradient_norm" not in values):
+            self._reporter.message(
+                "warn",
+                "gradient_not_finite",
+                f"the {self._subject}'s gradient has overflowed float16 for {QUIET_STEPS} steps, up to step {step}: "
+                "all of them were left out; take precision bfloat16 or float32, or lower the learning_rate",
+            )
+
+    def _long(self, name: str, *, quiet: bool) -> bool:
+        """Count a step, and return whether it is the one to warn at."""
+        steps = self.quiet_steps[name] = self.quiet_steps.get(name, 0) + 1 if quiet else 0
+        return steps == QUIET_STEPS
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,7 +82,7 @@ class Step:
             if one is not None:
                 _prepare(one, schedule)
         if schedule.sync_batch_norm and not world.alone:
-            nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+            detector.synchronise_batch_norm()
         self.losses = Losses(detector, method, teacher, PRECISIONS[schedule.precision])
         self.optimizer = build_optimizer(self.losses.parameters(), schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "float16")
@@ -101,7 +102,8 @@ class Step:
         Returns:
             Means over all processes of: each part of the loss and their sum (`loss/…`), the norm of the whole gradient
             before clipping, the learning rate, and, if `measured`, each part's share of the gradient norms at the
-            pyramid (`gradient_share/…`); and whether any process was asked to end.
+            pyramid (`gradient_share/…`); and whether any process was asked to end. All are finite: in float16 a step
+            whose gradient overflows is left out, and has no norm.
 
         Raises:
             RunError: `loss_not_finite`, naming the parts, the weights being as before the step; `out_of_memory`.
@@ -110,10 +112,14 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        exhausted = None
         try:
             losses, norms = self._backward(batch, clock, measured)
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(batch, clock, error) from error
+            exhausted = str(error)
+        if exhausted is not None:
+            # Not in the handler: the error's traceback holds the failed pass, and with it the memory that it took.
+            raise self._out_of_memory(batch, clock, exhausted)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._parameters(), self.schedule.gradient_clip or math.inf)
         # All numbers in one copy: each copy of its own would wait for the device.
@@ -172,24 +178,26 @@ class Step:
             return False
         return True
 
-    def _out_of_memory(self, batch: Batch, clock: Clock, error: torch.OutOfMemoryError) -> RunError:
-        """Find out, by trying, which part of the batch fits, and say so."""
+    def _out_of_memory(self, batch: Batch, clock: Clock, told: str) -> RunError:
+        """Find out, by trying, which part of the batch fits, and say so.
+
+        One of several processes tries nothing: what it would have to exchange, the others do not wait for.
+        """
         share = len(batch.images) // self.schedule.accumulation
-        least = self.losses.detector.least_pictures
+        found = f"; {self._what_fits(batch, share, clock)}" if self.world.alone else ""
+        first = told.split("\n", 1)[0][:300]
+        return RunError("oom", "out_of_memory", f"{share} pictures at a time do not fit into memory{found} ({first})")
+
+    def _what_fits(self, batch: Batch, share: int, clock: Clock) -> str:
+        least, schedule = self.losses.detector.least_pictures, self.schedule
         smaller = [size for size in range(share - 1, least - 1, -1) if share % size == 0]
         fits = next((size for size in smaller if self._fits(next(split(batch, len(batch.images) // size)), clock)), 0)
         if not fits:
             few = "one picture fits" if least == 1 else f"{least} pictures fit"
-            advice = f"not even {few}: lower the detector's min_size and max_size, or take a smaller one"
-        else:
-            parts = self.schedule.batch_size // self.world.size // fits
-            advice = (
-                f"{fits} at a time fit: set schedule.accumulation to {parts} for the same batch_size "
-                f"{self.schedule.batch_size}, or schedule.batch_size to {fits * self.world.size}"
-            )
-        first = str(error).split("\n", 1)[0][:300]
-        return RunError(
-            "oom", "out_of_memory", f"{share} pictures at a time do not fit into memory; {advice} ({first})"
+            return f"not even {few}: lower the detector's min_size and max_size, or take a smaller one"
+        return (
+            f"{fits} at a time fit: that is accumulation {schedule.batch_size // fits} for the same batch_size "
+            f"{schedule.batch_size}, or batch_size {fits * schedule.accumulation}"
         )
 
 
@@ -212,7 +220,8 @@ def _prepare(detector: Detector, schedule: ScheduleConfig) -> None:
 
 def _named(parts: dict[str, float], norms: dict[str, float], length: float, rate: float) -> dict[str, float]:
     values = {"loss/total": math.fsum(parts.values())} | {f"loss/{name}": value for name, value in parts.items()}
-    values |= {"gradient_norm": length, "learning_rate": rate}
-    if whole := sum(norms.values()):
+    values |= {"learning_rate": rate} | ({"gradient_norm": length} if math.isfinite(length) else {})
+    whole = sum(norms.values())
+    if 0 < whole < math.inf:
         values |= {f"gradient_share/{name}": norm / whole for name, norm in norms.items()}
     return values

@@ -289,7 +289,8 @@ class Training:
         self._step.optimizer.load_state_dict(state.optimizer)
         self._step.scaler.load_state_dict(state.scaler)
         if self._average and state.average is not None:
-            self._average.tensors = state.average
+            for name, tensor in state.average.items():
+                self._average.tensors[name].copy_(tensor)
         self._running = Running(sums=state.running["sums"], steps=state.running["steps"])
         self._watch.quiet_steps = state.quiet_steps
         self._best = state.best

@@ -16,8 +16,16 @@ def require_trainable(detector: Detector, schedule: ScheduleConfig, *, processes
 
     Raises:
         RunError: `stages_cannot_freeze` if `frozen_stages` is not 0 and there are none; `batch_too_small` if a process
-            gets fewer pictures at a time than the detector can train on.
+            gets fewer pictures at a time than the detector can train on; `sync_batch_norm_needs_gpus` if several
+            processes would have to share batch norm's statistics on a CPU, where torch cannot.
     """
+    if schedule.sync_batch_norm and processes > 1 and next(detector.parameters()).device.type == "cpu":
+        raise RunError(
+            "user",
+            "sync_batch_norm_needs_gpus",
+            f"{where}.sync_batch_norm is on, and the {processes} processes of this run have no GPUs: turn it off, or "
+            "send the job to workers with GPUs",
+        )
     detector.require_stages(schedule.frozen_stages)
     parts = processes * schedule.accumulation
     if schedule.batch_size // parts < detector.least_pictures:

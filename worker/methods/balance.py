@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.detectors.base import TrainPass
+from worker.methods.losses import mean_over_ranks
 
 # Steps that are measured: the first ones all, for an adapter that starts near zero soon lets a hundred times more
 # gradient through; then one in so many. A measured step takes a sixth (ResNet-50) to a half (a tiny student) longer.
@@ -13,6 +14,9 @@ FIRST_STEPS = 10
 MEASURE_EVERY = 50
 # Share of a new measurement in the mean of them, a geometric one: a ratio halved and one doubled cancel out.
 NEW_SHARE = 0.2
+# A float16 gradient of 1e-8, as a neck's is at full size, is 0, and one of 1e5 overflows: in float16 each is measured
+# at all of these, and the first that does not overflow counts.
+_HALF_SCALES = (2.0**16, 2.0**8, 1.0)
 # A factor beyond this is not believed: the part hardly reaches the features at all.
 LARGEST_FACTOR = 1e6
 
@@ -38,14 +42,22 @@ def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> 
 def _gradient_norm(loss: Tensor, features: Sequence[Tensor]) -> Tensor:
     if not loss.requires_grad or not features:
         return torch.zeros((), dtype=torch.float32, device=loss.device)
-    gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
+    if not any(feature.dtype == torch.float16 for feature in features):
+        return _norm_at(loss, features, 1.0)
+    large, middle, small = (_norm_at(loss, features, scale) for scale in _HALF_SCALES)
+    return torch.where(large.isfinite(), large, torch.where(middle.isfinite(), middle, small))
+
+
+def _norm_at(loss: Tensor, features: Sequence[Tensor], scale: float) -> Tensor:
+    """Return the norm of the gradient as it is found when the loss is `scale` times as large."""
+    gradients = torch.autograd.grad(loss * scale, features, retain_graph=True, allow_unused=True)
     # Widened before squaring: a half's largest value is 65504.
     norms = [
         torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         for gradient in gradients
         if gradient is not None
     ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else loss.new_zeros((), dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)) / scale if norms else loss.new_zeros((), dtype=torch.float32)
 
 
 class Balance(nn.Module):
@@ -53,7 +65,8 @@ class Balance(nn.Module):
 
     For a part p the factor is the mean over the measured steps of |gradient of the student's losses' sum| /
     |gradient of p|, both at the pyramid. Which steps are measured follows from the step's number alone, and the means
-    are buffers: a resumed run goes on as it would have. Whatever weight a part came with makes no difference; one whose
+    are buffers: a resumed run goes on as it would have. Several processes that train together take the means of their
+    norms, and so have the same factors. Whatever weight a part came with makes no difference; one whose
     gradient does not reach the pyramid, or is 0, keeps the weight that it came with.
 
     Attributes:
@@ -83,7 +96,8 @@ class Balance(nn.Module):
         norms = torch.stack(
             [norm.float() for norm in gradient_norms({"": own, **parts}, list(student.features.values())).values()]
         )
-        ratio = norms[0] / norms[1:]
+        norms, _ = mean_over_ranks(norms)
+        ratio = (norms[0] / norms[1:]).float()
         # Neither a batch without objects nor a half-precision gradient that overflowed says anything of the balance.
         good = ratio.isfinite() & (ratio > 0)
         found = ratio.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR).log()

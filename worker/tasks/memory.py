@@ -1,7 +1,8 @@
 """What a job may do to need less memory: take its batches in smaller parts, one after the other.
 
-The optimiser still sees the whole batch, so results change only where batch norm is trained: its statistics are then of
-the smaller parts.
+The optimiser still sees the whole batch, as the mean over its parts. What is a mean over pictures does not change. What
+is divided by a number of objects, cells or proposals is divided by that of each part, and batch norm that is trained
+has the statistics of each part: results then differ as they do between batch sizes.
 """
 
 from collections.abc import Mapping

@@ -231,3 +231,16 @@ def test_a_wrong_spec_names_key_and_value():
         with pytest.raises(RunError) as caught:
             build(**change)
         assert says in caught.value.detail
+
+
+def test_shared_batch_norm_leaves_out_the_mask_head_which_a_process_may_not_reach():
+    detector = build(mask_batch_norm=True)
+    before = detector.state_dict().keys()
+    detector.synchronise_batch_norm()
+    shared = {name for name, one in detector.named_modules() if isinstance(one, torch.nn.SyncBatchNorm)}
+    own = {name for name, one in detector.named_modules() if isinstance(one, torch.nn.BatchNorm2d)}
+    assert shared
+    assert all(name.startswith("backbone.") for name in shared)
+    assert len(own) == 4
+    assert all(name.startswith("roi_heads.mask_head.") for name in own)
+    assert detector.state_dict().keys() == before

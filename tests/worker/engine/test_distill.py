@@ -129,7 +129,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bytes(finished, dataset, tmp_
     assert process.wait(60) == 3
     assert json.loads((directory / "result.json").read_text())["status"] == "cancelled"
     checkpoint = directory / "checkpoints" / "last.pt"
-    state = TrainingState.load(checkpoint, device=torch.device("cpu"))
+    state = TrainingState.load(checkpoint)
     assert (state.subject, state.epoch) == (subject, 1)
 
     second = write_run(tmp_path / "second", dataset[1], spec(), resume=str(checkpoint))
@@ -257,8 +257,42 @@ def test_a_disk_that_fills_up_keeps_the_previous_checkpoint(dataset, tmp_path):
     assert (failure["class"], failure["code"]) == ("infra", "disk_full")
     assert "last.pt" in failure["detail"]
     assert checkpoint.read_bytes() == before
-    TrainingState.load(checkpoint, device=torch.device("cpu"))
+    TrainingState.load(checkpoint)
     assert not list(directory.rglob("*.part"))
+
+
+def test_it_stops_early_when_nothing_gets_better(dataset, tmp_path, monkeypatch):
+    """The AP's course is given: best after the second epoch, so that two more without a better one end it."""
+    course = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3}
+    schedule = {**spec()["schedule"], "epochs": 9, "patience": 2, "checkpoint_minutes": 60}
+    job = spec(teacher=None, distillation={"method": "baseline"}, schedule=schedule)
+    plain, measured, kept = train.coco_metrics, [], []
+
+    def _measure(*given):
+        measured.append(len(measured) + 1)
+        return {**plain(*given), "ap": course[measured[-1]]}
+
+    def _keep(_self, path):
+        kept.append(tmp_path / f"kept-{len(kept)}.pt")
+        kept[-1].write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(train, "coco_metrics", _measure)
+    monkeypatch.setattr(Reporter, "checkpoint", _keep)
+    directory = write_run(tmp_path / "run", dataset[1], job)
+    result = run(directory)
+    assert measured == [1, 2, 3, 4]
+    assert (result["results"]["student"]["epoch"], result["results"]["student"]["ap"]) == (2, 0.3)
+    (told,) = [one["message"] for one in events(directory, "message") if one["code"] == "stopped_early"]
+    assert told == "no better AP of the student in 2 measurements: ended at epoch 4"
+    assert events(directory, "progress")[-1]["fraction"] == 1.0
+
+    del measured[2:]  # and from the checkpoint of the second epoch, it ends where it did
+    resumed = write_run(tmp_path / "resumed", dataset[1], job, resume=str(kept[1]))
+    assert run(resumed)["results"] == result["results"]
+    assert (
+        artifact(resumed, "student-last.safetensors").read_bytes()
+        == artifact(directory, "student-last.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("phase", ["teacher", "evaluation", "distillation"])

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.worker.support_engine import events, run, shapes, spec, write_run
 from worker.engine.checkpoint import TrainingState
 from worker.report import Reporter
 
 NAMES = ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors")
-# Whatever has a state of its own is on: momentum twice, the average, a scaler, draws of proposals, a rate that moves,
-# part weights that are measured.
+# Whatever has a state of its own is on: momentum twice, the average, draws of proposals, a rate that moves, part
+# weights that are measured. Float16's scaler has a test of its own.
 SCHEDULE = {
     "epochs": 2,
     "batch_size": 4,
@@ -57,8 +59,8 @@ def whole(dataset, tmp_path_factory):
     return directory, kept
 
 
-def the_same(one, other):
-    for name in NAMES:
+def the_same(one, other, names=NAMES):
+    for name in names:
         assert (one / "artifacts" / name).read_bytes() == (other / "artifacts" / name).read_bytes(), name
     first, second = (json.loads((run / "artifacts" / "metrics.json").read_text()) for run in (one, other))
     assert first["evaluations"] == second["evaluations"]
@@ -70,7 +72,7 @@ def the_same(one, other):
 
 
 def test_there_is_a_checkpoint_after_every_step(whole):
-    states = [TrainingState.load(path, device=torch.device("cpu")) for path in whole[1]]
+    states = [TrainingState.load(path) for path in whole[1]]
     where = [(state.subject, state.epoch, state.step) for state in states]
     steps = [("teacher", 0, step) for step in (1, 2, 3, 4)]
     steps += [("student", 0, step) for step in (1, 2, 3, 4)]
@@ -107,6 +109,45 @@ def test_killed_twice_without_warning(whole, dataset, tmp_path):
     the_same(whole[0], last)
 
 
+def test_in_float16_the_scale_goes_on_as_well(dataset, tmp_path):
+    """It starts too large: the first steps are left out and halve it, and others double it again."""
+    job = {
+        **JOB,
+        "teacher": None,
+        "distillation": {"method": "baseline"},
+        "schedule": {**SCHEDULE, "precision": "float16"},
+    }
+    kept = []
+
+    def _keep(self, path):
+        kept.append(tmp_path / f"kept-{len(kept)}.pt")
+        shutil.copyfile(path, kept[-1])
+
+    whole = write_run(tmp_path / "whole", dataset, job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2))
+        patch.setattr(Reporter, "checkpoint", _keep)
+        assert run(whole)["status"] == "succeeded"
+        scales = [TrainingState.load(path).scaler["scale"] for path in kept]
+        assert min(scales) < scales[0]
+        assert scales[4] != scales[-1]
+        resumed = write_run(tmp_path / "resumed", dataset, job, resume=str(kept[4]))
+        assert run(resumed)["status"] == "succeeded"
+    the_same(whole, resumed, names=NAMES[:2])
+    # What others read is JSON to the letter, although some steps have no gradient.
+    json.loads((whole / "artifacts" / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_average_is_what_is_measured_and_kept(whole):
+    directory, kept = whole
+    measured, last = TrainingState.load(kept[8]), TrainingState.load(kept[12])
+    assert (measured.epoch, measured.step, last.epoch, last.step) == (1, 0, 1, 4)
+    assert all(torch.equal(measured.best.model[name], one) for name, one in measured.average.items())
+    student = load_file(directory / "artifacts" / "student-last.safetensors")
+    assert all(torch.equal(student[name], last.average[name]) for name in student)
+    assert any(not torch.equal(student[name], last.model[name]) for name in student)
+
+
 @pytest.mark.parametrize(
     ("when", "at"),
     [
@@ -130,7 +171,7 @@ def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path, when,
         patch.setattr(Reporter, "progress", _progress)
         assert run(directory)["status"] == "cancelled"
     checkpoint = directory / "checkpoints" / "last.pt"
-    state = TrainingState.load(checkpoint, device=torch.device("cpu"))
+    state = TrainingState.load(checkpoint)
     assert (state.subject, state.epoch, state.step) == at
     resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
     assert run(resumed)["status"] == "succeeded"

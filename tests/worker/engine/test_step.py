@@ -1,6 +1,7 @@
 """One optimiser step: cut into parts, in half precision, out of memory, with values that are not finite."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -104,10 +105,32 @@ def test_float16_leaves_out_a_step_that_overflows_and_goes_on():
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
     before = {name: tensor.clone() for name, tensor in step.losses.detector.state_dict().items()}
     values, _ = step(batch_of(4), START)
-    assert math.isfinite(values["loss/total"])
+    assert all(map(math.isfinite, values.values()))
+    assert "gradient_norm" not in values
     weights = dict(step.losses.detector.named_parameters())
     assert all(torch.equal(before[name], one) for name, one in weights.items())
     assert step.scaler.get_scale() < 1e38
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_gradient_that_is_too_long_is_cut_to_the_length_and_told_as_it_was(precision):
+    """In float16 too, where the gradient is scaled until just before."""
+    free, clipped = (step_for(precision=precision, gradient_clip=clip) for clip in (0, 0.01))
+    for step in (free, clipped):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 64.0})
+    (whole, _), (told, _) = (step(batch_of(4), START) for step in (free, clipped))
+    assert told["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
+    assert told["gradient_norm"] > 0.1
+    for name, gradient in gradients(free).items():
+        expected = gradient * (0.01 / whole["gradient_norm"])
+        torch.testing.assert_close(gradients(clipped)[name], expected, rtol=1e-3, atol=1e-8, msg=name)
+
+
+def test_a_gradient_shorter_than_the_limit_stays():
+    free, clipped = (step_for(gradient_clip=clip) for clip in (0, 1e6))
+    for step in (free, clipped):
+        step(batch_of(4), START)
+    assert all(torch.equal(gradients(clipped)[name], gradient) for name, gradient in gradients(free).items())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
@@ -122,22 +145,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
 
 
 @pytest.mark.parametrize(
-    ("limit", "says"),
+    ("accumulation", "limit", "says"),
     [
-        (
-            3,
-            "6 pictures at a time do not fit into memory; 3 at a time fit: set schedule.accumulation to 2 for the same",
-        ),
-        (2, "accumulation to 3 for the same batch_size 6, or schedule.batch_size to 2"),
-        (0, "not even one picture fits"),
+        (1, 3, "6 pictures at a time do not fit into memory; 3 at a time fit: that is accumulation 2 for the same"),
+        (1, 2, "that is accumulation 3 for the same batch_size 6, or batch_size 2 ("),
+        (2, 1, "3 pictures at a time do not fit into memory; 1 at a time fit: that is accumulation 6 for the same"),
+        (2, 1, "or batch_size 2 ("),
+        (1, 0, "not even one picture fits"),
     ],
 )
-def test_out_of_memory_says_what_would_fit(monkeypatch, limit, says):
-    step = step_for(batch_size=6)
+def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, says):
+    step = step_for(batch_size=6, accumulation=accumulation)
     student = step.losses.detector
-    plain = student.train_pass
+    plain, held = student.train_pass, []
 
     def _train_pass(images, targets):
+        assert not any(one() for one in held), "what a failed pass took is still taken when the next one is tried"
+        activation = torch.zeros(1)
+        held.append(weakref.ref(activation))
         if len(images) > limit:
             raise torch.OutOfMemoryError("tried to allocate 80 GiB\nmore")
         return plain(images, targets)
@@ -218,14 +243,25 @@ def test_a_part_that_stays_zero_is_told_once():
     reporter = Said()
     watch = Watch(reporter, "student", {})
     for step in range(QUIET_STEPS - 1):
-        watch.look({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 0.0}, step=step)
+        watch.look({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 1.0}, step=step)
     assert reporter.messages == []
     resumed = Watch(reporter, "student", dict(watch.quiet_steps))
     for step in range(QUIET_STEPS - 1, 3 * QUIET_STEPS):
-        resumed.look({"loss/neck": 0.0, "loss/head": 0.0 if step % 40 else 1.0}, step=step)
+        resumed.look({"loss/neck": 0.0, "loss/head": 0.0 if step % 40 else 1.0, "gradient_norm": 1.0}, step=step)
     ((level, code, message),) = reporter.messages
     assert (level, code) == ("warn", "loss_part_zero")
     assert message.startswith("loss/neck of the student has been 0 for 50 steps, up to step 49")
+
+
+def test_steps_that_are_all_left_out_are_told_once():
+    step, reporter = step_for(precision="float16", batch_size=1), Said()
+    watch = Watch(reporter, "student", {})
+    for number in range(QUIET_STEPS):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
+        watch.look(step(batch_of(1), START)[0], step=number)
+    ((level, code, message),) = reporter.messages
+    assert (level, code) == ("warn", "gradient_not_finite")
+    assert "the student's gradient has overflowed float16 for 50 steps, up to step 49" in message
 
 
 @pytest.mark.slow
@@ -273,6 +309,6 @@ def test_memory_that_is_really_exhausted_says_what_would_fit():
         return plain(images, targets)
 
     step.losses.detector.train_pass = _train_pass
-    with pytest.raises(RunError, match=r"2 at a time fit: set schedule.accumulation to 4") as raised:
+    with pytest.raises(RunError, match=r"2 at a time fit: that is accumulation 4 for") as raised:
         step(batch_of(8), START)
     assert raised.value.code == "out_of_memory"

@@ -152,6 +152,46 @@ def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": "too much for the second"}
 
 
+EXHAUSTED = """
+import sys
+from pathlib import Path
+import torch
+from worker import ranks, run
+from worker.engine.step import Losses
+plain = Losses.forward
+def exhausted(gradient):
+    raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+def forward(self, batch, clock, measured):
+    losses, norms = plain(self, batch, clock, measured)
+    if ranks.rank() == 1 and torch.is_grad_enabled():
+        losses["classifier"].register_hook(exhausted)
+    return losses, norms
+Losses.forward = forward
+COMMAND
+sys.exit(run.main(Path(sys.argv[1])))
+"""
+
+
+def test_memory_that_runs_out_in_one_of_two_is_said_so(dataset, tmp_path):
+    """In the backward pass, in which the processes exchange gradients: the one that fails must not begin to count."""
+    script = tmp_path / "worker_run.py"
+    script.write_text(EXHAUSTED.replace("COMMAND", ""))
+    directory = write_run(tmp_path / "run", dataset, job())
+    code = EXHAUSTED.replace("COMMAND", f"ranks.COMMAND = (sys.executable, {str(script)!r})")
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], timeout=120, check=False)
+    assert done.returncode == 1
+    failure = json.loads((directory / "result.json").read_text())["failure"]
+    detail = "2 pictures at a time do not fit into memory (tried to allocate 80 GiB)"
+    assert failure == {"class": "oom", "code": "out_of_memory", "detail": detail}
+
+
+def test_batch_norm_is_not_shared_on_a_cpu(dataset, tmp_path):
+    directory = write_run(tmp_path / "run", dataset, job(schedule={**spec()["schedule"], "sync_batch_norm": True}))
+    failure = run_alone(directory)["failure"]
+    assert (failure["class"], failure["code"]) == ("user", "sync_batch_norm_needs_gpus")
+    assert "schedule.sync_batch_norm is on, and the 2 processes of this run have no GPUs" in failure["detail"]
+
+
 def test_the_second_ends_when_the_first_is_killed(dataset, tmp_path):
     directory = write_run(tmp_path / "run", dataset, job(schedule={**spec()["schedule"], "epochs": 1000}))
     process = subprocess.Popen([sys.executable, "-m", "worker.run", str(directory)])

@@ -59,6 +59,19 @@ def test_norms_of_a_real_step_are_those_of_backward_and_leave_it_as_it_was():
         assert abs(norms[name].item() - expected) <= 1e-5 * expected, name
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 1.0, 100.0])
+def test_norms_in_float16_are_those_in_float32(size):
+    """As under autocast: the loss is wide, the features and what flows back through them half."""
+    norms = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        features = torch.randn(1000, requires_grad=True)
+        half = features.to(dtype)
+        loss = (half.float() * size * torch.linspace(0.5, 1.0, 1000)).sum()
+        norms.append(float(gradient_norms({"loss": loss}, [half])["loss"]))
+    assert norms[1] == pytest.approx(norms[0], rel=2e-3)
+
+
 def test_norms_of_half_precision_features_do_not_overflow():
     features = torch.full((10_000,), 1.0, dtype=torch.bfloat16, requires_grad=True)
     wide = torch.full((4,), 1.0, dtype=torch.float16, requires_grad=True)
