@@ -10,6 +10,7 @@ numbers. The two take turns.
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -104,4 +105,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main()["ok"] else 1)

@@ -14,6 +14,7 @@ processes would multiply either side. The two take turns, epoch by epoch; the fi
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -192,4 +193,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main()["ok"] else 1)

@@ -10,6 +10,7 @@ used is what that child has reaped. Counted from before the job is sent to after
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -82,4 +83,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main()["ok"] else 1)

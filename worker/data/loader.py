@@ -219,6 +219,8 @@ class TrainingBatches:
             batch_sampler=self._order,
             collate_fn=_collate,
             num_workers=workers,
+            # The cache's memory is shared by being inherited.
+            multiprocessing_context="fork" if workers else None,
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
             # The loader's own draw of a base seed must not come from the global generator, which training uses.

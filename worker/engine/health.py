@@ -49,6 +49,12 @@ class Watch:
         return steps == QUIET_STEPS
 
 
+def forget_memory_peak(device: torch.device) -> None:
+    """Let `memory_bytes` begin anew, on a GPU: a student's peak is not its teacher's. The kernel's stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_bytes(device: torch.device) -> int:
     """Return the most memory that was in use up to now: torch's on a GPU, else the whole process's."""
     if device.type == "cuda":

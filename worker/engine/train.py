@@ -17,7 +17,7 @@ from worker.engine.average import Average
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
 from worker.engine.evaluate import coco_metrics, detect_split
-from worker.engine.health import MEASURE_EVERY, Watch, memory_bytes
+from worker.engine.health import MEASURE_EVERY, Watch, forget_memory_peak, memory_bytes
 from worker.engine.history import History, Plan, Running
 from worker.engine.seeds import reseed, seed_for
 from worker.engine.step import Step
@@ -137,6 +137,7 @@ class Training:
         self._running = Running()
         self._watch = Watch(context.reporter, subject, {})
         self._saved_at = time.monotonic()
+        forget_memory_peak(context.device)
 
     def run(self, resume: TrainingState | None) -> Best:
         """Train to the end, from the beginning or from a state of this training, and return the best detector.
