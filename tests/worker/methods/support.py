@@ -10,10 +10,12 @@ from worker.methods import Clock
 START = Clock(step=0, steps=10, epoch=0, epochs=1)
 
 
-def pair(*, student_channels: int = 8, teacher_channels: int = 16) -> tuple[Detector, Detector]:
-    """Return a student in training mode and a frozen teacher in eval mode, as a run has them."""
+def pair(
+    *, student_channels: int = 8, teacher_channels: int = 16, box_head: str = "linear"
+) -> tuple[Detector, Detector]:
+    """Return a student in training mode, with this box head, and a frozen teacher in eval mode, as a run has them."""
     torch.manual_seed(0)
-    student = detectors.build({**TINY, "pyramid_channels": student_channels}, CLASSES).train()
+    student = detectors.build({**TINY, "pyramid_channels": student_channels, "box_head": box_head}, CLASSES).train()
     teacher = detectors.build({**TINY, "pyramid_channels": teacher_channels}, CLASSES)
     return student, teacher.eval().requires_grad_(False)
 

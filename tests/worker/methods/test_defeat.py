@@ -99,8 +99,9 @@ def test_the_teachers_samples_hold_the_ground_truth_and_their_own_labels():
         assert len(boxes) <= teacher.config.box_samples
 
 
-def test_sampling_leaves_no_trace_in_either_detector():
-    student, teacher = pair()
+@pytest.mark.parametrize("box_head", ["linear", "convolutional"])
+def test_sampling_and_scoring_leave_no_trace_in_either_detector(box_head):
+    student, teacher = pair(box_head=box_head)
     method = methods.build({"method": "defeat", "proposals": "both"}, student, teacher)
     passed = one_pass(student)
     before = [{name: value.clone() for name, value in one.state_dict().items()} for one in (student, teacher)]
@@ -109,6 +110,27 @@ def test_sampling_leaves_no_trace_in_either_detector():
         assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
     assert not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_other_proposals_are_scored_by_their_own_statistics_without_moving_the_running_ones():
+    student, teacher = pair(box_head="convolutional")
+    passed = one_pass(student)
+    proposals, _ = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    kept = {name: value.clone() for name, value in student.named_buffers()}
+    parameters = list(student.roi_heads.box_head.parameters())
+    found, gradients = [], []
+    for score in (passed.score, lambda others: student._head(passed.features, others, passed.image_sizes)[0]):
+        found.append(score(proposals))
+        gradients.append(torch.autograd.grad(found[-1].square().sum(), parameters, retain_graph=True))
+        same = [torch.equal(kept[name], value) for name, value in student.named_buffers()]
+        assert all(same) == (score is passed.score)
+    assert torch.equal(*found)
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*gradients, strict=True))
+    # And the next training pass goes on counting.
+    (norm,) = [one for name, one in student.named_modules() if name == "roi_heads.box_head.0.1"]
+    counted = norm.num_batches_tracked.item()
+    one_pass(student)
+    assert norm.num_batches_tracked.item() == counted + 1
 
 
 def test_warmup_and_decay_scale_every_loss():
