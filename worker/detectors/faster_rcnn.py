@@ -1,6 +1,7 @@
 """Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -282,8 +283,9 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     def score(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """See `Detector.score`."""
-        return self._head(features, proposals, image_sizes)[0]
+        """See `Detector.score`. In training mode too, the head's batch norm leaves its running statistics alone."""
+        with _statistics_kept(self.roi_heads.box_head):
+            return self._head(features, proposals, image_sizes)[0]
 
     def sample(
         self,
@@ -325,6 +327,19 @@ class FasterRCNNMobileNetDetector(FasterRCNNDetector):
 
     # Two of the backbone's maps have one stride: they cannot be told apart by it.
     provides: tuple[Part, ...] = ("anchors", "logits")
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Keep running statistics as they are: batch norm in training mode still normalises by its batch's own."""
+    norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _box_head(config: TwoStageConfig) -> nn.Module:

@@ -26,16 +26,20 @@ class FGDConfig(Config):
 
     method: Literal["fgd"] = "fgd"
     object_weight: Annotated[
-        Weight, Field(description="Weight of cells in objects (alpha); null: 5e-5 two-stage, 1e-3 one-stage.")
+        Weight,
+        Field(description="Weight of cells in objects (alpha); null: 5e-5 two-stage, 1e-3 one-stage with anchors."),
     ] = None
     background_weight: Annotated[
-        Weight, Field(description="Weight of background cells (beta); null: 2.5e-5 two-stage, 5e-4 one-stage.")
+        Weight,
+        Field(description="Weight of background cells (beta); null: 2.5e-5 two-stage, 5e-4 one-stage with anchors."),
     ] = None
     attention_weight: Annotated[
-        Weight, Field(description="Weight of the attention maps (gamma); null: 5e-5 two-stage, 1e-3 one-stage.")
+        Weight,
+        Field(description="Weight of the attention maps (gamma); null: 5e-5 two-stage, 1e-3 one-stage with anchors."),
     ] = None
     relation_weight: Annotated[
-        Weight, Field(description="Weight of the global relation (lambda); null: 5e-7 two-stage, 5e-6 one-stage.")
+        Weight,
+        Field(description="Weight of the global relation (lambda); null: 5e-7 two-stage, 5e-6 one-stage with anchors."),
     ] = None
     temperature: Annotated[float, Field(description="Temperature of the attention.", gt=0, le=100)] = 0.5
 

@@ -91,7 +91,7 @@ class FGFI(NeckMethod):
     """The loss and its adapters.
 
     Raises:
-        RunError: `anchors_missing` if the student has no anchors; else as `NeckMethod`.
+        RunError: `anchors_missing` if the student hands out no anchors; else as `NeckMethod`.
     """
 
     def __init__(self, config: FGFIConfig, student: Detector, teacher: Detector | None) -> None:
@@ -101,8 +101,9 @@ class FGFI(NeckMethod):
             raise RunError(
                 "user",
                 "anchors_missing",
-                "fgfi masks the neck by the student's anchors, and this student's family has none: take a student that "
-                "has, such as faster_rcnn or retinanet, or another method",
+                "fgfi masks the neck by the student's anchors; this student's family hands out none (fcos has points; "
+                "the default boxes of ssd and ssdlite are not handed out): take a student that does, such as "
+                "faster_rcnn or retinanet, or another method",
             )
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002

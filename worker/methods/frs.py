@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
@@ -100,7 +101,8 @@ class FRS(NeckMethod):
 
     Raises:
         RunError: `logits_missing` if the teacher scores no cells; `logits_do_not_pair` if logits_weight is not 0 and
-            the two dense heads do not score alike; else as `NeckMethod`.
+            the two dense heads do not score alike: unlike classes, or unlike anchors on a paired level; else as
+            `NeckMethod`.
     """
 
     def __init__(self, config: FRSConfig, student: Detector, teacher: Detector | None) -> None:
@@ -109,7 +111,7 @@ class FRS(NeckMethod):
         self.neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
         self.logits_weight = paper_value(config.logits_weight, student, two_stage=0.1, one_stage=0.02)
         self.warmup_steps = config.warmup_steps
-        _require_logits(self.logits_weight, student, teacher)
+        _require_logits(self.logits_weight, student, teacher, self.pairs)
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
         """See `Method.losses`: `neck`, `logits`."""
@@ -128,7 +130,19 @@ def _adapter(student_channels: int, teacher_channels: int) -> nn.Module:
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=3, padding=1)
 
 
-def _require_logits(logits_weight: float, student: Detector, teacher: Detector) -> None:
+def _anchors(detector: Detector, level: int) -> str:
+    """Say what the anchors of a level are, alike for like ones; FCOS has points, and sizes of what they learn."""
+    (generator,) = (module for module in detector.modules() if isinstance(module, AnchorGenerator))
+    sizes = ", ".join(map(str, generator.sizes[level]))
+    if "anchors" not in detector.provides:
+        return f"points for {sizes} px"
+    ratios = ", ".join(f"{float(ratio):g}" for ratio in generator.aspect_ratios[level])
+    return f"anchors of {sizes} px in ratios {ratios}"
+
+
+def _require_logits(
+    logits_weight: float, student: Detector, teacher: Detector, pairs: Sequence[tuple[int, int]]
+) -> None:
     if "logits" not in teacher.provides:
         raise RunError(
             "user",
@@ -147,3 +161,12 @@ def _require_logits(logits_weight: float, student: Detector, teacher: Detector) 
             f"the logits part compares what dense heads score in a cell (anchors, classes): the {student.head_kind} "
             f"student's {ours}, the {teacher.head_kind} teacher's {teacher.scores_per_cell}; set logits_weight to 0",
         )
+    for mine, other in pairs:
+        if (anchors := _anchors(student, mine)) != (theirs := _anchors(teacher, other)):
+            raise RunError(
+                "user",
+                "logits_do_not_pair",
+                "the logits part compares anchor by anchor, and unlike anchors score unlike things: at stride "
+                f"{student.strides[mine]} the student has {anchors}, the teacher {theirs}; give the student the "
+                "teacher's anchors, or set logits_weight to 0",
+            )

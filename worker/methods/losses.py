@@ -18,14 +18,33 @@ def mean_over_ranks(counts: Tensor) -> tuple[Tensor, float]:
     """Return the mean of each count over the processes that train together, and what one single count comes to.
 
     A loss that each process divides by such a mean has gradients whose average over processes is the gradient of one
-    process with all their pictures. In a process of its own the counts come back as they are, with 1.
+    process with all their pictures. So it is where a mean of sums, such as moments of features, enters the loss in
+    another way: gradients flow through it into the sums of every process. In a process of its own the counts come back
+    as they are, with 1.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return counts, 1.0
     ranks = distributed.get_world_size()
-    counts = counts.double()
-    distributed.all_reduce(counts)
-    return counts / ranks, 1.0 / ranks
+    return _SumOverRanks.apply(counts.double()) / ranks, 1.0 / ranks
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over processes; what each one's loss makes of it is summed on the way back, too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+        return _all_reduced(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return _all_reduced(gradient)
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    summed = values.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(summed)
+    return summed
 
 
 def decoupled_feature_loss(

@@ -38,12 +38,11 @@ def cell_ranges(boxes: Tensor, *, stride: int, height: int, width: int, mode: Ma
     corner (so a 1000 x 3 px box at stride 4 may mark one cell), moved inside the map. `cover`: every touched cell.
     """
     limit = torch.tensor([width, height], device=boxes.device)
-    first = (boxes[:, :2] / stride).floor().long()
     if mode == "cover":
-        first = first.clamp(min=0).minimum(limit - 1)
+        first = (boxes[:, :2] / stride).floor().long().clamp(min=0).minimum(limit - 1)
         last = (boxes[:, 2:] / stride).ceil().long().minimum(limit).maximum(first + 1)
         return torch.cat([first, last], dim=1)
-    last = (boxes[:, 2:] / stride).floor().long()
+    first, last = (boxes / stride).trunc().long().split(2, dim=1)
     empty = (last <= first).any(dim=1, keepdim=True)
     first = torch.where(empty, first.clamp(min=0).minimum(limit - 1), first)
     last = torch.where(empty, first + 1, last)

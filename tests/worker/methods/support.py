@@ -1,6 +1,12 @@
 """A tiny student and teacher, and one training pass over a few pictures."""
 
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import distributed
 
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
 from worker import detectors
@@ -10,10 +16,12 @@ from worker.methods import Clock
 START = Clock(step=0, steps=10, epoch=0, epochs=1)
 
 
-def pair(*, student_channels: int = 8, teacher_channels: int = 16) -> tuple[Detector, Detector]:
-    """Return a student in training mode and a frozen teacher in eval mode, as a run has them."""
+def pair(
+    *, student_channels: int = 8, teacher_channels: int = 16, box_head: str = "linear"
+) -> tuple[Detector, Detector]:
+    """Return a student in training mode, with this box head, and a frozen teacher in eval mode, as a run has them."""
     torch.manual_seed(0)
-    student = detectors.build({**TINY, "pyramid_channels": student_channels}, CLASSES).train()
+    student = detectors.build({**TINY, "pyramid_channels": student_channels, "box_head": box_head}, CLASSES).train()
     teacher = detectors.build({**TINY, "pyramid_channels": teacher_channels}, CLASSES)
     return student, teacher.eval().requires_grad_(False)
 
@@ -23,6 +31,28 @@ def one_pass(student: Detector, seed: int = 0) -> TrainPass:
     images, targets = images_and_targets(seed=seed)
     torch.manual_seed(seed)
     return student.train_pass(images, targets)
+
+
+def on_two_processes(work: Callable[[int], Any], directory: Path) -> list[Any]:
+    """Return what `work(rank)` returns, plain numbers and lists of them, in each of two that train together."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def _run(rank: int) -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2)
+        try:
+            results.put((rank, work(rank)))
+        finally:
+            distributed.destroy_process_group()
+
+    ranks = [context.Process(target=_run, args=(rank,)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = dict(results.get(timeout=60) for _ in ranks)
+    for rank in ranks:
+        rank.join(timeout=60)
+        assert rank.exitcode == 0
+    return [found[rank] for rank in range(2)]
 
 
 def levels(seed: int = 0, *, channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,17 +1,22 @@
-"""DeFeat as a method: which proposals it scores, with whose labels, and what it leaves alone."""
+"""DeFeat as a method: its parts' values, which proposals it scores, with whose labels, and what it leaves alone."""
+
+import dataclasses
+import math
 
 import pytest
 import torch
 from torchvision.ops import box_iou
 
-from tests.worker.methods.support import START, one_pass, pair
-from tests.worker.methods.test_losses import restated_logit_loss
+from tests.worker.methods.support import START, assert_same_loss, one_pass, pair
+from tests.worker.methods.test_losses import restated_feature_loss, restated_logit_loss
+from tests.worker.methods.test_masks import restated
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
 from worker import detectors, methods
 from worker.methods import Clock
 from worker.report import RunError
 
 HEAD_ONLY = {"method": "defeat", "neck_object_weight": 0, "neck_background_weight": 0}
+HEADLESS = {"head_object_weight": 0, "head_background_weight": 0}
 TEMPERATURES = {"head_object_temperature": 2.0, "head_background_temperature": 3.0}
 
 
@@ -99,8 +104,9 @@ def test_the_teachers_samples_hold_the_ground_truth_and_their_own_labels():
         assert len(boxes) <= teacher.config.box_samples
 
 
-def test_sampling_leaves_no_trace_in_either_detector():
-    student, teacher = pair()
+@pytest.mark.parametrize("box_head", ["linear", "convolutional"])
+def test_sampling_and_scoring_leave_no_trace_in_either_detector(box_head):
+    student, teacher = pair(box_head=box_head)
     method = methods.build({"method": "defeat", "proposals": "both"}, student, teacher)
     passed = one_pass(student)
     before = [{name: value.clone() for name, value in one.state_dict().items()} for one in (student, teacher)]
@@ -109,6 +115,27 @@ def test_sampling_leaves_no_trace_in_either_detector():
         assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
     assert not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_other_proposals_are_scored_by_their_own_statistics_without_moving_the_running_ones():
+    student, teacher = pair(box_head="convolutional")
+    passed = one_pass(student)
+    proposals, _ = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    kept = {name: value.clone() for name, value in student.named_buffers()}
+    parameters = list(student.roi_heads.box_head.parameters())
+    found, gradients = [], []
+    for score in (passed.score, lambda others: student._head(passed.features, others, passed.image_sizes)[0]):
+        found.append(score(proposals))
+        gradients.append(torch.autograd.grad(found[-1].square().sum(), parameters, retain_graph=True))
+        same = [torch.equal(kept[name], value) for name, value in student.named_buffers()]
+        assert all(same) == (score is passed.score)
+    assert torch.equal(*found)
+    assert all(torch.equal(mine, plain) for mine, plain in zip(*gradients, strict=True))
+    # And the next training pass goes on counting.
+    (norm,) = [one for name, one in student.named_modules() if name == "roi_heads.box_head.0.1"]
+    counted = norm.num_batches_tracked.item()
+    one_pass(student)
+    assert norm.num_batches_tracked.item() == counted + 1
 
 
 def test_warmup_and_decay_scale_every_loss():
@@ -121,6 +148,77 @@ def test_warmup_and_decay_scale_every_loss():
     assert full.keys() == {"neck_object", "neck_background", "head_object", "head_background"}
     for name, loss in full.items():
         assert part[name].item() == pytest.approx(loss.item() * (4 / 8) * (3 / 4), rel=1e-6)
+
+
+def wide(maps):
+    """Maps in float64, as leaves of their own."""
+    return {name: one.detach().double().requires_grad_() for name, one in maps.items()}
+
+
+def restated_convolution(features, weight, bias):
+    """A 3x3 convolution of (B, C, H, W), padded with zeros: the sum of its nine taps."""
+    height, width = features.shape[-2:]
+    padded = features.new_zeros(*features.shape[:2], height + 2, width + 2)
+    padded[:, :, 1:-1, 1:-1] = features
+    result = bias[:, None, None]
+    for row in range(3):
+        for column in range(3):
+            shifted = padded[:, :, row : row + height, column : column + width]
+            result = result + (weight[:, :, row, column] @ shifted.flatten(2)).unflatten(2, (height, width))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("teacher_strides", "given", "object_weight", "background_weight", "base"),
+    [
+        pytest.param([8, 16, 32], {"mask_base_size": 6.0}, 4, 16, 6.0, id="default-weights"),
+        pytest.param([8, 16, 32], {"mask_base_size": 6.0, "mask": "cover"}, 4, 16, 6.0, id="cover"),
+        pytest.param([16, 32], {"neck_object_weight": 3, "mask_base_size": 9.0}, 3, 16, 9.0, id="two-levels"),
+        pytest.param([8, 16, 32], {"neck_background_weight": 5}, 4, 5, 56.0, id="default-sizes"),
+    ],
+)
+def test_the_neck_part_is_the_formula(teacher_strides, given, object_weight, background_weight, base):
+    student = detectors.build({**TINY, "pyramid_channels": 8, "strides": [8, 16, 32]}, CLASSES).train()
+    teacher = detectors.build({**TINY, "strides": teacher_strides}, CLASSES).eval().requires_grad_(False)
+    method = methods.build({"method": "defeat", **HEADLESS, **given}, student, teacher).double()
+    with torch.no_grad():  # as they start, the adapters' part in the differences would not show
+        for adapter in method.adapters:
+            adapter.weight.normal_(std=0.3)
+    passed = one_pass(student, 3)
+    passed = dataclasses.replace(passed, features=wide(passed.features))
+    strides = [stride for stride in (8, 16, 32) if stride in teacher_strides]
+    ours = [passed.features[str((8, 16, 32).index(stride))] for stride in strides]
+    theirs = [teacher.trunk(passed.images)[str(teacher_strides.index(stride))].double() for stride in strides]
+    adapted = [
+        restated_convolution(one, adapter.weight, adapter.bias)
+        for one, adapter in zip(ours, method.adapters, strict=True)
+    ]
+    height, width = passed.images.shape[-2:]
+    sizes = [(height // stride, width // stride) for stride in strides]
+    masks = restated([target["boxes"] for target in passed.targets], sizes, strides, given.get("mask", "paper"), base)
+    assert [bool(mask.any()) for mask in masks] == [base < 56 or level == 0 for level in range(len(masks))]
+    objects, background = restated_feature_loss(adapted, theirs, masks)
+    losses = method(passed, teacher, START)
+    assert losses.keys() == {"neck_object", "neck_background"}
+    inputs = [*(one for one, mask in zip(ours, masks, strict=True) if mask.any()), method.adapters[0].weight]
+    assert_same_loss(losses["neck_object"], object_weight * objects, inputs)
+    assert_same_loss(losses["neck_background"], background_weight * background, [*ours, *method.adapters.parameters()])
+
+
+def test_adapters_are_3x3_convolutions_that_start_near_zero():
+    student, teacher = pair()
+    torch.manual_seed(4)
+    method = methods.build({"method": "defeat"}, student, teacher)
+    torch.manual_seed(4)
+    assert len(method.adapters) == 2
+    for adapter in method.adapters:
+        plain = torch.nn.Conv2d(8, 16, kernel_size=3, padding=1)
+        drawn = plain.weight.detach().normal_().flatten().tolist()
+        assert max(map(abs, drawn)) > 2  # so that what lies outside is seen to be wrapped, not cut off
+        expected = torch.tensor([1e-4 * math.fmod(value, 2) for value in drawn]).view(16, 8, 3, 3)
+        torch.testing.assert_close(adapter.weight.detach(), expected, rtol=1e-6, atol=0)
+        assert torch.equal(adapter.bias, plain.bias)  # the framework's own
+        assert (adapter.padding, adapter.stride) == ((1, 1), (1, 1))
 
 
 BACKBONE_ONLY = {
@@ -181,6 +279,41 @@ def test_the_backbone_part_is_the_necks_loss_on_c3_to_c5_with_every_box_on_each(
     sum(losses.values()).backward()
     assert any(parameter.grad is not None for parameter in student.backbone.body.parameters())
     assert all(parameter.grad is None for parameter in student.backbone.fpn.parameters())
+
+
+def test_the_backbone_parts_gradients_are_the_formulas():
+    torch.manual_seed(0)
+    student, teacher = (detectors.build({**TINY, "strides": [4, 8, 16, 32]}, CLASSES) for _ in range(2))
+    method = methods.build(BACKBONE_ONLY, student.train(), teacher.eval().requires_grad_(False)).double()
+    with torch.no_grad():
+        for adapter in method.backbone_adapters:
+            adapter[0].weight.normal_(std=0.1)
+    passed = one_pass(student)
+    passed = dataclasses.replace(passed, backbone=wide(passed.backbone))
+    ours = [passed.backbone[stride] for stride in (8, 16, 32)]
+    adapted = [
+        restated_convolution(one, adapter[0].weight, adapter[0].bias).clamp(min=0)
+        for one, adapter in zip(ours, method.backbone_adapters, strict=True)
+    ]
+    boxes, sizes = [target["boxes"] for target in passed.targets], [tuple(one.shape[-2:]) for one in adapted]
+    masks = restated_backbone_masks(boxes, *passed.images.shape[-2:], sizes)
+    theirs = [one.double() for one in list(teacher.backbone.body(passed.images).values())[1:]]
+    objects, background = restated_feature_loss(adapted, theirs, masks)
+    losses = method(passed, teacher, START)
+    inputs = [*ours, *method.backbone_adapters.parameters()]
+    assert_same_loss(losses["backbone_object"], 3 * objects, inputs)
+    assert_same_loss(losses["backbone_background"], 5 * background, inputs)
+
+
+def test_no_weight_at_all_is_refused():
+    nothing = {**HEAD_ONLY, **HEADLESS}
+    for spec in (nothing, [{**nothing, "weight": 2.0}, {"method": "fitnet"}]):
+        with pytest.raises(RunError) as caught:
+            methods.build(spec, *pair())
+        assert (caught.value.failure_class, caught.value.code) == ("user", "bad_spec")
+        assert "every weight is 0, so nothing would be distilled" in caught.value.detail
+        assert "take the method baseline" in caught.value.detail
+    methods.build({**nothing, "neck_object_weight": 1e-3}, *pair())
 
 
 def test_backbones_without_a_common_stride_or_without_a_pyramid_are_refused():

@@ -7,7 +7,7 @@ import torch
 
 from tests.worker.detectors.support_one_stage import FCOS, RETINANET
 from tests.worker.methods.support import START, assert_same_loss, levels, one_pass, pair
-from tests.worker.support_engine import CLASSES
+from tests.worker.support_engine import CLASSES, TINY
 from worker import detectors, methods
 from worker.methods import Clock
 from worker.methods.frs import frs_logit_loss, frs_neck_loss, richness
@@ -118,6 +118,16 @@ def test_warmup_scales_both_losses():
         pytest.param(RETINANET, None, id="one-stage-from-two-stage"),
         pytest.param(RETINANET, FCOS, id="unlike-anchors"),
         pytest.param({**RETINANET, "anchor_octaves": 3}, RETINANET, id="unlike-octaves"),
+        # As many to a cell, but of other sides and ratios.
+        pytest.param(
+            {**RETINANET, "anchor_octaves": 3, "anchor_ratios": [1.0]},
+            {**RETINANET, "anchor_octaves": 1, "anchor_ratios": [0.5, 1.0, 2.0]},
+            id="as-many-anchors",
+        ),
+        pytest.param({**RETINANET, "anchor_scale": 4}, RETINANET, id="unlike-sides"),
+        pytest.param({**RETINANET, "anchor_octaves": 1, "anchor_ratios": [1.0]}, FCOS, id="an-anchor-and-a-point"),
+        pytest.param({**FCOS, "anchor_scale": 6}, FCOS, id="unlike-points"),
+        pytest.param({**TINY, "anchor_ratios": [0.5, 1.0, 3.0]}, None, id="unlike-ratios"),
     ],
 )
 def test_heads_that_do_not_score_alike_are_refused_unless_only_the_neck_is_wanted(student, teacher):
@@ -128,6 +138,23 @@ def test_heads_that_do_not_score_alike_are_refused_unless_only_the_neck_is_wante
     assert (caught.value.failure_class, caught.value.code) == ("user", "logits_do_not_pair")
     method = methods.build({"method": "frs", "logits_weight": 0}, student, teacher)
     assert method(one_pass(student), teacher, START).keys() == {"neck"}
+
+
+def test_unlike_anchors_are_named_with_what_would_do():
+    detector = {**RETINANET, "anchor_octaves": 1}
+    student, teacher = alike(detector, anchor_scale=5)
+    with pytest.raises(RunError) as caught:
+        methods.build({"method": "frs"}, student, teacher)
+    assert (
+        "at stride 8 the student has anchors of 40 px in ratios 0.5, 1, 2, the teacher anchors of 24 px in ratios "
+        "0.5, 1, 2; give the student the teacher's anchors, or set logits_weight to 0"
+    ) in caught.value.detail
+
+
+def test_only_anchors_of_paired_levels_count():
+    student, teacher = alike({**RETINANET, "strides": [8, 16, 32]}, strides=[16, 32])
+    method = methods.build({"method": "frs"}, student, teacher)
+    assert method(one_pass(student), teacher, START).keys() == {"neck", "logits"}
 
 
 def test_a_teacher_that_scores_no_cells_is_refused():

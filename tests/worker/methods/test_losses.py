@@ -1,12 +1,11 @@
 """The losses against a plain restatement of the formulas: loops and float64, written from the description."""
 
 import math
-import multiprocessing
 
 import pytest
 import torch
-from torch import distributed
 
+from tests.worker.methods.support import on_two_processes
 from worker.methods import losses
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 
@@ -113,21 +112,16 @@ def test_gradients_in_half_are_those_of_float32_rounded(features):
         assert all(torch.equal(one, other.bfloat16()) for one, other in zip(mine, plain, strict=True))
 
 
-def _rank(rank, address, results):
-    """One process of two: its half of the batch; sends back its loss and gradients."""
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        student, teacher, masks, logits, others, labels = _joined()
-        half = slice(rank, rank + 1)
-        mine = [one[half].detach().requires_grad_() for one in student]
-        own = logits[4 * rank : 4 * rank + 4].detach().requires_grad_()
-        rows = slice(4 * rank, 4 * rank + 4)
-        theirs, cells = [one[half] for one in teacher], [one[half] for one in masks]
-        loss = _total(mine, theirs, cells, own, others[rows], labels[rows])
-        gradients = torch.autograd.grad(loss, [*mine, own])
-        results.put((rank, loss.item(), [one.tolist() for one in gradients]))
-    finally:
-        distributed.destroy_process_group()
+def _half(rank):
+    """One process of two: the loss of its half of the batch, and its gradients."""
+    student, teacher, masks, logits, others, labels = _joined()
+    half = slice(rank, rank + 1)
+    mine = [one[half].detach().requires_grad_() for one in student]
+    own = logits[4 * rank : 4 * rank + 4].detach().requires_grad_()
+    rows = slice(4 * rank, 4 * rank + 4)
+    theirs, cells = [one[half] for one in teacher], [one[half] for one in masks]
+    loss = _total(mine, theirs, cells, own, others[rows], labels[rows])
+    return loss.item(), [one.tolist() for one in torch.autograd.grad(loss, [*mine, own])]
 
 
 def _joined():
@@ -150,17 +144,7 @@ def _total(student, teacher, masks, logits, others, labels):
 
 
 def test_the_mean_over_two_processes_is_one_process_with_both_batches(tmp_path):
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    address = f"file://{tmp_path / 'meeting'}"
-    ranks = [context.Process(target=_rank, args=(rank, address, results)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    answers = [results.get(timeout=60) for _ in ranks]
-    found = {rank: (loss, gradients) for rank, loss, gradients in answers}
-    for rank in ranks:
-        rank.join(timeout=60)
-        assert rank.exitcode == 0
+    found = on_two_processes(_half, tmp_path)
     student, teacher, masks, logits, others, labels = _joined()
     loss = _total(student, teacher, masks, logits, others, labels)
     assert (found[0][0] + found[1][0]) / 2 == pytest.approx(loss.item(), rel=1e-12)

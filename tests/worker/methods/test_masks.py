@@ -58,11 +58,13 @@ def random_boxes(rng, width, height):
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
-@pytest.mark.parametrize("mode", ["paper", "cover"])
-@pytest.mark.parametrize("base", [56.0, 28.0])
-def test_masks_equal_the_restatement_on_random_batches(mode, base):
+@pytest.mark.parametrize(
+    ("mode", "base", "batches"),
+    [("paper", 56.0, 1000), ("paper", 28.0, 250), ("cover", 56.0, 250), ("cover", 28.0, 250)],
+)
+def test_masks_equal_the_restatement_on_random_batches(mode, base, batches):
     rng = random.Random(f"{mode}{base}")
-    for _ in range(250):
+    for _ in range(batches):
         width, height = 32 * rng.randint(1, 20), 32 * rng.randint(1, 16)
         strides = STRIDES[: rng.randint(1, 5)]
         sizes = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
@@ -85,6 +87,13 @@ def test_a_thin_box_marks_one_cell_on_paper_and_all_it_touches_under_cover():
     box = [torch.tensor([[8.0, 9.0, 1008.0, 11.9]])]
     assert int(object_masks(box, sizes=[(64, 256)], strides=[4], mode="paper")[0].sum()) == 1
     assert int(object_masks(box, sizes=[(64, 256)], strides=[4], mode="cover")[0].sum()) == 250
+
+
+def test_coordinates_left_of_the_picture_are_truncated_towards_it():
+    box = [torch.tensor([[-3.0, -5.0, 3.0, 11.0]])]
+    (paper,) = object_masks(box, sizes=[(4, 4)], strides=[4])
+    # int(-3 / 4) and int(3 / 4) are both 0: a range that is empty, so one cell, at int(-5 / 4) moved inside.
+    assert paper.nonzero().tolist() == [[0, 0, 0, 0]]
 
 
 def test_levels_double_in_size():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.worker.methods.support import START, assert_same_loss, levels, one_pass, pair
+from tests.worker.methods.support import START, assert_same_loss, levels, on_two_processes, one_pass, pair
 from worker import methods
 from worker.methods.pkd import pkd_loss
 from worker.report import RunError
@@ -31,6 +31,42 @@ def restated(student, teacher):
 def test_loss_and_gradients_equal_the_restatement(seed):
     student, teacher = levels(seed)
     assert_same_loss(pkd_loss(student, teacher), restated(student, teacher), student)
+
+
+def _apart(rank):
+    """One process of two: the loss of its pictures, of unlike moments on the two, and its gradients."""
+    student, teacher = _together()
+    mine = [one[rank : 1 + 2 * rank].detach().requires_grad_() for one in student]
+    loss = pkd_loss(mine, [one[rank : 1 + 2 * rank] for one in teacher])
+    return loss.item(), [one.tolist() for one in torch.autograd.grad(loss, mine)]
+
+
+def _together():
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (
+        [torch.randn(3, channels, 4, 3, generator=generator, dtype=torch.float64) for channels in (3, 2)]
+        for _ in range(2)
+    )
+    scale = torch.tensor([1.0, 5.0, 0.5], dtype=torch.float64).view(3, 1, 1, 1)
+    student = [(scale * one + 3 * scale).requires_grad_() for one in student]
+    return student, [one * scale.flip(0) for one in teacher]
+
+
+def test_the_mean_over_two_processes_is_one_process_with_all_pictures(tmp_path):
+    found = on_two_processes(_apart, tmp_path)
+    student, teacher = _together()
+    loss = pkd_loss(student, teacher)
+    assert (found[0][0] + found[1][0]) / 2 == pytest.approx(loss.item(), rel=1e-12)
+    for index, whole in enumerate(torch.autograd.grad(loss, student)):
+        joined = torch.cat([torch.tensor(found[rank][1][index], dtype=torch.float64) for rank in range(2)])
+        torch.testing.assert_close(joined / 2, whole, rtol=1e-9, atol=1e-13)
+
+
+def test_a_large_mean_costs_no_precision():
+    student, teacher = levels(3)
+    far = [one.detach().float() + 1000 for one in student]
+    expected = restated([one.double() for one in far], teacher)
+    assert pkd_loss(far, [one.float() for one in teacher]).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_levels_loss_is_one_minus_the_correlation():
