@@ -14,6 +14,7 @@ CLASS_MAP: Path = ("teacher", "class_map")
 # What levels above the backbone's add to a pyramid, as multiples of its coarsest stride: see `worker.detectors`.
 _EXTRA_LEVELS: dict[tuple[str, object], tuple[int, ...]] = {
     ("extra_levels", "p6p7"): (2, 4),
+    ("extra_levels", "p6p7_backbone"): (2, 4),
     ("extra_levels", "pool"): (2,),
     ("pool_level", True): (2,),
 }

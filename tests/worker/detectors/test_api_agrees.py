@@ -14,14 +14,20 @@ from worker.engine.trainable import require_trainable
 from worker.report import RunError
 
 
+def extra_levels():
+    """Every value of `extra_levels` that a family takes."""
+    return DETECTORS["fcos"].config.model_json_schema()["properties"]["extra_levels"]["enum"]
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         {"architecture": "faster_rcnn", "strides": [8, 16]},
         {"architecture": "faster_rcnn", "strides": [8, 16], "pool_level": False},
         {"architecture": "retinanet", "strides": [16, 32]},
-        {"architecture": "fcos", "extra_levels": "none"},
+        *({"architecture": "fcos", "extra_levels": extra} for extra in extra_levels()),
     ],
+    ids=lambda spec: "-".join(map(str, spec.values())),
 )
 def test_strides(spec):
     with torch.device("meta"):
