@@ -14,8 +14,9 @@ from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
-from app.jobs.methods import Chosen, check_methods, part_problems
-from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_apart, strides_apart
+from app.jobs.classes import CLASS_MAP, class_problems
+from app.jobs.methods import Chosen, check_methods
+from app.jobs.pairing import pair_problems
 from app.jobs.spec import JobSpec
 from app.jobs.training import training_problems
 from app.models import Checkpoint, Dataset
@@ -36,6 +37,7 @@ RULES = frozenset(
         "teacher_detector_differs",
         "pyramids_do_not_pair",
         "channels_differ",
+        "maps_do_not_pair",
         "head_does_not_pair",
         "backbones_do_not_pair",
         "logits_do_not_pair",
@@ -113,10 +115,7 @@ class Resolver:
         trained = (("teacher",), ("teacher", "schedule"), teacher.detector, teacher.schedule)
         self._check_training(*trained, parts["resources"])
         self._check_classes(dataset, teacher)
-        for method in methods:
-            self._check_pyramids(method.value, student, teacher)
-            self._check_heads(method, student, teacher)
-            self._check_parts(method, student, teacher)
+        self._check_pair(methods, student, teacher)
         self._raise()
         assert outer is not None
         assert dataset is not None
@@ -131,9 +130,7 @@ class Resolver:
         return Resolved(spec, dataset)
 
     def _error(self, path: Path, code: str, detail: str) -> None:
-        error = problem(pointer(path), code, detail)
-        if error not in self._errors:  # two methods may want the same
-            self._errors.append(error)
+        self._errors.append(problem(pointer(path), code, detail))
 
     def _raise(self) -> None:
         if self._errors:
@@ -317,30 +314,13 @@ class Resolver:
         if all(isinstance(name, str) for name in class_map.values()):  # else the outer model has said so
             self._errors.extend(class_problems(dataset.classes, teacher.classes, class_map))
 
-    def _check_pyramids(self, method: dict[str, Any], student: dict[str, Any] | None, teacher: _Teacher) -> None:
+    def _check_pair(self, methods: list[Chosen], student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is None or teacher.detector is None:
             return
-        needs = self._catalog.methods[method["method"]]["needs"]
         is_free = self._given(("teacher", "source")) == "train"
-        for need, key, code, apart in (
-            ("neck", "strides", "pyramids_do_not_pair", strides_apart),
-            ("equal_channels", "pyramid_channels", "channels_differ", channels_apart),
-        ):
-            detail = apart(self._catalog, student, teacher.detector, teacher_is_free=is_free)
-            if need in needs and detail:
-                self._error(("student", "detector", key), code, detail)
-
-    def _check_parts(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if student is not None and teacher.detector is not None:
-            self._errors.extend(part_problems(self._catalog, method, student, teacher.detector))
-
-    def _check_heads(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if student is None or teacher.detector is None:
-            return
-        for key in self._catalog.methods[method.name]["head_weights"]:
-            detail = heads_apart(self._catalog, key, student, teacher.detector)
-            if method.value[key] > 0 and detail:
-                self._error((*method.path, key), "head_does_not_pair", detail)
+        for error in pair_problems(self._catalog, methods, student, teacher.detector, teacher_is_free=is_free):
+            if error not in self._errors:  # two methods may want the same
+                self._errors.append(error)
 
 
 def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any], settings: Settings) -> Resolved:

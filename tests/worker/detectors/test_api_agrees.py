@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.catalog import load_catalog
-from app.jobs.pairing import strides_of
+from app.jobs.levels import strides_of
 from app.jobs.training import training_problems
 from worker.detectors import DETECTORS, build
 from worker.engine.config import ScheduleConfig
