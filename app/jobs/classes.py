@@ -37,6 +37,19 @@ def class_problems(classes: Sequence[str], known: Sequence[str], class_map: Mapp
     yield from _doubled(classes, class_map)
 
 
+def unknown_class_problems(path: Path, classes: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+    """Tell which classes of the dataset initial weights do not know; `path`: theirs, the student's or the teacher's."""
+    theirs = set(known)
+    if unknown := [name for name in classes if name not in theirs]:
+        yield problem(
+            pointer(path),
+            f"{path[0]}_classes_differ",
+            f"this checkpoint does not know {len(unknown)} of the dataset's {len(classes)} classes: "
+            f"{', '.join(map(show, unknown[:20]))}; of {show(unknown[0])}, {_nearest(unknown[0], known)}. Take one "
+            "that knows them, or random or imagenet",
+        )
+
+
 def _doubled(classes: Sequence[str], class_map: Mapping[str, str]) -> Iterator[Problem]:
     served: dict[str, list[str]] = {}
     for name in classes:

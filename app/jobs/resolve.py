@@ -14,7 +14,8 @@ from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
-from app.jobs.classes import CLASS_MAP, class_problems
+from app.jobs.classes import CLASS_MAP, class_problems, unknown_class_problems
+from app.jobs.initial import tensor_problems
 from app.jobs.methods import Chosen, check_methods
 from app.jobs.pairing import pair_problems
 from app.jobs.spec import JobSpec
@@ -32,6 +33,8 @@ RULES = frozenset(
         "teacher_required",
         "checkpoint_not_found",
         "teacher_classes_differ",
+        "student_classes_differ",
+        "tensors_do_not_fit",
         "unknown_class",
         "class_map_not_one_to_one",
         "teacher_detector_differs",
@@ -103,9 +106,9 @@ class Resolver:
         outer = self._outer()
         dataset = self._dataset()
         student = self._detector(("student", "detector"))
-        self._initial_weights(("student", "initial_weights"))
+        self._initial_weights("student", student, dataset)
         methods = self._methods()
-        teacher = self._teacher(methods)
+        teacher = self._teacher(methods, dataset)
         parts = {name: self._parameters(name, (name,)) for name in SECTIONS}
         self._check_splits(dataset, parts["evaluation"])
         self._check_limits(parts["resources"])
@@ -203,28 +206,34 @@ class Resolver:
             self._conflicts.append(CheckpointNotReady(not_ready(row)))
         return row
 
-    def _initial_weights(self, path: Path) -> None:
+    def _initial_weights(self, whose: str, detector: dict[str, Any] | None, dataset: Dataset | None) -> None:
+        path = (whose, "initial_weights")
         value = self._given(path)
-        if isinstance(value, str) and value.startswith("ckpt_"):
-            self._checkpoint(path, value)
+        if not isinstance(value, str) or not value.startswith("ckpt_"):
+            return
+        row = self._checkpoint(path, value)
+        if row is None or row.status != READY:
+            return
+        if detector is not None and row.detector is not None:
+            self._errors.extend(tensor_problems(self._catalog, path, detector, row.detector))
+        if dataset is not None and dataset.classes is not None and row.classes is not None:
+            self._errors.extend(unknown_class_problems(path, dataset.classes, row.classes))
 
     def _methods(self) -> list[Chosen]:
         chosen, problems = check_methods(self._catalog, self._given(("distillation",)), ("distillation",))
         self._errors.extend(problems)
         return chosen
 
-    def _teacher(self, methods: list[Chosen]) -> _Teacher:
+    def _teacher(self, methods: list[Chosen], dataset: Dataset | None) -> _Teacher:
         needing = [method.name for method in methods if self._catalog.methods[method.name]["needs_teacher"]]
         if self._given(("teacher",)) is None and needing:
             detail = f"method {needing[0]} needs a teacher: give `teacher`, or take a method that needs none"
             self._error(("teacher",), "teacher_required", detail)
         source = self._given(("teacher", "source"))
         if source == "train":
-            self._initial_weights(("teacher", "initial_weights"))
-            return _Teacher(
-                detector=self._detector(("teacher", "detector")),
-                schedule=self._parameters("schedule", ("teacher", "schedule")),
-            )
+            detector = self._detector(("teacher", "detector"))
+            self._initial_weights("teacher", detector, dataset)
+            return _Teacher(detector=detector, schedule=self._parameters("schedule", ("teacher", "schedule")))
         if source == "checkpoint":
             return self._checkpoint_teacher()
         if source == "pretrained":
