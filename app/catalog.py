@@ -18,8 +18,13 @@ class Catalog:
 
     @property
     def detectors(self) -> dict[str, Any]:
-        """Detector families by architecture: summary, head, provides, schema."""
+        """Detector families by architecture: summary, head, provides, channels, schema."""
         return dict(self.document["detectors"])
+
+    @property
+    def backbones(self) -> dict[str, Any]:
+        """Backbones with a feature pyramid by name: strides, channels, parameters, how maps are rounded."""
+        return dict(self.document["backbones"])
 
     @property
     def methods(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 
 from worker.config import Config
 from worker.data import FORMATS
-from worker.detectors import DETECTORS
+from worker.detectors import DETECTORS, Family, build
 from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
 from worker.detectors.pretrained import PRETRAINED, classes_of
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ResourcesConfig, ScheduleConfig
 from worker.methods import METHODS
 from worker.methods.combined import MemberConfig
+
+ODD_SIDE = 300  # px; SSD's, and a multiple of stride 4 alone: whoever halves it must round
 
 
 def _schema(config: type[Config]) -> dict[str, Any]:
@@ -29,15 +32,44 @@ def _backbone(name: str) -> dict[str, Any]:
         pyramid = build_pyramid(
             name, strides=STRIDES, channels=8, extra_levels="none", pretrained=False, frozen_batch_norm=False
         )
+        maps = pyramid.eval().body(torch.zeros(1, 3, ODD_SIDE, ODD_SIDE))
+    sides = [features.shape[-1] for features in maps.values()]
+    rounds = {"up": [-(-ODD_SIDE // stride) for stride in STRIDES], "down": [ODD_SIDE // stride for stride in STRIDES]}
     return {
+        "rounds": next(way for way, expected in rounds.items() if sides == expected),
         "strides": list(STRIDES),
         "channels": [block[0].in_channels for block in pyramid.fpn.inner_blocks],
         "parameters": sum(parameter.numel() for parameter in pyramid.body.parameters()),
     }
 
 
+def _channels(family: Family) -> list[dict[str, Any]]:
+    """Return the channels of a family's levels, finest first, by the keys of a spec that decide them.
+
+    Empty for families with `pyramid_channels`, which says it itself.
+    """
+    members = _schema(family.config)["properties"]
+    if "pyramid_channels" in members:
+        return []
+    choices = {
+        key: [False, True] if member["type"] == "boolean" else member.get("enum") or [member["const"]]
+        for key, member in members.items()
+        if key == "backbone" or member["type"] == "boolean"
+    }
+    entries = []
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        with torch.device("meta"):
+            detector = build({"architecture": members["architecture"]["const"], **chosen}, ["object"])
+        entries.append({"of": chosen, "channels": list(detector.channels)})
+    return entries
+
+
 def catalog() -> dict[str, Any]:
-    """Return the catalog: JSON Schemas of every config, backbones with their sizes, pretrained detectors, formats."""
+    """Return the catalog: JSON Schemas of every config, backbones with their sizes, pretrained detectors, formats.
+
+    A backbone `rounds` the sides of its maps up or down, where the picture's are no multiples of 32.
+    """
     return {
         "format_version": 1,
         "detectors": {
@@ -45,6 +77,7 @@ def catalog() -> dict[str, Any]:
                 "summary": family.summary,
                 "head": family.head,
                 "provides": list(family.provides),
+                "channels": _channels(family),
                 "schema": _schema(family.config),
             }
             for name, family in DETECTORS.items()

@@ -1,6 +1,6 @@
-"""The `distillation` part of a job's spec: one method or a list, and whether the detectors have what each matches."""
+"""The `distillation` part of a job's spec: one method or a list."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,45 +57,3 @@ def _combination_problems(catalog: Catalog, count: int, chosen: list[Chosen], pa
         elif not catalog.methods[method.name]["needs_teacher"]:
             yield problem(at, "bad_combination", f"{method.name} teaches nothing and cannot be combined: leave it out")
         seen.add(method.name)
-
-
-def part_problems(
-    catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
-) -> Iterator[Problem]:
-    """Tell which parts the method matches that the two detectors do not have. See `Entry` in `worker.methods`."""
-    entry = catalog.methods[method.name]
-    families = {
-        "student": catalog.detectors[student["architecture"]],
-        "teacher": catalog.detectors[teacher["architecture"]],
-    }
-    for need in entry["needs"]:
-        who, _, part = need.partition(".")
-        if part and part not in families[who]["provides"]:
-            able = ", ".join(name for name, family in catalog.detectors.items() if part in family["provides"])
-            detail = f"{method.name} needs a {who} with {part}, which this family has not; those that have: {able}"
-            yield problem(pointer((*method.path, "method")), f"{part}_missing", detail)
-    yield from _weight_problems(
-        method,
-        entry["backbone_weights"],
-        lambda: all("backbone" in family["provides"] for family in families.values()),
-        "backbones_do_not_pair",
-        "compares the maps of both backbones, and not both of these families hand them out",
-    )
-    yield from _weight_problems(
-        method,
-        entry["logit_weights"],
-        lambda: (
-            families["student"]["head"] == families["teacher"]["head"] and "logits" in families["student"]["provides"]
-        ),
-        "logits_do_not_pair",
-        "compares what both dense heads score in a cell, and these two are not of one kind",
-    )
-
-
-def _weight_problems(
-    method: Chosen, keys: Iterable[str], fits: Callable[[], bool], code: str, reason: str
-) -> Iterator[Problem]:
-    for key in keys:
-        weight = method.value[key]
-        if (weight is None or weight > 0) and not fits():  # null: the authors' own weight
-            yield problem(pointer((*method.path, key)), code, f"{key} {reason}: set it to 0")

@@ -1,154 +1,199 @@
-"""Whether a teacher fits a student and a dataset, and where it does not, the nearest change that would make it fit."""
+"""Whether a teacher fits a student by what the methods match of them, and where it does not, what would."""
 
-import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from app.bodies import MAX_ERRORS, Problem, pointer, problem, show
+from app.bodies import Problem, pointer, problem
 from app.catalog import Catalog
-from app.validation import Path, check_detector
+from app.jobs.levels import backbone_strides_of, levels_of, pairs_of, strides_of
+from app.jobs.methods import Chosen
+from app.jobs.nearest import Fits, nearest
+from app.validation import Path
 
-CLASS_MAP: Path = ("teacher", "class_map")
-
-# What levels above the backbone's add to a pyramid, as multiples of its coarsest stride: see `worker.detectors`.
-_EXTRA_LEVELS: dict[tuple[str, object], tuple[int, ...]] = {
-    ("extra_levels", "p6p7"): (2, 4),
-    ("extra_levels", "pool"): (2,),
-    ("pool_level", True): (2,),
-}
-_NEAREST = 5
-_HINTS = 10
+# Of these strides DeFeat compares backbones' maps: `BACKBONE_STRIDES` of `worker.methods.defeat`.
+_BACKBONE_STRIDES = (8, 16, 32)
+_LEVELS = ("strides", "pool_level", "extra_levels")
+_ANCHORS = ("anchor_octaves", "anchor_doublings", "anchor_ratios", "anchor_scale")
 
 
-def strides_of(detector: Mapping[str, Any]) -> list[int]:
-    """Return the strides of a detector spec's pyramid in pixels, finest first, extra levels too; empty if unknown."""
-    strides: list[int] = list(detector.get("strides", ()))
-    factors = [
-        factor
-        for (key, value), added in _EXTRA_LEVELS.items()
-        if strides and detector.get(key) == value
-        for factor in added
-    ]
-    return [*strides, *(factor * strides[-1] for factor in factors)]
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """Why a method cannot match two detectors.
+
+    Attributes:
+        keys: of a detector's spec, which decide it; empty where its family does.
+        otherwise: what would do besides a change of these.
+    """
+
+    path: Path
+    code: str
+    reason: str
+    keys: tuple[str, ...] = ()
+    otherwise: str | None = None
 
 
-def strides_apart(
-    catalog: Catalog, student: dict[str, Any], teacher: dict[str, Any], *, teacher_is_free: bool
-) -> str | None:
-    """Return why no level of the two pyramids pairs and what would, or None where one does or that is not known.
+def pair_problems(
+    catalog: Catalog,
+    methods: Sequence[Chosen],
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    *,
+    teacher_is_free: bool,
+) -> Iterator[Problem]:
+    """Tell what keeps the methods from matching two detectors, each with the nearest pair that would work.
 
     Args:
-        catalog: which detectors there are.
+        catalog: which detectors and methods there are.
+        methods: all that the job combines.
         student: its detector spec, complete.
         teacher: likewise.
         teacher_is_free: whether its detector may still be changed, since it is trained in the job.
     """
-    ours, theirs = strides_of(student), strides_of(teacher)
-    if not ours or not theirs or set(ours) & set(theirs):
-        return None
-    remedy = _remedy(catalog, "strides", student, teacher, teacher_is_free=teacher_is_free)
-    return (
-        f"the student's pyramid has strides {ours}, the teacher's {theirs}: none in common, and levels must pair; "
-        + (remedy or "take a student and a teacher that share one, or a method that leaves the pyramid alone")
-    )
+    found = list(_misfits(catalog, methods, student, teacher))
+    codes = {one.code for one in found}
+
+    def _without(code: str) -> Fits:
+        # Other misfits are named for themselves; new ones may not come.
+        return lambda ours, theirs: {one.code for one in _misfits(catalog, methods, ours, theirs)} <= codes - {code}
+
+    for one in found:
+        choices = [one.otherwise] if one.otherwise else []
+        if one.keys:
+            remedy = nearest(
+                catalog, one.keys, student, teacher, teacher_is_free=teacher_is_free, fits=_without(one.code)
+            )
+            choices.append(remedy or "take another student or another teacher")
+        yield problem(pointer(one.path), one.code, f"{one.reason}: {', or '.join(choices)}")
 
 
-def channels_apart(
-    catalog: Catalog, student: dict[str, Any], teacher: dict[str, Any], *, teacher_is_free: bool
-) -> str | None:
-    """Return why the two pyramids' channels differ and what would do, or None where they are equal or not known.
-
-    The arguments are those of `strides_apart`.
-    """
-    ours, theirs = student.get("pyramid_channels"), teacher.get("pyramid_channels")
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    remedy = _remedy(catalog, "pyramid_channels", student, teacher, teacher_is_free=teacher_is_free)
-    others = [name for name, entry in catalog.methods.items() if entry["needs"] == ["neck"]]
-    choices = [remedy] if remedy else []
-    if others:
-        choices.append(f"take a method that adapts them: {', '.join(others)}")
-    return (
-        f"the student's pyramid has {ours} channels, the teacher's {theirs}, and this method compares them one by one: "
-        + ", or ".join(choices)
-    )
+def _misfits(
+    catalog: Catalog, methods: Sequence[Chosen], student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Iterator[Misfit]:
+    for method in methods:
+        if catalog.methods[method.name]["needs_teacher"]:
+            yield from _pyramid_misfits(catalog, method, student, teacher)
+            yield from _head_misfits(catalog, method, student, teacher)
+            yield from _part_misfits(catalog, method, student, teacher)
+            yield from _weight_misfits(catalog, method, student, teacher)
 
 
-def _remedy(
-    catalog: Catalog, key: str, student: dict[str, Any], teacher: dict[str, Any], *, teacher_is_free: bool
-) -> str | None:
-    """Return the change of one detector's `key` to what the other has that its family takes; the student's first."""
-    changes = [("student", student, teacher[key])]
-    if teacher_is_free:
-        changes.append(("teacher", teacher, student[key]))
-    for whose, detector, value in changes:
-        if not check_detector(catalog, detector | {key: value}, ()).problems:
-            return f"give the {whose} {key} {value}"
-    return None
+def _at(student: Mapping[str, Any], key: str) -> Path:
+    return ("student", "detector", key) if key in student else ("student", "detector")
 
 
-def heads_apart(catalog: Catalog, key: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str | None:
-    """Return why the method's weight `key`, which compares proposals, must be 0; None if both heads have proposals."""
+def _pyramid_misfits(
+    catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Iterator[Misfit]:
+    needs = catalog.methods[method.name]["needs"]
+    size = student.get("size")
+    pairs = pairs_of(levels_of(catalog, student, size=size), levels_of(catalog, teacher, size=size))
+    if "neck" in needs and not pairs:
+        yield Misfit(
+            path=_at(student, "strides"),
+            code="pyramids_do_not_pair",
+            reason=f"the student's pyramid has strides {strides_of(student)}, the teacher's {strides_of(teacher)}: "
+            "none in common, and levels must pair",
+            keys=_LEVELS,
+        )
+    unlike = next(((ours, theirs) for ours, theirs in pairs if ours.channels != theirs.channels), None)
+    if "equal_channels" in needs and unlike:
+        others = [name for name, entry in catalog.methods.items() if entry["needs"] == ["neck"]]
+        yield Misfit(
+            path=_at(student, "pyramid_channels"),
+            code="channels_differ",
+            reason=f"at stride {unlike[0].stride} the student's pyramid has {unlike[0].channels} channels, the "
+            f"teacher's {unlike[1].channels}, and this method compares them one by one",
+            keys=("pyramid_channels", *_LEVELS),
+            otherwise=f"take a method that adapts them ({', '.join(others)})" if others else None,
+        )
+    uneven = next(((ours, theirs) for ours, theirs in pairs if ours.side != theirs.side), None)
+    if "neck" in needs and uneven:
+        yield Misfit(
+            path=_at(student, "size"),
+            code="maps_do_not_pair",
+            reason=f"the student resizes pictures to {size} x {size} px, of which its map at stride {uneven[0].stride} "
+            f"is {uneven[0].side} cells wide, that of the teacher's {teacher['backbone']} {uneven[1].side}",
+            keys=("size", *_LEVELS),
+        )
+
+
+def _head_misfits(
+    catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Iterator[Misfit]:
+    """The weights that compare proposals must be 0 unless both heads have some."""
     without = {
         f"the {whose} ({detector['architecture']})": whose
         for whose, detector in (("student", student), ("teacher", teacher))
         if catalog.detectors[detector["architecture"]]["head"] != "two_stage"
     }
-    if not without:
-        return None
     two_stage = [name for name, family in catalog.detectors.items() if family["head"] == "two_stage"]
     verb = "is a one-stage detector and has" if len(without) == 1 else "are one-stage detectors and have"
-    return (
-        f"{key} compares proposals, and {' and '.join(without)} {verb} none: set it to 0, or take a two-stage "
-        f"{' and '.join(without.values())} ({', '.join(two_stage)})"
-    )
-
-
-def class_problems(classes: Sequence[str], known: Sequence[str], class_map: Mapping[str, str]) -> Iterator[Problem]:
-    """Tell what keeps a teacher that knows the classes `known` from a dataset with these `classes`.
-
-    Every class of the dataset needs one of the teacher's, by `class_map` or by its own name, and none of them may stand
-    for two: both would get the same score, by which the head would teach the student not to tell them apart (and under
-    a softmax they would count twice against the background).
-    """
-    ours, theirs = set(classes), set(known)
-    wrong = [("dataset", name, name, classes) for name in class_map if name not in ours]
-    wrong += [("teacher", name, mapped, known) for name, mapped in class_map.items() if mapped not in theirs]
-    for index, (whose, name, sought, names) in enumerate(wrong[:MAX_ERRORS]):
-        # The nearest of thousands of names takes a while to find.
-        hint = f"; {_nearest(sought, names)}" if index < _HINTS else ""
-        yield problem(pointer((*CLASS_MAP, name)), "unknown_class", f"the {whose} has no class {show(sought)}{hint}")
-    if unknown := [name for name in classes if name not in class_map and name not in theirs]:
-        listed = ", ".join(map(repr, unknown[:20])) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
-        yield problem(
-            pointer(("teacher",)),
-            "teacher_classes_differ",
-            f"the teacher does not know {len(unknown)} of the dataset's {len(classes)} classes: {listed}; say in "
-            f"class_map which of its classes they are. For {show(unknown[0])}, {_nearest(unknown[0], known)}",
+    for key in _weighty(method, catalog.methods[method.name]["head_weights"]) if without else ():
+        yield Misfit(
+            path=(*method.path, key),
+            code="head_does_not_pair",
+            reason=f"{key} compares proposals, and {' and '.join(without)} {verb} none",
+            otherwise=f"set it to 0, or take a two-stage {' and '.join(without.values())} ({', '.join(two_stage)})",
         )
-    yield from _doubled(classes, class_map)
 
 
-def _doubled(classes: Sequence[str], class_map: Mapping[str, str]) -> Iterator[Problem]:
-    served: dict[str, list[str]] = {}
-    for name in classes:
-        served.setdefault(class_map.get(name, name), []).append(name)
-    for theirs, names in served.items():
-        if len(names) > 1:
-            itself = f" ({show(theirs)} maps to itself where the map does not say otherwise)" * (theirs in names)
-            yield problem(
-                pointer((*CLASS_MAP, next(name for name in names if name in class_map))),
-                "class_map_not_one_to_one",
-                f"the teacher's class {show(theirs)} would stand for {', '.join(map(show, names[:20]))}{itself}: it "
-                "cannot tell them apart, and would teach the student not to; give each a class of its own, or merge "
-                "them in the dataset",
+def _part_misfits(
+    catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Iterator[Misfit]:
+    """Parts that the method matches, and one of the two families has not. See `Entry` in `worker.methods`."""
+    families = {"student": student["architecture"], "teacher": teacher["architecture"]}
+    for need in catalog.methods[method.name]["needs"]:
+        who, _, part = need.partition(".")
+        if part and part not in catalog.detectors[families[who]]["provides"]:
+            able = ", ".join(name for name, family in catalog.detectors.items() if part in family["provides"])
+            yield Misfit(
+                path=(*method.path, "method"),
+                code=f"{part}_missing",
+                reason=f"{method.name} needs a {who} with {part}, which this family has not",
+                otherwise=f"those that have: {able}",
             )
 
 
-def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=_NEAREST)
-    if near:
-        return f"nearest: {', '.join(map(show, near))}"
-    first = ", ".join(map(show, islice(names, _NEAREST)))
-    return f"it has: {first}" + (f" and {len(names) - _NEAREST} more" if len(names) > _NEAREST else "")
+def _weight_misfits(
+    catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> Iterator[Misfit]:
+    entry = catalog.methods[method.name]
+    ours, theirs = backbone_strides_of(catalog, student), backbone_strides_of(catalog, teacher)
+    if not set(_BACKBONE_STRIDES) & set(ours) & set(theirs):
+        for key in _weighty(method, entry["backbone_weights"]):
+            yield Misfit(
+                path=(*method.path, key),
+                code="backbones_do_not_pair",
+                reason=f"{key} compares the backbones' maps at strides {list(_BACKBONE_STRIDES)}; the student's hands "
+                f"out {ours or 'none'}, the teacher's {theirs or 'none'}, none of these in common",
+                keys=_LEVELS,
+                otherwise="set it to 0",
+            )
+    if not _logits_pair(catalog, student, teacher):
+        for key in _weighty(method, entry["logit_weights"]):
+            yield Misfit(
+                path=(*method.path, key),
+                code="logits_do_not_pair",
+                reason=f"{key} compares what both dense heads score in a cell, anchor by anchor; "
+                f"{student['architecture']} and {teacher['architecture']} score unlike things, or have unlike anchors",
+                keys=_ANCHORS,
+                otherwise="set it to 0",
+            )
+
+
+def _logits_pair(catalog: Catalog, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    ours, theirs = catalog.detectors[student["architecture"]], catalog.detectors[teacher["architecture"]]
+    if ours["head"] != theirs["head"] or "logits" not in ours["provides"]:
+        return False
+    if "logits" not in theirs["provides"]:  # said as such
+        return True
+    if ("anchors" in ours["provides"]) != ("anchors" in theirs["provides"]):
+        return False
+    pairs = pairs_of(levels_of(catalog, student, size=None), levels_of(catalog, teacher, size=None))
+    return all(mine.anchors == other.anchors for mine, other in pairs)
+
+
+def _weighty(method: Chosen, keys: Sequence[str]) -> list[str]:
+    """Return the weights that are not 0; null is the authors' own weight."""
+    return [key for key in keys if method.value[key] is None or method.value[key] > 0]

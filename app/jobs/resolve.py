@@ -14,8 +14,10 @@ from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
-from app.jobs.methods import Chosen, check_methods, part_problems
-from app.jobs.pairing import CLASS_MAP, channels_apart, class_problems, heads_apart, strides_apart
+from app.jobs.classes import CLASS_MAP, class_problems, unknown_class_problems
+from app.jobs.initial import tensor_problems
+from app.jobs.methods import Chosen, check_methods
+from app.jobs.pairing import pair_problems
 from app.jobs.spec import JobSpec
 from app.jobs.training import training_problems
 from app.models import Checkpoint, Dataset
@@ -31,11 +33,14 @@ RULES = frozenset(
         "teacher_required",
         "checkpoint_not_found",
         "teacher_classes_differ",
+        "student_classes_differ",
+        "tensors_do_not_fit",
         "unknown_class",
         "class_map_not_one_to_one",
         "teacher_detector_differs",
         "pyramids_do_not_pair",
         "channels_differ",
+        "maps_do_not_pair",
         "head_does_not_pair",
         "backbones_do_not_pair",
         "logits_do_not_pair",
@@ -101,9 +106,9 @@ class Resolver:
         outer = self._outer()
         dataset = self._dataset()
         student = self._detector(("student", "detector"))
-        self._initial_weights(("student", "initial_weights"))
+        self._initial_weights("student", student, dataset)
         methods = self._methods()
-        teacher = self._teacher(methods)
+        teacher = self._teacher(methods, dataset)
         parts = {name: self._parameters(name, (name,)) for name in SECTIONS}
         self._check_splits(dataset, parts["evaluation"])
         self._check_limits(parts["resources"])
@@ -113,10 +118,7 @@ class Resolver:
         trained = (("teacher",), ("teacher", "schedule"), teacher.detector, teacher.schedule)
         self._check_training(*trained, parts["resources"])
         self._check_classes(dataset, teacher)
-        for method in methods:
-            self._check_pyramids(method.value, student, teacher)
-            self._check_heads(method, student, teacher)
-            self._check_parts(method, student, teacher)
+        self._check_pair(methods, student, teacher)
         self._raise()
         assert outer is not None
         assert dataset is not None
@@ -131,9 +133,7 @@ class Resolver:
         return Resolved(spec, dataset)
 
     def _error(self, path: Path, code: str, detail: str) -> None:
-        error = problem(pointer(path), code, detail)
-        if error not in self._errors:  # two methods may want the same
-            self._errors.append(error)
+        self._errors.append(problem(pointer(path), code, detail))
 
     def _raise(self) -> None:
         if self._errors:
@@ -206,28 +206,34 @@ class Resolver:
             self._conflicts.append(CheckpointNotReady(not_ready(row)))
         return row
 
-    def _initial_weights(self, path: Path) -> None:
+    def _initial_weights(self, whose: str, detector: dict[str, Any] | None, dataset: Dataset | None) -> None:
+        path = (whose, "initial_weights")
         value = self._given(path)
-        if isinstance(value, str) and value.startswith("ckpt_"):
-            self._checkpoint(path, value)
+        if not isinstance(value, str) or not value.startswith("ckpt_"):
+            return
+        row = self._checkpoint(path, value)
+        if row is None or row.status != READY:
+            return
+        if detector is not None and row.detector is not None:
+            self._errors.extend(tensor_problems(self._catalog, path, detector, row.detector))
+        if dataset is not None and dataset.classes is not None and row.classes is not None:
+            self._errors.extend(unknown_class_problems(path, dataset.classes, row.classes))
 
     def _methods(self) -> list[Chosen]:
         chosen, problems = check_methods(self._catalog, self._given(("distillation",)), ("distillation",))
         self._errors.extend(problems)
         return chosen
 
-    def _teacher(self, methods: list[Chosen]) -> _Teacher:
+    def _teacher(self, methods: list[Chosen], dataset: Dataset | None) -> _Teacher:
         needing = [method.name for method in methods if self._catalog.methods[method.name]["needs_teacher"]]
         if self._given(("teacher",)) is None and needing:
             detail = f"method {needing[0]} needs a teacher: give `teacher`, or take a method that needs none"
             self._error(("teacher",), "teacher_required", detail)
         source = self._given(("teacher", "source"))
         if source == "train":
-            self._initial_weights(("teacher", "initial_weights"))
-            return _Teacher(
-                detector=self._detector(("teacher", "detector")),
-                schedule=self._parameters("schedule", ("teacher", "schedule")),
-            )
+            detector = self._detector(("teacher", "detector"))
+            self._initial_weights("teacher", detector, dataset)
+            return _Teacher(detector=detector, schedule=self._parameters("schedule", ("teacher", "schedule")))
         if source == "checkpoint":
             return self._checkpoint_teacher()
         if source == "pretrained":
@@ -317,30 +323,13 @@ class Resolver:
         if all(isinstance(name, str) for name in class_map.values()):  # else the outer model has said so
             self._errors.extend(class_problems(dataset.classes, teacher.classes, class_map))
 
-    def _check_pyramids(self, method: dict[str, Any], student: dict[str, Any] | None, teacher: _Teacher) -> None:
+    def _check_pair(self, methods: list[Chosen], student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is None or teacher.detector is None:
             return
-        needs = self._catalog.methods[method["method"]]["needs"]
         is_free = self._given(("teacher", "source")) == "train"
-        for need, key, code, apart in (
-            ("neck", "strides", "pyramids_do_not_pair", strides_apart),
-            ("equal_channels", "pyramid_channels", "channels_differ", channels_apart),
-        ):
-            detail = apart(self._catalog, student, teacher.detector, teacher_is_free=is_free)
-            if need in needs and detail:
-                self._error(("student", "detector", key), code, detail)
-
-    def _check_parts(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if student is not None and teacher.detector is not None:
-            self._errors.extend(part_problems(self._catalog, method, student, teacher.detector))
-
-    def _check_heads(self, method: Chosen, student: dict[str, Any] | None, teacher: _Teacher) -> None:
-        if student is None or teacher.detector is None:
-            return
-        for key in self._catalog.methods[method.name]["head_weights"]:
-            detail = heads_apart(self._catalog, key, student, teacher.detector)
-            if method.value[key] > 0 and detail:
-                self._error((*method.path, key), "head_does_not_pair", detail)
+        for error in pair_problems(self._catalog, methods, student, teacher.detector, teacher_is_free=is_free):
+            if error not in self._errors:  # two methods may want the same
+                self._errors.append(error)
 
 
 def resolve(session: Session, tenant_id: str, catalog: Catalog, body: dict[str, Any], settings: Settings) -> Resolved:

@@ -5,7 +5,7 @@ from typing import Any
 
 from app.bodies import Problem, pointer, problem
 from app.catalog import Catalog
-from app.jobs.pairing import strides_of
+from app.jobs.levels import strides_of
 from app.validation import Path
 
 # Families with batch norm on their coarsest map, which is one cell where pictures are no larger than its stride.

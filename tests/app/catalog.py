@@ -41,6 +41,7 @@ CATALOG: dict[str, Any] = {
             "summary": "Two stages.",
             "head": "two_stage",
             "provides": ["backbone", "anchors"],
+            "channels": [],
             "schema": DETECTOR,
         }
     },
@@ -51,7 +52,8 @@ CATALOG: dict[str, Any] = {
         }
     },
     "backbones": {
-        name: {"strides": [4, 8, 16, 32], "channels": [64, 64, 128, 256], "parameters": 5} for name in BACKBONES
+        name: {"strides": [4, 8, 16, 32], "channels": [64, 64, 128, 256], "parameters": 5, "rounds": "up"}
+        for name in BACKBONES
     },
     "methods": {
         "defeat": {

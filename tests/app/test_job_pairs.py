@@ -8,7 +8,10 @@ from starlette.testclient import TestClient
 
 from app.catalog import Catalog, load_catalog
 from app.db import Database
-from app.jobs.pairing import channels_apart, class_problems, heads_apart, strides_apart, strides_of
+from app.jobs.classes import class_problems
+from app.jobs.levels import strides_of
+from app.jobs.methods import check_methods
+from app.jobs.pairing import pair_problems
 from app.validation import check_detector
 from tests.app import seed
 from tests.app.conftest import ONE_DATABASE, Tenant
@@ -22,10 +25,23 @@ def catalog() -> Catalog:
 
 
 def detector(catalog: Catalog, architecture: str, **values: Any) -> Detector:
-    spec = {"architecture": architecture, "backbone": "torchvision/resnet18", **values}
-    section = check_detector(catalog, spec, ())
+    own = {} if architecture in ("ssd", "ssdlite", "faster_rcnn_mobilenet") else {"backbone": "torchvision/resnet18"}
+    section = check_detector(catalog, {"architecture": architecture, **own, **values}, ())
     assert section.value is not None, section.problems
     return section.value
+
+
+def refusals(
+    catalog: Catalog, method: dict[str, Any] | str, student: Detector, teacher: Detector, *, free: bool = False
+) -> dict[str, str]:
+    """Details by code of what one method refuses; DeFeat's without its head."""
+    spec = {"method": method} if isinstance(method, str) else method
+    if spec["method"] == "defeat":
+        spec = {"head_object_weight": 0, "head_background_weight": 0} | spec
+    chosen, problems = check_methods(catalog, spec, ("distillation",))
+    assert not problems
+    found = pair_problems(catalog, chosen, student, teacher, teacher_is_free=free)
+    return {item["code"]: item["detail"] for item in found}
 
 
 @pytest.mark.parametrize(
@@ -43,43 +59,106 @@ def test_a_pyramids_strides_count_its_extra_levels(catalog, architecture, values
 
 def test_pyramids_may_meet_in_an_extra_level(catalog):
     student = detector(catalog, "faster_rcnn", strides=[4, 8, 16])  # and 32, by subsampling
-    teacher = detector(catalog, "retinanet", strides=[32])
-    assert strides_apart(catalog, student, teacher, teacher_is_free=False) is None
+    assert refusals(catalog, "fitnet", student, detector(catalog, "retinanet", strides=[32])) == {}
 
 
-@pytest.mark.parametrize("teacher_is_free", [True, False])
-def test_pyramids_apart_are_told_which_strides_would_do(catalog, teacher_is_free):
-    student = detector(catalog, "faster_rcnn", strides=[4])
-    teacher = detector(catalog, "retinanet", strides=[16, 32])
-    detail = strides_apart(catalog, student, teacher, teacher_is_free=teacher_is_free)
-    assert detail is not None
-    assert "strides [4, 8], the teacher's [16, 32, 64, 128]" in detail
-    assert detail.endswith("give the student strides [16, 32]")
-    assert strides_apart(catalog, student | {"strides": [16, 32]}, teacher, teacher_is_free=False) is None
+FINE = {"strides": [4], "pool_level": False}
+PLAIN = {"strides": [8], "extra_levels": "none"}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "free", "remedy"),
+    [
+        (("faster_rcnn", FINE), ("ssdlite", {}), False, "set student.detector.strides to [16, 32]"),
+        (("faster_rcnn", {"strides": [4]}), ("faster_rcnn_mobilenet", {}), False, "student.detector.strides to [32]"),
+        (("faster_rcnn", FINE), ("ssd", {}), False, "set student.detector.strides to [8, 16, 32]"),
+        (("fcos", PLAIN), ("faster_rcnn_mobilenet", {}), False, "set student.detector.strides to [32]"),
+        (("ssdlite", {}), ("faster_rcnn", {"strides": [4]}), True, "set teacher.detector.strides to [16, 32]"),
+        (("ssdlite", {}), ("faster_rcnn", {"strides": [4]}), False, "take a student of faster_rcnn"),
+        (("faster_rcnn", {"strides": [4]}), ("retinanet", {"strides": [16]}), True, "student.detector.strides to [16"),
+    ],
+)
+def test_pyramids_apart_are_told_which_strides_would_do(catalog, student, teacher, free, remedy):
+    student, teacher = (detector(catalog, name, **values) for name, values in (student, teacher))
+    (detail,) = refusals(catalog, "fitnet", student, teacher, free=free).values()
+    assert f"has strides {strides_of(student)}, the teacher's {strides_of(teacher)}: none in common" in detail
+    assert remedy in detail
 
 
 def test_what_a_family_does_not_take_is_not_proposed(catalog):
-    """FCOS wants multiples of 32: another one must move, the teacher if it may, or the method."""
+    """FCOS wants multiples of 32: another one must move, the teacher if it may, or the family, or the method."""
     student = detector(catalog, "fcos", pyramid_channels=64)
     teacher = detector(catalog, "retinanet", pyramid_channels=40)
-    free = channels_apart(catalog, student, teacher, teacher_is_free=True)
-    assert "64 channels, the teacher's 40" in str(free)
-    assert "give the teacher pyramid_channels 64, or take a method" in str(free)
-    fixed = str(channels_apart(catalog, student, teacher, teacher_is_free=False))
-    assert "give the" not in fixed
-    assert "fitnet" in fixed
-    other = channels_apart(catalog, teacher, student, teacher_is_free=False)
-    assert "give the student pyramid_channels 64" in str(other)
-    assert channels_apart(catalog, student, student, teacher_is_free=False) is None
+    (free,) = refusals(catalog, "pkd", student, teacher, free=True).values()
+    assert "64 channels, the teacher's 40" in free
+    assert "take a method that adapts them (cwd, defeat" in free
+    assert free.endswith("or set teacher.detector.pyramid_channels to 64")
+    (fixed,) = refusals(catalog, "pkd", student, teacher).values()
+    assert fixed.endswith("or take a student of faster_rcnn with pyramid_channels 40")
+    (other,) = refusals(catalog, "pkd", teacher, student).values()
+    assert other.endswith("or set student.detector.pyramid_channels to 64")
+    assert refusals(catalog, "pkd", student, student) == {}
+
+
+@pytest.mark.parametrize("family", ["ssd", "ssdlite"])
+def test_channels_that_no_spec_names_are_known(catalog, family):
+    own, other = detector(catalog, family), detector(catalog, "retinanet")
+    assert refusals(catalog, "pkd", own, own) == {}
+    assert set(refusals(catalog, "pkd", own, other)) == {"channels_differ"}
+    assert set(refusals(catalog, "pkd", other, own)) == {"channels_differ"}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "remedy"),
+    [
+        (("retinanet", {}), ("fcos", {}), "take a student of fcos"),
+        (("retinanet", {"anchor_octaves": 1}), ("retinanet", {}), "set student.detector.anchor_octaves to 3"),
+        (("retinanet", {"anchor_scale": 2}), ("retinanet", {}), "set student.detector.anchor_scale to 4.0"),
+        (("faster_rcnn", {"anchor_ratios": [1, 2, 3]}), ("mask_rcnn", {}), "anchor_ratios to [0.5, 1.0, 2.0]"),
+        (("retinanet", {"anchor_octaves": 1, "anchor_ratios": [1], "anchor_scale": 1}), ("fcos", {}), "of fcos"),
+    ],
+)
+def test_logits_of_unlike_anchors_do_not_pair(catalog, student, teacher, remedy):
+    student, teacher = (detector(catalog, name, **values) for name, values in (student, teacher))
+    found = refusals(catalog, "frs", student, teacher)
+    assert set(found) == {"logits_do_not_pair"}
+    assert "set it to 0, or" in found["logits_do_not_pair"]
+    assert remedy in found["logits_do_not_pair"]
+    assert refusals(catalog, {"method": "frs", "logits_weight": 0}, student, teacher) == {}
+    assert refusals(catalog, "frs", student, student) == {}
+
+
+def test_backbones_pair_by_their_strides(catalog):
+    method = {"method": "defeat", "backbone_object_weight": 1}
+    student, teacher = detector(catalog, "faster_rcnn", strides=[4, 8]), detector(catalog, "retinanet", strides=[16])
+    found = refusals(catalog, method, student, teacher)
+    assert set(found) == {"backbones_do_not_pair"}
+    assert "the student's hands out [4, 8], the teacher's [16]" in found["backbones_do_not_pair"]
+    assert "set it to 0, or set student.detector.strides to [16" in found["backbones_do_not_pair"]
+    assert refusals(catalog, method, student | {"strides": [8, 16]}, teacher) == {}
+
+
+def test_maps_that_are_rounded_unlike_do_not_pair(catalog):
+    student = detector(catalog, "ssd")
+    teacher = detector(catalog, "retinanet", backbone="torchvision/convnext_tiny")
+    found = refusals(catalog, "fitnet", student, teacher)
+    assert set(found) == {"maps_do_not_pair"}
+    assert (
+        "at stride 8 is 38 cells wide, that of the teacher's torchvision/convnext_tiny 37" in found["maps_do_not_pair"]
+    )
+    assert found["maps_do_not_pair"].endswith("set student.detector.size to 288")
+    assert refusals(catalog, "fitnet", student | {"size": 320}, teacher) == {}
+    assert refusals(catalog, "fitnet", student, detector(catalog, "retinanet")) == {}
 
 
 def test_heads_apart_name_who_has_no_proposals(catalog):
+    method = {"method": "defeat", "head_object_weight": 1}
     two, one = detector(catalog, "faster_rcnn"), detector(catalog, "retinanet")
-    assert heads_apart(catalog, "head_object_weight", two, two) is None
-    detail = str(heads_apart(catalog, "head_object_weight", two, one))
+    assert refusals(catalog, method, two, two) == {}
+    (detail,) = refusals(catalog, method, two, one).values()
     assert detail.startswith("head_object_weight compares proposals, and the teacher (retinanet) is a one-stage")
     assert "set it to 0, or take a two-stage teacher (faster_rcnn" in detail
-    detail = str(heads_apart(catalog, "head_object_weight", one, one))
+    (detail,) = refusals(catalog, method, one, one).values()
     assert "the student (retinanet) and the teacher (retinanet) are" in detail
     assert "two-stage student and teacher" in detail
 

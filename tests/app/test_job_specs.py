@@ -399,3 +399,30 @@ def test_the_packaged_catalog_agrees_with_itself():
         assert "default" in backbone or set(choices) == set(catalog.document["backbones"])
     for name in ("schedule", "evaluation", "augmentation", "resources"):
         assert check(catalog.schema(name), complete(catalog.schema(name), {}), ()) == []
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("change", "classes", "code"),
+    [
+        ({}, ["person", "car", "dog"], None),
+        ({"batch_norm_epsilon": 0.0}, ["person", "car"], None),
+        ({"pyramid_channels": 32}, ["person", "car"], "tensors_do_not_fit"),
+        ({"strides": [8, 16]}, ["person", "car"], "tensors_do_not_fit"),
+        ({"backbone": "timm/mobilenetv3_small_050"}, ["person", "car"], "tensors_do_not_fit"),
+        ({}, ["person"], "classes_differ"),
+    ],
+)
+def test_initial_weights_must_fit(
+    api: TestClient, database: Database, alice: Tenant, spec, whose, change, classes, code
+):
+    row = seed.checkpoint(database, alice.id, detector=TEACHER_DETECTOR | change, classes=classes)
+    body = _with(spec, f"{whose}.detector", TEACHER_DETECTOR)
+    body = _with(body, f"{whose}.initial_weights", row.id)
+    answer = api.post("/v1/jobs/validate", json=body)
+    if code is None:
+        assert answer.status_code == 200, answer.text
+        return
+    wanted = f"{whose}_{code}" if code == "classes_differ" else code
+    assert _errors(api, body) == [(f"/{whose}/initial_weights", wanted)]
+    assert answer.json()["code"] == wanted

@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from app.catalog import load_catalog
-from app.jobs.pairing import strides_of
+from app.jobs.levels import strides_of
 from app.jobs.training import training_problems
 from worker.detectors import DETECTORS, build
 from worker.engine.config import ScheduleConfig
 from worker.engine.trainable import require_trainable
 from worker.report import RunError
+
+
+def extra_levels():
+    """Every value of `extra_levels` that a family takes."""
+    return DETECTORS["fcos"].config.model_json_schema()["properties"]["extra_levels"]["enum"]
 
 
 @pytest.mark.parametrize(
@@ -20,8 +25,9 @@ from worker.report import RunError
         {"architecture": "faster_rcnn", "strides": [8, 16]},
         {"architecture": "faster_rcnn", "strides": [8, 16], "pool_level": False},
         {"architecture": "retinanet", "strides": [16, 32]},
-        {"architecture": "fcos", "extra_levels": "none"},
+        *({"architecture": "fcos", "extra_levels": extra} for extra in extra_levels()),
     ],
+    ids=lambda spec: "-".join(map(str, spec.values())),
 )
 def test_strides(spec):
     with torch.device("meta"):
