@@ -129,11 +129,12 @@ def _head_misfits(
     }
     two_stage = [name for name, family in catalog.detectors.items() if family["head"] == "two_stage"]
     verb = "is a one-stage detector and has" if len(without) == 1 else "are one-stage detectors and have"
-    for key in _weighty(method, catalog.methods[method.name]["head_weights"]) if without else ():
-        yield Misfit(
-            path=(*method.path, key),
+    if without:
+        yield from _of_weights(
+            method,
+            catalog.methods[method.name]["head_weights"],
             code="head_does_not_pair",
-            reason=f"{key} compares proposals, and {' and '.join(without)} {verb} none",
+            compares=f"proposals, and {' and '.join(without)} {verb} none",
             otherwise=f"set it to 0, or take a two-stage {' and '.join(without.values())} ({', '.join(two_stage)})",
         )
 
@@ -161,25 +162,23 @@ def _weight_misfits(
     entry = catalog.methods[method.name]
     ours, theirs = backbone_strides_of(catalog, student), backbone_strides_of(catalog, teacher)
     if not set(_BACKBONE_STRIDES) & set(ours) & set(theirs):
-        for key in _weighty(method, entry["backbone_weights"]):
-            yield Misfit(
-                path=(*method.path, key),
-                code="backbones_do_not_pair",
-                reason=f"{key} compares the backbones' maps at strides {list(_BACKBONE_STRIDES)}; the student's hands "
-                f"out {ours or 'none'}, the teacher's {theirs or 'none'}, none of these in common",
-                keys=_LEVELS,
-                otherwise="set it to 0",
-            )
+        yield from _of_weights(
+            method,
+            entry["backbone_weights"],
+            code="backbones_do_not_pair",
+            compares=f"the backbones' maps at strides {list(_BACKBONE_STRIDES)}; the student's hands out "
+            f"{ours or 'none'}, the teacher's {theirs or 'none'}, none of these in common",
+            keys=_LEVELS,
+        )
     if not _logits_pair(catalog, student, teacher):
-        for key in _weighty(method, entry["logit_weights"]):
-            yield Misfit(
-                path=(*method.path, key),
-                code="logits_do_not_pair",
-                reason=f"{key} compares what both dense heads score in a cell, anchor by anchor; "
-                f"{student['architecture']} and {teacher['architecture']} score unlike things, or have unlike anchors",
-                keys=_ANCHORS,
-                otherwise="set it to 0",
-            )
+        yield from _of_weights(
+            method,
+            entry["logit_weights"],
+            code="logits_do_not_pair",
+            compares=f"what both dense heads score in a cell, anchor by anchor; {student['architecture']} and "
+            f"{teacher['architecture']} score unlike things, or have unlike anchors",
+            keys=_ANCHORS,
+        )
 
 
 def _logits_pair(catalog: Catalog, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
@@ -194,6 +193,17 @@ def _logits_pair(catalog: Catalog, student: Mapping[str, Any], teacher: Mapping[
     return all(mine.anchors == other.anchors for mine, other in pairs)
 
 
-def _weighty(method: Chosen, keys: Sequence[str]) -> list[str]:
-    """Return the weights that are not 0; null is the authors' own weight."""
-    return [key for key in keys if method.value[key] is None or method.value[key] > 0]
+def _of_weights(
+    method: Chosen,
+    weights: Sequence[str],
+    *,
+    code: str,
+    compares: str,
+    keys: tuple[str, ...] = (),
+    otherwise: str = "set it to 0",
+) -> Iterator[Misfit]:
+    """Return a misfit for each weight that is not 0 (null: the authors' own), by what it `compares` and cannot."""
+    for weight in weights:
+        if method.value[weight] is None or method.value[weight] > 0:
+            reason = f"{weight} compares {compares}"
+            yield Misfit(path=(*method.path, weight), code=code, reason=reason, keys=keys, otherwise=otherwise)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tests.tiny import TINY
 from worker.data.canonical import Box, CanonicalDataset, Picture, write
+from worker.report import Reporter
 from worker.run import main
 
 CLASSES = ("square", "disc")
@@ -108,6 +111,18 @@ def run(directory: Path) -> dict[str, Any]:
     result = json.loads((directory / "result.json").read_text())
     assert code == {"succeeded": 0, "failed": 1, "cancelled": 3}[result["status"]]
     return dict(result)
+
+
+def keep_checkpoints(patch: pytest.MonkeyPatch, directory: Path) -> list[Path]:
+    """Return where copies stand, in `directory`, of each training checkpoint that a run here offers from now on."""
+    kept: list[Path] = []
+
+    def _keep(_reporter: Reporter, path: Path) -> None:
+        kept.append(directory / f"kept-{len(kept)}.pt")
+        shutil.copyfile(path, kept[-1])
+
+    patch.setattr(Reporter, "checkpoint", _keep)
+    return kept
 
 
 def run_alone(directory: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from tests.worker.support_engine import CLASSES, TINY, events, run, run_alone, shapes, spec, write_run
+from tests.worker.support_engine import CLASSES, TINY, events, keep_checkpoints, run, run_alone, shapes, spec, write_run
 from worker import detectors
 from worker.data.loader import PictureReader
 from worker.engine import train
@@ -266,18 +266,14 @@ def test_it_stops_early_when_nothing_gets_better(dataset, tmp_path, monkeypatch)
     course = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3}
     schedule = {**spec()["schedule"], "epochs": 9, "patience": 2, "checkpoint_minutes": 60}
     job = spec(teacher=None, distillation={"method": "baseline"}, schedule=schedule)
-    plain, measured, kept = train.coco_metrics, [], []
+    plain, measured = train.coco_metrics, []
 
     def _measure(*given):
         measured.append(len(measured) + 1)
         return {**plain(*given), "ap": course[measured[-1]]}
 
-    def _keep(_self, path):
-        kept.append(tmp_path / f"kept-{len(kept)}.pt")
-        kept[-1].write_bytes(path.read_bytes())
-
     monkeypatch.setattr(train, "coco_metrics", _measure)
-    monkeypatch.setattr(Reporter, "checkpoint", _keep)
+    kept = keep_checkpoints(monkeypatch, tmp_path)
     directory = write_run(tmp_path / "run", dataset[1], job)
     result = run(directory)
     assert measured == [1, 2, 3, 4]

@@ -1,7 +1,6 @@
 """A run killed after any step goes on to the same bytes."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.worker.support_engine import events, run, shapes, spec, write_run
+from tests.worker.support_engine import events, keep_checkpoints, run, shapes, spec, write_run
 from worker.engine.checkpoint import TrainingState
 from worker.report import Reporter
 
@@ -47,14 +46,8 @@ def dataset(tmp_path_factory):
 def whole(dataset, tmp_path_factory):
     """A run that nobody interrupts, and every training checkpoint that it offered."""
     directory = write_run(tmp_path_factory.mktemp("runs") / "whole", dataset, JOB)
-    kept = []
-
-    def _keep(self, path):
-        kept.append(directory / f"kept-{len(kept)}.pt")
-        shutil.copyfile(path, kept[-1])
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reporter, "checkpoint", _keep)
+        kept = keep_checkpoints(patch, directory)
         assert run(directory)["status"] == "succeeded"
     return directory, kept
 
@@ -117,16 +110,10 @@ def test_in_float16_the_scale_goes_on_as_well(dataset, tmp_path):
         "distillation": {"method": "baseline"},
         "schedule": {**SCHEDULE, "precision": "float16"},
     }
-    kept = []
-
-    def _keep(self, path):
-        kept.append(tmp_path / f"kept-{len(kept)}.pt")
-        shutil.copyfile(path, kept[-1])
-
     whole = write_run(tmp_path / "whole", dataset, job)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2))
-        patch.setattr(Reporter, "checkpoint", _keep)
+        kept = keep_checkpoints(patch, tmp_path)
         assert run(whole)["status"] == "succeeded"
         scales = [TrainingState.load(path).scaler["scale"] for path in kept]
         assert min(scales) < scales[0]

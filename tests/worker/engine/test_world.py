@@ -125,8 +125,17 @@ def test_a_whole_run_of_two_processes_resumes_to_the_same_bytes(dataset, tmp_pat
         assert (second / "artifacts" / name).read_bytes() == (whole / "artifacts" / name).read_bytes()
 
 
+def failure_of(script, dataset, tmp_path):
+    """Run both processes by a script instead of `worker.run`, and return how the run failed."""
+    path = tmp_path / "worker_run.py"
+    path.write_text(f"import sys\nfrom worker import ranks\nranks.COMMAND = (sys.executable, {str(path)!r})\n{script}")
+    directory = write_run(tmp_path / "run", dataset, job())
+    done = subprocess.run([sys.executable, path, directory], timeout=120, check=False)
+    assert done.returncode == 1
+    return json.loads((directory / "result.json").read_text())["failure"]
+
+
 FAILING = """
-import sys
 from pathlib import Path
 from worker import ranks, run
 from worker.report import RunError
@@ -141,19 +150,11 @@ sys.exit(run.main(Path(sys.argv[1])))
 
 def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
     """The first one waits for the second, which has failed: nobody waits for ever, and the reason is told."""
-    script = tmp_path / "worker_run.py"
-    script.write_text(FAILING)
-    directory = write_run(tmp_path / "run", dataset, job())
-    # The second process's command is replaced by one whose entry fails; the first one's waits.
-    code = FAILING.replace("run._entry", f"ranks.COMMAND = (sys.executable, {str(script)!r})\nrun._entry")
-    done = subprocess.run([sys.executable, "-c", code, str(directory)], timeout=120, check=False)
-    assert done.returncode == 1
-    failure = json.loads((directory / "result.json").read_text())["failure"]
+    failure = failure_of(FAILING, dataset, tmp_path)
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": "too much for the second"}
 
 
 EXHAUSTED = """
-import sys
 from pathlib import Path
 import torch
 from worker import ranks, run
@@ -167,20 +168,13 @@ def forward(self, batch, clock, measured):
         losses["classifier"].register_hook(exhausted)
     return losses, norms
 Losses.forward = forward
-COMMAND
 sys.exit(run.main(Path(sys.argv[1])))
 """
 
 
 def test_memory_that_runs_out_in_one_of_two_is_said_so(dataset, tmp_path):
     """In the backward pass, in which the processes exchange gradients: the one that fails must not begin to count."""
-    script = tmp_path / "worker_run.py"
-    script.write_text(EXHAUSTED.replace("COMMAND", ""))
-    directory = write_run(tmp_path / "run", dataset, job())
-    code = EXHAUSTED.replace("COMMAND", f"ranks.COMMAND = (sys.executable, {str(script)!r})")
-    done = subprocess.run([sys.executable, "-c", code, str(directory)], timeout=120, check=False)
-    assert done.returncode == 1
-    failure = json.loads((directory / "result.json").read_text())["failure"]
+    failure = failure_of(EXHAUSTED, dataset, tmp_path)
     detail = "2 pictures at a time do not fit into memory (tried to allocate 80 GiB)"
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": detail}
 
