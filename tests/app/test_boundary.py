@@ -157,13 +157,13 @@ def test_an_unexpected_error_tells_nothing_and_is_logged(
     api: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def _broken(*_args: object) -> None:
-        raise RuntimeError("the secret is 42")
+        raise RuntimeError("the password is tr0ub4dor")
 
     monkeypatch.setattr("app.jobs.repository.find", _broken)
     document = _problem(api.get("/v1/jobs/job_1"), 500, "internal_error")
-    assert "42" not in json.dumps(document)
+    assert "tr0ub4dor" not in json.dumps(document)
     logged = capsys.readouterr().err
-    assert "the secret is 42" in logged
+    assert "the password is tr0ub4dor" in logged
     assert document["request_id"] in logged
 
 
