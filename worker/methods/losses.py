@@ -14,37 +14,30 @@ from worker.detectors.precision import widened
 BLOCK = {"cpu": 2**19, "cuda": 2**23}
 
 
-def mean_over_ranks(counts: Tensor) -> tuple[Tensor, float]:
-    """Return the mean of each count over the processes that train together, and what one single count comes to.
+def mean_over_ranks(sums: Tensor) -> tuple[Tensor, float]:
+    """Return the mean of each sum or count over the processes that train together, and what a count of 1 comes to.
 
-    A loss that each process divides by such a mean has gradients whose average over processes is the gradient of one
-    process with all their pictures. So it is where a mean of sums, such as moments of features, enters the loss in
-    another way: gradients flow through it into the sums of every process. In a process of its own the counts come back
-    as they are, with 1.
+    A loss that each process divides by such a mean of counts has gradients whose average over processes is the gradient
+    of one process with all their pictures. So has a loss that is made of such means alone, the same in all processes:
+    each mean's gradient goes to this process's sum whole, the average over processes does the division. Nothing is
+    exchanged on the way back, where processes need not come in the same order. In a process of its own the sums come
+    back as they are, with 1.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
-        return counts, 1.0
-    ranks = distributed.get_world_size()
-    return _SumOverRanks.apply(counts.double()) / ranks, 1.0 / ranks
+        return sums, 1.0
+    return _MeanOverRanks.apply(sums.double()), 1.0 / distributed.get_world_size()
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over processes; what each one's loss makes of it is summed on the way back, too."""
-
+class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
-        return _all_reduced(values)
+        summed = values.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(summed)
+        return summed / distributed.get_world_size()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return _all_reduced(gradient)
-
-
-def _all_reduced(values: Tensor) -> Tensor:
-    summed = values.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(summed)
-    return summed
+        return gradient
 
 
 def decoupled_feature_loss(

@@ -41,44 +41,52 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return the sum over levels of half the mean of (z(student) - z(teacher))^2.
 
     z subtracts each channel's mean over pictures and cells and divides by its (population) standard deviation: a
-    level's loss is then 1 - r, r the mean over channels of the correlation of student and teacher. Where several
-    processes train together mean and deviation are those over the pictures of all, see `mean_over_ranks`.
+    level's loss is then 1 - r, r the mean over channels of the correlation of student and teacher. It is made from
+    sums over the cells alone, so that several processes that train together have the loss of all their pictures, each
+    the same value, see `mean_over_ranks`.
 
     Args:
         student: features of each level, (B, C, H, W).
         teacher: the teacher's features of each level, same shapes; no gradient flows into them.
     """
-    maps = [widened(one) for ours, theirs in zip(student, teacher, strict=True) for one in (ours, theirs.detach())]
-    scores, cells = _z_scores(maps)
-    levels = [
-        (ours - theirs).square().sum() / (2 * ours.shape[1] * count.to(ours.dtype))
-        for ours, theirs, count in zip(scores[::2], scores[1::2], cells[::2], strict=True)
-    ]
-    return torch.stack(levels).sum()
-
-
-def _z_scores(maps: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Return z of each of the maps (B, C, H, W), and how many values each channel has, the mean over processes."""
-    counts = [one.numel() // one.shape[1] for one in maps]
-    # Sums of values and of squares can be added over processes. They are taken from the moments, as is more exact.
-    sums = []
-    for one, count in zip(maps, counts, strict=True):
-        variance, mean = (moment.double() for moment in torch.var_mean(one, dim=(0, 2, 3), correction=0))
-        sums += [count * mean, count * (variance + mean.square())]
-    whole = torch.tensor(counts, dtype=torch.float64, device=maps[0].device)
+    sums = [_sums(widened(ours), widened(theirs.detach())) for ours, theirs in zip(student, teacher, strict=True)]
+    cells = torch.tensor([one.numel() // one.shape[1] for one in student], dtype=torch.float64, device=sums[0].device)
     # One exchange for all of them: each waits for the slowest process.
-    totals, _ = mean_over_ranks(torch.cat([whole, *sums]))
-    cells, *rest = totals.split([len(maps), *(len(one) for one in sums)])
-    scores = []
-    for one, total, squares, cell in zip(maps, rest[::2], rest[1::2], cells, strict=True):
-        mean = total / cell
-        variance = squares / cell - mean.square()
-        # The root of a constant channel's variance has no gradient, and rounding may bring it below 0.
-        varies = variance > 0
-        deviation = torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
-        centre, width = (moment.to(one.dtype)[:, None, None] for moment in (mean, deviation + EPSILON))
-        scores.append((one - centre) / width)
-    return scores, cells.unbind()
+    means, _ = mean_over_ranks(torch.cat([cells, *(one.flatten() for one in sums)]))
+    counts, *rest = means.split([len(sums), *(one.numel() for one in sums)])
+    levels = [_half_distance(one.view(5, -1) / count) for one, count in zip(rest, counts, strict=True)]
+    return torch.stack(levels).sum().to(torch.promote_types(student[0].dtype, torch.float32))
+
+
+def _sums(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the sums over pictures and cells of s, t, s^2, t^2 and s t, (5, C) float64, of maps (B, C, H, W)."""
+    count = student.numel() // student.shape[1]
+    # From the moments about the mean: a mean that is large beside the deviation would cost the squares their digits.
+    (varies, mean), (others_vary, others_mean) = (
+        torch.var_mean(one, dim=(0, 2, 3), correction=0) for one in (student, teacher)
+    )
+    # Where it is centred does not change the covariance, so no gradient is lost with the mean's.
+    ours, theirs = student - mean.detach()[:, None, None], teacher - others_mean[:, None, None]
+    together = (ours * theirs).mean(dim=(0, 2, 3))
+    mean, others_mean, *moments = (one.double() for one in (mean, others_mean, varies, others_vary, together))
+    squares = (mean.square(), others_mean.square(), mean * others_mean)
+    return count * torch.stack([mean, others_mean, *map(torch.add, moments, squares)])
+
+
+def _half_distance(means: Tensor) -> Tensor:
+    """Return half the mean of (z(s) - z(t))^2 over all channels, from the means of s, t, s^2, t^2 and s t, (5, C)."""
+    mean, others_mean, square, others_square, product = means
+    deviation, others_deviation = _root(square - mean.square()), _root(others_square - others_mean.square())
+    covariance = product - mean * others_mean
+    width, others_width = deviation + EPSILON, others_deviation + EPSILON
+    squares = (deviation / width).square() + (others_deviation / others_width).square()
+    return (squares / 2 - covariance / (width * others_width)).mean()
+
+
+def _root(variance: Tensor) -> Tensor:
+    # The root of a constant channel's variance has no gradient, and rounding may bring it below 0.
+    varies = variance > 0
+    return torch.where(varies, torch.where(varies, variance, 1.0).sqrt(), 0.0)
 
 
 class PKD(NeckMethod):
