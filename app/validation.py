@@ -192,4 +192,13 @@ def check_detector(catalog: Catalog, value: object, path: Path) -> Section:
 def check_method(catalog: Catalog, value: object, path: Path, *, combined: bool = False) -> Section:
     """Check a method's spec: `method` picks the schema; one that is combined with others has a `weight` besides."""
     also = catalog.schema("combination") if combined else None
-    return _check_chosen(catalog.methods, "method", value, path, also=also)
+    section = _check_chosen(catalog.methods, "method", value, path, also=also)
+    if section.value is None:
+        return section
+    weights = catalog.methods[section.value["method"]]["weights"]
+    if not weights or any(section.value[weight] != 0 for weight in weights):
+        return section
+    name = section.value["method"]
+    other = "leave the method out" if combined else "take the method baseline"
+    detail = f"every weight is 0 ({', '.join(weights)}), so {name} would distil nothing: give one, or {other}"
+    return Section(None, [problem(pointer(path), "weights_all_zero", detail)])

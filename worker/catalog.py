@@ -94,6 +94,7 @@ def catalog() -> dict[str, Any]:
             name: {
                 "summary": entry.summary,
                 "needs": list(entry.needs),
+                "weights": entry.weights,
                 "head_weights": list(entry.head_weights),
                 "backbone_weights": list(entry.backbone_weights),
                 "logit_weights": list(entry.logit_weights),

@@ -47,6 +47,7 @@ RULES = frozenset(
         "anchors_missing",
         "logits_missing",
         "bad_combination",
+        "weights_all_zero",
         "reduced_tail",
         "stages_cannot_freeze",
         "batch_too_small",

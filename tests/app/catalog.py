@@ -59,6 +59,7 @@ CATALOG: dict[str, Any] = {
         "defeat": {
             "summary": "Decoupled features.",
             "needs": ["neck"],
+            "weights": ["neck_object_weight"],
             "needs_teacher": True,
             "head_weights": [],
             "backbone_weights": [],
@@ -77,6 +78,7 @@ CATALOG: dict[str, Any] = {
         "hints": {
             "summary": "Two parts.",
             "needs": ["neck", "student.anchors"],
+            "weights": [],
             "needs_teacher": True,
             "head_weights": [],
             "backbone_weights": [],
@@ -93,6 +95,7 @@ CATALOG: dict[str, Any] = {
         "baseline": {
             "summary": "No distillation.",
             "needs": [],
+            "weights": [],
             "needs_teacher": False,
             "head_weights": [],
             "backbone_weights": [],

@@ -133,6 +133,8 @@ def test_methods_are_combined_each_with_a_weight(api: TestClient, spec):
         ([{"method": "baseline"}, HINTS], [("/0/method", "bad_combination")]),
         ([HINTS, {"method": "defeat", "weight": 0}], [("/1/weight", "out_of_range")]),
         ([HINTS, {"method": "defeat", "weight": 1001}], [("/1/weight", "out_of_range")]),
+        ([HINTS, {"method": "defeat", "neck_object_weight": 0}], [("/1", "weights_all_zero")]),
+        ({"method": "defeat", "neck_object_weight": 0}, [("", "weights_all_zero")]),
         ([HINTS, {"method": "defeat", "wieght": 1}], [("/1/wieght", "unknown_key")]),
         ([HINTS, {"weight": 1}], [("/1/method", "missing_key")]),
         ([HINTS, {"method": "magic"}], [("/1/method", "unknown_method")]),

@@ -44,6 +44,11 @@ class Entry:
     backbone_weights: tuple[str, ...] = ()
     logit_weights: tuple[str, ...] = ()
 
+    @property
+    def weights(self) -> list[str]:
+        """Parameters that weigh a part of the loss: those named `…_weight`, of which one at least must not be 0."""
+        return [name for name in self.config.model_fields if name.endswith("_weight")]
+
 
 METHODS: dict[str, Entry] = {
     "baseline": Entry(
@@ -126,7 +131,8 @@ def build(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], student: Detect
         teacher: from whom; None where the method needs none.
 
     Raises:
-        RunError: unknown method, unknown keys, values out of range, or detectors that it cannot pair; of a list also
+        RunError: unknown method, unknown keys, values out of range, `weights_all_zero`, or detectors that it cannot
+            pair; of a list also
             `bad_combination`: too short, a method twice, or one without a teacher.
     """
     if isinstance(spec, Mapping):
@@ -162,4 +168,12 @@ def _build(spec: Mapping[str, Any], student: Detector, teacher: Detector | None,
     if name not in METHODS:
         raise RunError("user", "unknown_method", f"{where}.method is {name!r}; known: {', '.join(METHODS)}")
     entry = METHODS[name]
-    return entry.build(entry.config.parse(spec, where=where), student, teacher)
+    config = entry.config.parse(spec, where=where)
+    if entry.weights and all(getattr(config, weight) == 0 for weight in entry.weights):
+        raise RunError(
+            "user",
+            "weights_all_zero",
+            f"{where}: every weight is 0 ({', '.join(entry.weights)}), so {name} would distil nothing: give one, or "
+            "take the method baseline",
+        )
+    return entry.build(config, student, teacher)

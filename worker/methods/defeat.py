@@ -3,10 +3,10 @@
 Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021, arXiv 2103.14475.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ class DefeatConfig(Config):
 
     The head part compares class logits of proposals: where student or teacher is a one-stage detector, which has none,
     both head weights must be 0. The backbone part is off unless it is given a weight: the authors name none. It needs
-    backbones with a feature pyramid on both sides, which share a stride from 8 to 32. One weight at least is above 0.
+    backbones with a feature pyramid on both sides, which share a stride from 8 to 32.
     """
 
     method: Literal["defeat"] = "defeat"
@@ -80,12 +80,6 @@ class DefeatConfig(Config):
             "(1 + cos(pi e/E)) / 2; `up_down` min(e + 1, E - e) / ceil(E/2). The warm-up multiplies it."
         ),
     ] = "constant"
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        if not self.parts("neck", "backbone", "head"):
-            raise ValueError("every weight is 0, so nothing would be distilled: give one, or take the method baseline")
-        return self
 
     def parts(self, *of: Literal["neck", "backbone", "head"]) -> list[str]:
         """Return the names of the losses `of` these places that have a weight."""

@@ -9,11 +9,16 @@ import time
 import psutil
 import pytest
 import torch
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from tests.tiny import TINY
 from tests.worker.engine.test_step import RETINANET
 from tests.worker.support_engine import CLASSES, run_alone, shapes, spec, write_run
 from worker import detectors, methods
-from worker.data.loader import PictureReader, TrainingBatches
+from worker.data import canonical
+from worker.data.loader import Batch, PictureReader, TrainingBatches
 from worker.data.resize import InputSize
 from worker.engine.config import AugmentationConfig, JobConfig, ScheduleConfig
 from worker.engine.step import Step
@@ -26,34 +31,65 @@ STEP = """
 import sys, torch
 from pathlib import Path
 from tests.worker.engine.test_world import step_and_gradients
-rank, directory = int(sys.argv[1]), Path(sys.argv[2])
-torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+rank, directory, case = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/{case}", rank=rank, world_size=2)
 from worker.engine.world import World
-torch.save(step_and_gradients(directory / "canonical", World(rank, 2)), directory / f"{rank}.pt")
+torch.save(step_and_gradients(directory / "canonical", World(rank, 2), case), directory / f"{case}-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
-# Each divides by what it counts in the batch, or takes moments over it.
-METHODS = [
+ONE_STAGE = [
     {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0},
     {"method": "fgfi"},
     {"method": "frs", "warmup_steps": 0},
     # Not at its authors' 10: that of a bias, which its loss does not see, is then all rounding.
     {"method": "pkd", "neck_weight": 0.1},
 ]
+TWO_STAGE = {**TINY, "frozen_batch_norm": True, "train_proposals": 32, "box_samples": 16}
+ONE_STAGE_LOSSES = (
+    *("classification", "bbox_regression"),
+    *("defeat/neck_object", "fgfi/neck", "frs/neck", "frs/logits", "pkd/neck"),
+)
+TWO_STAGE_LOSSES = (
+    *("classifier", "box_reg", "objectness", "rpn_box_reg"),
+    *("neck_object", "neck_background", "head_object", "head_background"),
+)
+# Each method divides by what it counts in the batch, or takes moments over it. The number is accumulation's.
+CASES = {
+    "one_stage": (RETINANET, ONE_STAGE, 1, ONE_STAGE_LOSSES),
+    "in_parts": (RETINANET, ONE_STAGE, 2, ONE_STAGE_LOSSES),
+    "two_stage": (TWO_STAGE, {"method": "defeat", "warmup_steps": 0}, 1, TWO_STAGE_LOSSES),
+}
 
 
-def step_and_gradients(dataset, world):
+class FirstOfEach(BalancedPositiveNegativeSampler):
+    """Samples as torchvision's does, and takes the first of each kind where that one draws lots."""
+
+    def __call__(self, matched):
+        kept = []
+        for labels in matched:
+            positive = torch.where(labels >= 1)[0][: int(self.batch_size_per_image * self.positive_fraction)]
+            negative = torch.where(labels == 0)[0][: self.batch_size_per_image - len(positive)]
+            kept.append(
+                [torch.zeros_like(labels, dtype=torch.bool).index_fill(0, one, 1) for one in (positive, negative)]
+            )
+        return tuple(list(kind) for kind in zip(*kept, strict=True))
+
+
+def step_and_gradients(dataset, world, case):
     """One step of this process's share; the values it reports and the gradients it leaves."""
-    from worker.data import canonical
-
+    config, distillation, parts, _ = CASES[case]
     torch.manual_seed(0)
-    student = detectors.build(RETINANET, CLASSES).train()
-    teacher = detectors.build(RETINANET, CLASSES).eval().requires_grad_(False)
-    for name, parameter in teacher.named_parameters():
-        if name.endswith("cls_logits.weight"):  # a teacher that is surer of some pictures than of others
-            torch.nn.init.normal_(parameter, std=5.0)
-    method = methods.build(METHODS, student, teacher)
-    schedule = ScheduleConfig(batch_size=4, warmup_steps=0, gradient_clip=0)
+    student = detectors.build(config, CLASSES).train()
+    teacher = detectors.build(config, CLASSES).eval().requires_grad_(False)
+    for name, parameter in [*teacher.named_parameters(), *student.named_parameters()]:
+        if name.endswith("cls_logits.weight"):  # detectors that are surer of some pictures, and places, than of others
+            torch.nn.init.normal_(parameter, std=1.0 if parameter.requires_grad else 5.0)
+    for one in student.modules():
+        if isinstance(one, (RegionProposalNetwork, RoIHeads)):
+            plain = one.fg_bg_sampler
+            one.fg_bg_sampler = FirstOfEach(plain.batch_size_per_image, plain.positive_fraction)
+    method = methods.build(distillation, student, teacher)
+    schedule = ScheduleConfig(batch_size=4, accumulation=parts, warmup_steps=0, gradient_clip=0)
     step = Step(student, method=method, teacher=teacher, schedule=schedule, world=world, device=CPU)
     pictures = PictureReader(dataset, canonical.read(dataset).in_split("train"))
     batches = TrainingBatches(
@@ -65,7 +101,11 @@ def step_and_gradients(dataset, world):
         rank=world.rank,
         world=world.size,
     )
-    values, _ = step(next(batches.epoch(3)), Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
+    batch = next(batches.epoch(3))
+    if world.alone and parts > 1:  # the n-th parts of all shares are what goes through together
+        order = [share * 4 // 2 + part for part in range(parts) for share in range(2)]
+        batch = Batch(images=[batch.images[i] for i in order], targets=[batch.targets[i] for i in order])
+    values, _ = step(batch, Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
     return values, {name: one.grad for name, one in step.losses.named_parameters()}
 
 
@@ -76,18 +116,17 @@ def dataset(tmp_path_factory):
     return root / "canonical"
 
 
-def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset):
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset, case):
     root = dataset.parent
-    processes = [subprocess.Popen([sys.executable, "-c", STEP, str(rank), str(root)]) for rank in range(2)]
-    values, gradients = step_and_gradients(dataset, World())
+    processes = [subprocess.Popen([sys.executable, "-c", STEP, str(rank), str(root), case]) for rank in range(2)]
+    values, gradients = step_and_gradients(dataset, World(), case)
     assert [process.wait(120) for process in processes] == [0, 0]
-    shares = [torch.load(root / f"{rank}.pt") for rank in range(2)]
+    shares = [torch.load(root / f"{case}-{rank}.pt") for rank in range(2)]
     assert shares[0][0] == shares[1][0]
     found, pulled = shares[0]
     assert found.keys() == values.keys()
-    assert {"loss/classification", "loss/bbox_regression"} < values.keys()
-    added = {"loss/defeat/neck_object", "loss/fgfi/neck", "loss/frs/neck", "loss/frs/logits", "loss/pkd/neck"}
-    assert added < values.keys()
+    assert {f"loss/{name}" for name in CASES[case][-1]} < values.keys()
     for name, value in values.items():
         if not name.startswith("gradient_share/"):  # of each process's own share of the batch
             assert found[name] == pytest.approx(value, rel=1e-5), name

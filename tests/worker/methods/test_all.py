@@ -51,6 +51,20 @@ def test_the_loss_reaches_the_students_backbone(name):
     assert sum(norms) > 0
 
 
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_a_method_without_any_weight_is_refused(name):
+    weights = METHODS[name].weights
+    nothing = {"method": name} | dict.fromkeys(weights, 0)
+    other = {"method": "fgd" if name == "fitnet" else "fitnet"}
+    for spec in (nothing, [other, {**nothing, "weight": 2.0}]):
+        with pytest.raises(RunError) as caught:
+            methods.build(spec, *detectors_for(name))
+        assert (caught.value.failure_class, caught.value.code) == ("user", "weights_all_zero")
+        assert f"every weight is 0 ({', '.join(weights)})" in caught.value.detail
+    for weight in weights:
+        methods.build({**nothing, weight: 1e-9}, *detectors_for(name))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_losses_and_weights(name):
     images, targets = images_and_targets()

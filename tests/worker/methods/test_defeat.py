@@ -305,17 +305,6 @@ def test_the_backbone_parts_gradients_are_the_formulas():
     assert_same_loss(losses["backbone_background"], 5 * background, inputs)
 
 
-def test_no_weight_at_all_is_refused():
-    nothing = {**HEAD_ONLY, **HEADLESS}
-    for spec in (nothing, [{**nothing, "weight": 2.0}, {"method": "fitnet"}]):
-        with pytest.raises(RunError) as caught:
-            methods.build(spec, *pair())
-        assert (caught.value.failure_class, caught.value.code) == ("user", "bad_spec")
-        assert "every weight is 0, so nothing would be distilled" in caught.value.detail
-        assert "take the method baseline" in caught.value.detail
-    methods.build({**nothing, "neck_object_weight": 1e-3}, *pair())
-
-
 def test_backbones_without_a_common_stride_or_without_a_pyramid_are_refused():
     student, teacher = pair()
     teacher.backbone = torch.nn.Sequential()
