@@ -23,7 +23,7 @@ class Catalog:
 
     @property
     def backbones(self) -> dict[str, Any]:
-        """Backbones with a feature pyramid by name: strides, channels, parameters, how maps are rounded."""
+        """Backbones with a feature pyramid by name: strides, channels, layouts, parameters, how maps are rounded."""
         return dict(self.document["backbones"])
 
     @property

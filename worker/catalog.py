@@ -3,6 +3,7 @@
 `python -m worker.catalog FILE` writes, `python -m worker.catalog --check FILE` exits 1 where FILE is out of date.
 """
 
+import hashlib
 import json
 import sys
 from itertools import product
@@ -14,7 +15,7 @@ import torch
 from worker.config import Config
 from worker.data import FORMATS
 from worker.detectors import DETECTORS, Family, build
-from worker.detectors.backbones import BACKBONES, STRIDES, build_pyramid
+from worker.detectors.backbones import BACKBONES, STRIDES, Pyramid, build_pyramid
 from worker.detectors.pretrained import PRETRAINED, classes_of
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ResourcesConfig, ScheduleConfig
 from worker.methods import METHODS
@@ -39,8 +40,17 @@ def _backbone(name: str) -> dict[str, Any]:
         "rounds": next(way for way, expected in rounds.items() if sides == expected),
         "strides": list(STRIDES),
         "channels": [block[0].in_channels for block in pyramid.fpn.inner_blocks],
+        "layouts": [_layout(pyramid, stages) for stages in range(1, 1 + len(STRIDES))],
         "parameters": sum(parameter.numel() for parameter in pyramid.body.parameters()),
     }
+
+
+def _layout(pyramid: Pyramid, stages: int) -> str:
+    """Return a digest of the names and shapes of the parameters in a backbone's first stages, no fewer than before."""
+    pyramid.freeze(stages)
+    named = pyramid.body.named_parameters()
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in named if not tensor.requires_grad)
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def _channels(family: Family) -> list[dict[str, Any]]:
@@ -68,7 +78,8 @@ def _channels(family: Family) -> list[dict[str, Any]]:
 def catalog() -> dict[str, Any]:
     """Return the catalog: JSON Schemas of every config, backbones with their sizes, pretrained detectors, formats.
 
-    A backbone `rounds` the sides of its maps up or down, where the picture's are no multiples of 32.
+    A backbone `rounds` the sides of its maps up or down, where the picture's are no multiples of 32. Two of them have
+    the same parameters up to a stride where their `layouts` are the same for it.
     """
     return {
         "format_version": 1,

@@ -21,22 +21,19 @@ _SHAPING = (
     "mask_batch_norm",
     "reduced_tail",
 )
-_ALIKE_UP_TO = 8  # px: so far the larger networks of a family (ResNet-50 and -101) have the same layers
+_ANCHORS = ("anchor_octaves", "anchor_doublings", "anchor_ratios")
 
 
 def tensor_problems(
     catalog: Catalog, path: Path, detector: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """Tell what keeps the tensors of a detector `given` from fitting `detector`, both specs, the latter complete.
-
-    What cannot be told from the specs is left to the run.
-    """
+    """Tell what keeps the tensors of a detector `given` from fitting `detector`, both specs, the latter complete."""
     own = check_detector(catalog, dict(given), ()).value
     if own is None:
         return
-    unlike = [key for key in _SHAPING if detector.get(key) != own.get(key)]
-    if detector["backbone"] != own["backbone"] and detector["strides"][-1] > _ALIKE_UP_TO:
-        unlike.append("backbone")
+    wanted, found = _shapes(catalog, detector), _shapes(catalog, own)
+    differing = [key for keys, value in wanted.items() if value != found[keys] for key in keys]
+    unlike = [key for key in differing if detector.get(key) != own.get(key)]
     if unlike:
         kept = ", ".join(f"{key} {show(own[key])}" for key in unlike if key in own)
         yield problem(
@@ -45,3 +42,20 @@ def tensor_problems(
             f"the checkpoint is of a detector with another {', '.join(unlike)}: set {path[0]}.detector to what it has "
             f"({kept}), or use random or imagenet",
         )
+
+
+def _shapes(catalog: Catalog, detector: Mapping[str, Any]) -> dict[tuple[str, ...], object]:
+    """Return what the keys of a spec make of the tensors' names and shapes."""
+    shapes: dict[tuple[str, ...], object] = {(key,): detector.get(key) for key in _SHAPING}
+    per_size = detector.get("anchor_octaves") or detector.get("anchor_doublings") or 1
+    shapes[_ANCHORS] = per_size * len(detector.get("anchor_ratios", ()))
+    strides = detector["strides"]
+    backbone = catalog.backbones.get(detector["backbone"])
+    if backbone is None or strides[-1] not in backbone["strides"]:  # of a family with a trunk of its own
+        return shapes | {("backbone",): detector["backbone"], ("extra_levels",): None}
+    place = backbone["strides"].index(strides[-1])
+    layout, channels = backbone["layouts"][place], detector.get("pyramid_channels")
+    # The first convolution of the extra levels has as many channels as what it starts from: two kinds of them may fit,
+    # and would no longer once the backbone or the channels are set to the checkpoint's.
+    first = {"p6p7": channels, "p6p7_backbone": backbone["channels"][place]}.get(detector.get("extra_levels", "none"))
+    return shapes | {("backbone",): layout, ("extra_levels",): (first, layout, channels)}

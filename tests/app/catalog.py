@@ -52,7 +52,13 @@ CATALOG: dict[str, Any] = {
         }
     },
     "backbones": {
-        name: {"strides": [4, 8, 16, 32], "channels": [64, 64, 128, 256], "parameters": 5, "rounds": "up"}
+        name: {
+            "strides": [4, 8, 16, 32],
+            "channels": [64, 64, 128, 256],
+            "layouts": [f"{name} up to {stride}" for stride in (4, 8, 16, 32)],
+            "parameters": 5,
+            "rounds": "up",
+        }
         for name in BACKBONES
     },
     "methods": {
