@@ -149,6 +149,8 @@ class Training:
         first, start = (resume.epoch, resume.step) if resume else (0, 0)
         if resume:
             self._restore(resume)
+        else:
+            self._warn_of_warmup()
         for epoch in range(first, self.schedule.epochs):
             self._train_epoch(epoch, start)
             start = 0
@@ -163,6 +165,16 @@ class Training:
         if self._average:
             self.detector.load_state_dict(self._average.tensors)
         return self._best
+
+    def _warn_of_warmup(self) -> None:
+        schedule, steps = self.schedule, self.schedule.epochs * len(self._batches)
+        if schedule.decay != "one_cycle" and schedule.warmup_steps > steps:
+            self.context.reporter.message(
+                "warn",
+                "warmup_longer_than_training",
+                f"the {self.subject}'s learning rate warms up over {schedule.warmup_steps} steps, and the whole "
+                f"training has {steps}: it never reaches {schedule.learning_rate:g}; lower the schedule's warmup_steps",
+            )
 
     # ---- one epoch ----
 

@@ -32,11 +32,13 @@ class World:
     @classmethod
     def join(cls, device: torch.device) -> "World":
         """Meet the others, as the environment says who they are: torchrun's, or that of `worker.ranks`."""
+        if (
+            device.type == "cuda" and device.index is not None
+        ):  # what asks for "the GPU" is to get the run's, also where that is not the first
+            torch.cuda.set_device(device)
         if "WORLD_SIZE" not in os.environ:
             return cls()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{os.environ[MEET]}" if MEET in os.environ else "env://",

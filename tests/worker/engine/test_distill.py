@@ -316,3 +316,14 @@ def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkey
     failure = run(directory)["failure"]
     assert (failure["class"], failure["code"]) == ("oom", "out_of_memory")
     assert events(directory, "progress")[-1]["phase"] == phase
+
+
+def test_a_warmup_that_outlasts_its_training_is_told(dataset, tmp_path):
+    """Four steps: the teacher's ends with the last of them, the student's would need one more."""
+    job = spec(schedule={**spec()["schedule"], "epochs": 1, "warmup_steps": 5})
+    job["teacher"]["schedule"] = {**job["schedule"], "warmup_steps": 4}
+    directory = write_run(tmp_path / "run", dataset[1], job)
+    assert run(directory)["status"] == "succeeded"
+    (told,) = [one for one in events(directory, "message") if one["level"] == "warn"]
+    assert told["code"] == "warmup_longer_than_training"
+    assert "the student's learning rate warms up over 5 steps, and the whole training has 4" in told["message"]
