@@ -285,7 +285,8 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     ) -> Tensor:
         """See `Detector.score`. In training mode too, the head's batch norm leaves its running statistics alone."""
         with _statistics_kept(self.roi_heads.box_head):
-            return self._head(features, proposals, image_sizes)[0]
+            scored = self._scored_features(features, proposals, image_sizes)
+        return widened(self.roi_heads.box_predictor.cls_score(scored))
 
     def sample(
         self,
@@ -302,10 +303,15 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     def _head(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        heads = self.roi_heads
-        pooled = heads.box_roi_pool(features, proposals, image_sizes)
-        class_logits, box_regression = heads.box_predictor(heads.box_head(pooled))
+        predictor = self.roi_heads.box_predictor
+        class_logits, box_regression = predictor(self._scored_features(features, proposals, image_sizes))
         return widened(class_logits), widened(box_regression)
+
+    def _scored_features(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        pooled = self.roi_heads.box_roi_pool(features, proposals, image_sizes)
+        return cast(Tensor, self.roi_heads.box_head(pooled))
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
