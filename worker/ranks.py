@@ -116,6 +116,10 @@ def started(directory: Path, count: int) -> Iterator[Others | None]:
     others = Others(directory, count)
     try:
         yield others
+    except BaseException:
+        # Nothing that went wrong could be written down, perhaps: they may wait for this process all the same.
+        others.abandon()
+        raise
     finally:
         others.join()
         for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", MEET, "RANK", "LOCAL_RANK"):

@@ -51,6 +51,8 @@ RULES = frozenset(
         "reduced_tail",
         "stages_cannot_freeze",
         "batch_too_small",
+        "too_few_images",
+        "fixed_input_size",
     }
 )
 
@@ -115,9 +117,9 @@ class Resolver:
         self._check_limits(parts["resources"])
         self._check_shares(("schedule",), parts["schedule"], parts["resources"])
         self._check_shares(("teacher", "schedule"), teacher.schedule, parts["resources"])
-        self._check_training(("student",), ("schedule",), student, parts["schedule"], parts["resources"])
+        self._check_training(("student",), ("schedule",), student, parts["schedule"], parts, dataset)
         trained = (("teacher",), ("teacher", "schedule"), teacher.detector, teacher.schedule)
-        self._check_training(*trained, parts["resources"])
+        self._check_training(*trained, parts, dataset)
         self._check_classes(dataset, teacher)
         self._check_pair(methods, student, teacher)
         self._raise()
@@ -301,16 +303,21 @@ class Resolver:
         where: Path,
         detector: dict[str, Any] | None,
         schedule: dict[str, Any] | None,
-        resources: dict[str, Any] | None,
+        parts: dict[str, dict[str, Any] | None],
+        dataset: Dataset | None,
     ) -> None:
+        resources = parts["resources"]
         if detector is None or schedule is None or resources is None:
             return
+        splits = (dataset.splits or {}) if dataset else {}
         found = training_problems(
             self._catalog,
             detector,
             schedule,
             initial_weights=self._given((*who, "initial_weights")),
             gpus=resources["gpus"],
+            pictures=splits["train"]["images"] if "train" in splits else None,
+            augmentation=parts["augmentation"],
             who=who,
             where=where,
         )

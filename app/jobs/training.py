@@ -19,6 +19,8 @@ def training_problems(
     *,
     initial_weights: object,
     gpus: int,
+    pictures: int | None,
+    augmentation: Mapping[str, Any] | None,
     who: Path,
     where: Path,
 ) -> Iterator[Problem]:
@@ -30,6 +32,8 @@ def training_problems(
         schedule: likewise.
         initial_weights: as the job names them.
         gpus: how many processes share a batch.
+        pictures: how many the training split has; None where that is not known.
+        augmentation: of its pictures, complete; None where it has mistakes of its own.
         who: the place of the student or teacher in the body.
         where: that of the schedule.
     """
@@ -47,6 +51,20 @@ def training_problems(
             pointer((*where, "frozen_stages")),
             "stages_cannot_freeze",
             f"{family} has no stages that could be frozen: leave it at 0, or take one of {able}",
+        )
+    if pictures is not None and pictures < schedule["batch_size"]:
+        yield problem(
+            pointer((*where, "batch_size")),
+            "too_few_images",
+            f"the training split has {pictures} pictures: set it to that at most; got {schedule['batch_size']}",
+        )
+    scale = (augmentation["scale_min"], augmentation["scale_max"]) if augmentation else (1, 1)
+    if "size" in detector and scale != (1, 1):
+        yield problem(
+            pointer(("augmentation", "scale_max" if scale[0] == 1 else "scale_min")),
+            "fixed_input_size",
+            f"the {who[0]} ({family}) sees every picture at {detector['size']} x {detector['size']} px, whatever its "
+            "scale: leave scale_min and scale_max at 1, or use zoom_out and iou_crop",
         )
     parts = gpus * schedule["accumulation"]
     if schedule["batch_size"] // parts == 1 and family in _NORMALISED and detector["size"] <= strides_of(detector)[-1]:

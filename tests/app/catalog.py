@@ -146,7 +146,11 @@ CATALOG: dict[str, Any] = {
         "schema": {
             "type": "object",
             "additionalProperties": False,
-            "properties": {"horizontal_flip": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5}},
+            "properties": {
+                "horizontal_flip": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5},
+                "scale_min": {"type": "number", "exclusiveMinimum": 0, "default": 1.0},
+                "scale_max": {"type": "number", "exclusiveMinimum": 0, "default": 1.0},
+            },
         }
     },
     "resources": {

@@ -74,7 +74,7 @@ def test_every_default_is_filled_in(api: TestClient, database: Database, queue: 
         "distillation": {"method": "defeat", "neck_object_weight": 4.0, "temperature": 1.0, "mask": "paper"},
         "schedule": {"epochs": 12, "batch_size": 8, "accumulation": 1},
         "evaluation": {"split": "val", "every_epochs": 1},
-        "augmentation": {"horizontal_flip": 0.5},
+        "augmentation": {"horizontal_flip": 0.5, "scale_min": 1.0, "scale_max": 1.0},
         "resources": {"gpus": 1, "gpu_memory_gb": None, "label": None},
         "seed": 0,
     }

@@ -21,7 +21,6 @@ from worker.data.masks import from_text, to_bitmap
 from worker.data.resize import InputSize, resize, resize_target
 from worker.detectors.base import Target
 from worker.engine.config import AugmentationConfig
-from worker.report import RunError
 
 
 def read_picture(path: Path) -> Tensor:
@@ -188,10 +187,10 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Prepare; nothing is loaded yet.
+        """Prepare; nothing is loaded yet. For what `worker.engine.trainable` lets pass.
 
         Args:
-            pictures: the training split.
+            pictures: the training split; a whole batch at least.
             batch_size: pictures of a whole batch, over all ranks: a multiple of `world`.
             size: the detector's, which was told not to resize: `InputSize.taken_from`.
             augmentation: random changes.
@@ -201,12 +200,7 @@ class TrainingBatches:
             cache_bytes: memory for pictures; None: `cache.default_limit`.
             rank: which consecutive share of each batch this process gets, from 0.
             world: how many shares there are.
-
-        Raises:
-            RunError: `too_few_images` if there is not one whole batch; `fixed_input_size` if the input size is to
-                vary and cannot.
         """
-        _check(len(pictures), batch_size=batch_size, size=size, augmentation=augmentation)
         self.batch_size, self._pictures = batch_size, len(pictures)
         sizes = [size.of(image.height, image.width, scale=augmentation.scale_max) for image in pictures.images]
         self.cache = PictureCache(sizes, limit=default_limit(world) if cache_bytes is None else cache_bytes)
@@ -238,22 +232,3 @@ class TrainingBatches:
         """
         self._order.seed, self._order.start = seed, start
         return iter(self._loader)
-
-
-def _check(pictures: int, *, batch_size: int, size: InputSize, augmentation: AugmentationConfig) -> None:
-    if pictures < batch_size:
-        raise RunError(
-            "user",
-            "too_few_images",
-            f"the training split has {pictures} pictures, schedule.batch_size is {batch_size}: "
-            "lower it to that at most",
-        )
-    scale = (augmentation.scale_min, augmentation.scale_max)
-    if size.fixed is not None and scale != (1.0, 1.0):
-        height, width = size.fixed
-        raise RunError(
-            "user",
-            "fixed_input_size",
-            f"augmentation.scale_min and scale_max are {scale[0]:g} and {scale[1]:g}, and the detector sees every "
-            f"picture at {width}x{height}: leave both at 1, or use zoom_out and iou_crop",
-        )

@@ -60,7 +60,7 @@ def _distill(
     # All are built before the teacher is trained: what cannot be paired or trained is said at once, not hours later.
     teacher = _build_teacher(config, inputs, context)
     student = _build(config.student, dataset.classes, inputs["student"], seed=config.seed, subject="student").to(device)
-    _require_trainable(config, teacher, student, processes=world.size)
+    _require_trainable(config, teacher, student, context)
     reseed(config.seed, "student", "method")
     method = methods.build(config.distillation, student, teacher).to(device)
 
@@ -87,10 +87,19 @@ def _distill(
     return _finish(config, context, teacher, teacher_metrics, student, best) if world.leads else {}
 
 
-def _require_trainable(config: JobConfig, teacher: Detector | None, student: Detector, *, processes: int) -> None:
+def _require_trainable(config: JobConfig, teacher: Detector | None, student: Detector, context: Context) -> None:
+    trained = [(student, config.schedule, "schedule")]
     if teacher is not None and config.teacher is not None and config.trains_teacher:
-        require_trainable(teacher, config.teacher.schedule, processes=processes, where="teacher.schedule")
-    require_trainable(student, config.schedule, processes=processes, where="schedule")
+        trained.append((teacher, config.teacher.schedule, "teacher.schedule"))
+    for detector, schedule, where in trained:
+        require_trainable(
+            detector,
+            schedule,
+            config.augmentation,
+            pictures=len(context.train_pictures),
+            processes=context.world.size,
+            where=where,
+        )
 
 
 def _keep(context: Context, state: TrainingState) -> None:

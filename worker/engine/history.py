@@ -20,6 +20,10 @@ class Plan:
         self.done += pictures
         self.rate = self.watch.lap(pictures)
 
+    def skip(self, pictures: float) -> None:
+        """Count work that will not be done: what is left is then right after a resume, too."""
+        self.done += pictures
+
     @property
     def fraction(self) -> float:
         """Share of the whole run that is done, 0 to 1."""

@@ -93,9 +93,6 @@ class Training:
         schedule: epochs, batch size, optimiser.
         save: called with the state after each epoch but the last, every `checkpoint_minutes` between, and when the run
             is asked to end.
-
-    Raises:
-        RunError: `too_few_images`, `fixed_input_size`.
     """
 
     def __init__(
@@ -168,13 +165,18 @@ class Training:
 
     def _warn_of_warmup(self) -> None:
         schedule, steps = self.schedule, self.schedule.epochs * len(self._batches)
-        if schedule.decay != "one_cycle" and schedule.warmup_steps > steps:
-            self.context.reporter.message(
-                "warn",
-                "warmup_longer_than_training",
-                f"the {self.subject}'s learning rate warms up over {schedule.warmup_steps} steps, and the whole "
-                f"training has {steps}: it never reaches {schedule.learning_rate:g}; lower the schedule's warmup_steps",
-            )
+        warmups = {
+            "learning rate": 0 if schedule.decay == "one_cycle" else schedule.warmup_steps,
+            "distillation": self._method.warmup_steps,
+        }
+        for what, warmup in warmups.items():
+            if warmup > steps:
+                self.context.reporter.message(
+                    "warn",
+                    "warmup_longer_than_training",
+                    f"the {self.subject}'s {what} warms up over {warmup} steps, and the whole training has {steps}: it "
+                    f"never reaches its full strength; lower the warmup_steps of the {what}",
+                )
 
     # ---- one epoch ----
 
@@ -266,8 +268,8 @@ class Training:
             f"no better AP of the {self.subject} in {without} measurements: ended at epoch {done}",
         )
         left, every = schedule.epochs - done, self.context.evaluation.every_epochs
-        self.context.plan.total -= left * len(self.context.train_pictures) * self._picture_cost
-        self.context.plan.total -= -(-left // every) * len(self.context.eval_pictures) * EVALUATION_COST
+        self.context.plan.skip(left * len(self.context.train_pictures) * self._picture_cost)
+        self.context.plan.skip(-(-left // every) * len(self.context.eval_pictures) * EVALUATION_COST)
         return True
 
     # ---- checkpoints ----

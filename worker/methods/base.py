@@ -78,7 +78,12 @@ class Method(nn.Module):
     """Base of all methods. Its parameters (adapters) are trained with the student and never leave the run.
 
     A method is built before a teacher that the run trains itself is trained: read the teacher's weights in `losses`.
+
+    Attributes:
+        warmup_steps: optimiser steps over which its losses rise from 0.
     """
+
+    warmup_steps: int = 0
 
     def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""

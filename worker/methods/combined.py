@@ -26,6 +26,7 @@ class Combined(Method):
         """Combine methods, given as name, weight and method; no name twice."""
         super().__init__()
         self.weights = {name: weight for name, weight, _ in members}
+        self.warmup_steps = max(method.warmup_steps for _, _, method in members)
         self.methods = nn.ModuleDict({name: method for name, _, method in members})
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:

@@ -135,6 +135,7 @@ class Defeat(NeckMethod):
         super().__init__("defeat", student, teacher, NearZero if config.parts("neck") else lambda *_: nn.Identity())
         assert teacher is not None
         self.config = config
+        self.warmup_steps = config.warmup_steps
         _require_heads(config, student, teacher)
         self.balance = Balance(config.parts("neck", "head")) if config.weights == "auto" else None
         self.backbone_strides = _pair_backbones(config, student, teacher)
@@ -154,7 +155,7 @@ class Defeat(NeckMethod):
             losses |= self._head(student, teacher)
         if self.balance is not None:
             losses = self.balance(student, losses, clock.step)
-        factor = strength(clock, warmup_steps=self.config.warmup_steps, decay=self.config.decay)
+        factor = strength(clock, warmup_steps=self.warmup_steps, decay=self.config.decay)
         weighed = self.config.parts("neck", "backbone", "head")
         return {name: factor * losses[name] for name in weighed}
 

@@ -123,25 +123,32 @@ class FGD(NeckMethod):
         super().__init__("fgd", student, teacher, pointwise_if_needed)
         assert teacher is not None
         self.temperature = config.temperature
-        self.weights = {
+        weights = {
             "neck_object": paper_value(config.object_weight, student, two_stage=5e-5, one_stage=1e-3),
             "neck_background": paper_value(config.background_weight, student, two_stage=2.5e-5, one_stage=5e-4),
             "neck_attention": paper_value(config.attention_weight, student, two_stage=5e-5, one_stage=1e-3),
             "neck_relation": paper_value(config.relation_weight, student, two_stage=5e-7, one_stage=5e-6),
         }
-        self.student_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
-        self.teacher_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in self.pairs)
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        related = self.pairs if "neck_relation" in self.weights else []
+        self.student_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in related)
+        self.teacher_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in related)
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
-        """See `Method.losses`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`."""
+        """See `Method.losses`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`; with a weight."""
         ours, theirs = self.maps(student, teacher)
         boxes = [target["boxes"] for target in student.targets]
-        levels = []
+        levels: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         for index, stride in enumerate(self.strides):
             mine, other = ours[index], theirs[index]
-            size = (mine.shape[-2], mine.shape[-1])
-            weights = focal_weights(boxes, size=size, stride=stride)
-            related = relation_loss(self.student_relations[index](mine), self.teacher_relations[index](other))
-            levels.append(torch.stack([*focal_loss(mine, other, *weights, temperature=self.temperature), related]))
-        parts = torch.stack(levels).sum(dim=0)
-        return {name: weight * part for (name, weight), part in zip(self.weights.items(), parts, strict=True)}
+            found = {}
+            if self.weights.keys() - {"neck_relation"}:
+                masks = focal_weights(boxes, size=(mine.shape[-2], mine.shape[-1]), stride=stride)
+                focal = focal_loss(mine, other, *masks, temperature=self.temperature)
+                found = dict(zip(("neck_object", "neck_background", "neck_attention"), focal, strict=True))
+            if self.student_relations:
+                related = self.student_relations[index](mine), self.teacher_relations[index](other)
+                found["neck_relation"] = relation_loss(*related)
+            for name, parts in levels.items():
+                parts.append(found[name])
+        return {name: self.weights[name] * torch.stack(parts).sum() for name, parts in levels.items()}

@@ -106,19 +106,22 @@ class FRS(NeckMethod):
     """
 
     def __init__(self, config: FRSConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("frs", student, teacher, _adapter)
+        neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
+        super().__init__("frs", student, teacher, _adapter if neck_weight > 0 else lambda *_: nn.Identity())
         assert teacher is not None
-        self.neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
+        self.neck_weight = neck_weight
         self.logits_weight = paper_value(config.logits_weight, student, two_stage=0.1, one_stage=0.02)
         self.warmup_steps = config.warmup_steps
         _require_logits(self.logits_weight, student, teacher, self.pairs)
 
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
-        """See `Method.losses`: `neck`, `logits`."""
+        """See `Method.losses`: `neck`, `logits`; what has a weight."""
         theirs = [teacher.cell_logits[index] for _, index in self.pairs]
         scores = [richness(level) for level in theirs]
         factor = strength(clock, warmup_steps=self.warmup_steps, decay="constant")
-        losses = {"neck": factor * self.neck_weight * frs_neck_loss(*self.maps(student, teacher), scores)}
+        losses = {}
+        if self.neck_weight > 0:
+            losses["neck"] = factor * self.neck_weight * frs_neck_loss(*self.maps(student, teacher), scores)
         if self.logits_weight > 0:
             assert student.cell_logits is not None
             ours = [student.cell_logits[index] for index, _ in self.pairs]

@@ -19,7 +19,6 @@ from worker.data.masks import to_text
 from worker.data.resize import InputSize
 from worker.detectors import DETECTORS
 from worker.engine.config import AugmentationConfig
-from worker.report import RunError
 
 SIZE = InputSize(min_size=64, max_size=96)
 CPU = torch.device("cpu")
@@ -194,23 +193,6 @@ def test_a_picture_is_read_as_it_is_stored(tmp_path):
     exif[274] = 6  # to be turned by a quarter, which nobody does here
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     assert torch.equal(read_picture(tmp_path / "x.png"), torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "message"),
-    [
-        ({"batch_size": 12}, "too_few_images", "has 11 pictures, schedule.batch_size is 12"),
-        (
-            {"size": InputSize(min_size=1, max_size=1, fixed=(32, 32)), "augmentation": EVERYTHING},
-            "fixed_input_size",
-            "are 0.5 and 1.2, and the detector sees every picture at 32x32",
-        ),
-    ],
-)
-def test_what_cannot_be_is_said_at_once(pictures, changes, code, message):
-    with pytest.raises(RunError, match=message) as caught:
-        batches(pictures, **changes)
-    assert (caught.value.failure_class, caught.value.code) == ("user", code)
 
 
 @pytest.mark.parametrize("family", DETECTORS)

@@ -9,9 +9,11 @@ from app.catalog import load_catalog
 from app.jobs.levels import strides_of
 from app.jobs.training import training_problems
 from worker.detectors import DETECTORS, build
-from worker.engine.config import ScheduleConfig
+from worker.engine.config import AugmentationConfig, ScheduleConfig
 from worker.engine.trainable import require_trainable
 from worker.report import RunError
+
+PICTURES = 16
 
 
 def extra_levels():
@@ -35,7 +37,8 @@ def test_strides(spec):
     assert strides_of(detector.config.model_dump(mode="json")) == list(detector.strides)
 
 
-@pytest.mark.parametrize("schedule", [{"batch_size": 1}, {"batch_size": 2}, {"frozen_stages": 1}])
+@pytest.mark.parametrize("augmentation", [{}, {"scale_min": 0.5}, {"scale_max": 2}], ids=str)
+@pytest.mark.parametrize("schedule", [{"batch_size": 1}, {"batch_size": 2}, {"frozen_stages": 1}, {"batch_size": 17}])
 @pytest.mark.parametrize("initial_weights", ["random", "imagenet"])
 @pytest.mark.parametrize(
     "spec",
@@ -46,7 +49,7 @@ def test_strides(spec):
     ],
     ids=lambda spec: "-".join(map(str, spec.values())),
 )
-def test_what_can_be_trained(spec, schedule, initial_weights, monkeypatch, tmp_path):
+def test_what_can_be_trained(spec, schedule, augmentation, initial_weights, monkeypatch, tmp_path):
     """The API refuses just what the run would; published weights cannot be had here, which is said later."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
@@ -54,23 +57,26 @@ def test_what_can_be_trained(spec, schedule, initial_weights, monkeypatch, tmp_p
     if config.model_fields["backbone"].is_required():
         spec = {**spec, "backbone": "torchvision/resnet18"}
     whole, given = config.parse(spec, where="detector"), ScheduleConfig.parse(schedule, where="schedule")
+    changes = AugmentationConfig.parse(augmentation, where="augmentation")
     problems = training_problems(
         load_catalog(),
         whole.model_dump(mode="json"),
         given.model_dump(mode="json"),
         initial_weights=initial_weights,
         gpus=1,
+        pictures=PICTURES,
+        augmentation=changes.model_dump(mode="json"),
         who=("student",),
         where=("schedule",),
     )
-    assert {problem["code"] for problem in problems} == refused(spec, given, initial_weights)
+    assert {problem["code"] for problem in problems} == refused(spec, given, changes, initial_weights)
 
 
 def _no_network(*_args, **_kwargs):
     raise URLError("Network is unreachable")
 
 
-def refused(spec, schedule, initial_weights):
+def refused(spec, schedule, augmentation, initial_weights):
     """The codes with which the engine refuses to build or to train the detector."""
     codes = set()
     if initial_weights == "imagenet":
@@ -78,9 +84,17 @@ def refused(spec, schedule, initial_weights):
     with torch.device("meta"):
         detector = build(spec, ["cat"])
     # One at a time: the engine stops at the first.
-    for change in ({"frozen_stages": 0}, {"batch_size": 8}):
+    for change, changes in (
+        ({"frozen_stages": 0}, AugmentationConfig()),
+        ({"batch_size": 8}, AugmentationConfig()),
+        ({"frozen_stages": 0, "batch_size": 8}, augmentation),
+    ):
         one = schedule.model_copy(update=change)
-        codes |= code_of(lambda one=one: require_trainable(detector, one, processes=1, where="schedule"))
+        codes |= code_of(
+            lambda one=one, changes=changes: require_trainable(
+                detector, one, changes, pictures=PICTURES, processes=1, where="schedule"
+            )
+        )
     return codes
 
 

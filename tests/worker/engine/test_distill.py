@@ -291,6 +291,29 @@ def test_it_stops_early_when_nothing_gets_better(dataset, tmp_path, monkeypatch)
     )
 
 
+def test_epochs_that_a_teacher_did_not_need_are_not_waited_for_after_a_resume(dataset, tmp_path, monkeypatch):
+    """Its course is given: it gets worse at once, so that seven epochs of nine are left out."""
+    course = iter([0.3, 0.2])
+    job = spec(schedule={**spec()["schedule"], "checkpoint_minutes": 60})
+    job["teacher"]["schedule"] = {**job["schedule"], "epochs": 9, "patience": 1}
+    plain = train.coco_metrics
+    monkeypatch.setattr(
+        train, "coco_metrics", lambda *given: {**(found := plain(*given)), "ap": next(course, found["ap"])}
+    )
+    kept = keep_checkpoints(monkeypatch, tmp_path)
+    directory = write_run(tmp_path / "run", dataset[1], job)
+    assert run(directory)["status"] == "succeeded"
+    assert len(kept) == 2  # after the teacher's first epoch and the student's
+    resumed = write_run(tmp_path / "resumed", dataset[1], job, resume=str(kept[1]))
+    assert run(resumed)["status"] == "succeeded"
+    # The first news of an epoch is always told: that of the student's second, with or without a resume before it.
+    begun, gone_on = (
+        next(one["fraction"] for one in events(of, "progress") if (one["phase"], one["epoch"]) == ("distillation", 2))
+        for of in (directory, resumed)
+    )
+    assert gone_on == begun > 0.8
+
+
 @pytest.mark.parametrize("phase", ["teacher", "evaluation", "distillation"])
 def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkeypatch, phase):
     """The last progress tells where memory ran out, also in a phase's first batch."""
@@ -319,11 +342,13 @@ def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkey
 
 
 def test_a_warmup_that_outlasts_its_training_is_told(dataset, tmp_path):
-    """Four steps: the teacher's ends with the last of them, the student's would need one more."""
+    """Four steps: the teacher's ends with the last of them, the student's and the method's would need one more."""
     job = spec(schedule={**spec()["schedule"], "epochs": 1, "warmup_steps": 5})
+    job["distillation"] = [{"method": "defeat", "warmup_steps": 5}, {"method": "fitnet"}]
     job["teacher"]["schedule"] = {**job["schedule"], "warmup_steps": 4}
     directory = write_run(tmp_path / "run", dataset[1], job)
     assert run(directory)["status"] == "succeeded"
-    (told,) = [one for one in events(directory, "message") if one["level"] == "warn"]
-    assert told["code"] == "warmup_longer_than_training"
-    assert "the student's learning rate warms up over 5 steps, and the whole training has 4" in told["message"]
+    told = [one for one in events(directory, "message") if one["level"] == "warn"]
+    assert [one["code"] for one in told] == ["warmup_longer_than_training"] * 2
+    for what, one in zip(("learning rate", "distillation"), told, strict=True):
+        assert f"the student's {what} warms up over 5 steps, and the whole training has 4" in one["message"]

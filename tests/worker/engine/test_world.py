@@ -43,11 +43,15 @@ ONE_STAGE = [
     {"method": "frs", "warmup_steps": 0},
     # Not at its authors' 10: that of a bias, which its loss does not see, is then all rounding.
     {"method": "pkd", "neck_weight": 0.1},
+    {"method": "fitnet"},
+    {"method": "cwd"},
+    {"method": "fgd"},
 ]
 TWO_STAGE = {**TINY, "frozen_batch_norm": True, "train_proposals": 32, "box_samples": 16}
 ONE_STAGE_LOSSES = (
     *("classification", "bbox_regression"),
-    *("defeat/neck_object", "fgfi/neck", "frs/neck", "frs/logits", "pkd/neck"),
+    *("defeat/neck_object", "fgfi/neck", "frs/neck", "frs/logits", "pkd/neck", "fitnet/neck", "cwd/neck"),
+    *(f"fgd/neck_{part}" for part in ("object", "background", "attention", "relation")),
 )
 TWO_STAGE_LOSSES = (
     *("classifier", "box_reg", "objectness", "rpn_box_reg"),
@@ -167,10 +171,16 @@ def test_a_whole_run_of_two_processes_resumes_to_the_same_bytes(dataset, tmp_pat
         assert (second / "artifacts" / name).read_bytes() == (whole / "artifacts" / name).read_bytes()
 
 
-def failure_of(script, dataset, tmp_path):
-    """Run both processes by a script instead of `worker.run`, and return how the run failed."""
+def script_of(script, tmp_path):
+    """Write a script that both processes of a run carry out instead of `worker.run`."""
     path = tmp_path / "worker_run.py"
     path.write_text(f"import sys\nfrom worker import ranks\nranks.COMMAND = (sys.executable, {str(path)!r})\n{script}")
+    return path
+
+
+def failure_of(script, dataset, tmp_path):
+    """Run both processes by a script instead of `worker.run`, and return how the run failed."""
+    path = script_of(script, tmp_path)
     directory = write_run(tmp_path / "run", dataset, job())
     done = subprocess.run([sys.executable, path, directory], timeout=120, check=False)
     assert done.returncode == 1
@@ -194,6 +204,29 @@ def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
     """The first one waits for the second, which has failed: nobody waits for ever, and the reason is told."""
     failure = failure_of(FAILING, dataset, tmp_path)
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": "too much for the second"}
+
+
+MUTE = """
+from pathlib import Path
+from worker import ranks, run
+from worker.report import Reporter
+def entry(spec, inputs, reporter):
+    if ranks.rank() == 1:
+        import time; time.sleep(600)
+    raise ValueError("a bug")
+def finish(*_args, **_kwargs):
+    raise OSError(28, "No space left on device")
+run._entry, Reporter.finish = lambda kind: entry, finish
+sys.exit(run.main(Path(sys.argv[1])))
+"""
+
+
+def test_a_first_one_that_cannot_say_how_it_ended_ends_all(dataset, tmp_path):
+    """What says that a run failed may fail as well: no other process goes on waiting for it."""
+    path = script_of(MUTE, tmp_path)
+    done = subprocess.run([sys.executable, path, write_run(tmp_path / "run", dataset, job())], timeout=120, check=False)
+    assert done.returncode == 1
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 EXHAUSTED = """

@@ -61,8 +61,31 @@ def test_a_method_without_any_weight_is_refused(name):
             methods.build(spec, *detectors_for(name))
         assert (caught.value.failure_class, caught.value.code) == ("user", "weights_all_zero")
         assert f"every weight is 0 ({', '.join(weights)})" in caught.value.detail
-    for weight in weights:
-        methods.build({**nothing, weight: 1e-9}, *detectors_for(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"), [(name, weight) for name in WITH_TEACHER for weight in METHODS[name].weights]
+)
+def test_a_weight_of_0_leaves_its_part_out_and_the_others_as_they_are(name, weight):
+    """No loss of 0 that somebody is warned of, and nothing that learns without a part that it learns from."""
+    weights = METHODS[name].weights
+    student, teacher = detectors_for(name)
+    torch.manual_seed(1)
+    whole, alone = (
+        methods.build({"method": name, **dict.fromkeys(off, 0), weight: 0.5}, student, teacher)
+        for off in ([], [other for other in weights if other != weight])
+    )
+    alone.load_state_dict({key: whole.state_dict()[key] for key in alone.state_dict()})
+    passed, state = one_pass(student), torch.get_rng_state()
+    found = []
+    for method in (whole, alone):
+        torch.set_rng_state(state)
+        found.append(method(passed, teacher, START))
+    expected, losses = found
+    assert len(losses) == 1
+    assert all(torch.equal(loss, expected[part]) for part, loss in losses.items())
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in alone.parameters())
 
 
 @pytest.mark.parametrize("name", METHODS)
