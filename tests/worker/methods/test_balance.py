@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.worker.methods.support import START, one_pass, pair
+from tests.worker.methods.support import START, on_two_processes, one_pass, pair
 from worker import methods
 from worker.detectors.base import TrainPass
 from worker.detectors.normalization import Normalization
@@ -114,6 +114,18 @@ def test_factors_are_geometric_means_over_the_measured_steps():
     later = mean**0.8 * 3.0**0.2
     for one in (balance, again):
         assert factors(one, 3.0, 100, a=1.0, b=6.0)["a"] == pytest.approx(later, rel=1e-6)
+
+
+def _of_each_rank(rank: int) -> list[float]:
+    """The factors of one process of two, whose pictures pull unlike the other's."""
+    found = factors(Balance(["near", "far"]), own=(2.0, 6.0)[rank], step=0, near=(1.0, 3.0)[rank], far=(0.5, 0.0)[rank])
+    return [found["near"], found["far"]]
+
+
+def test_processes_that_train_together_take_the_means_of_their_norms(tmp_path):
+    first, second = on_two_processes(_of_each_rank, tmp_path)
+    assert first == second
+    assert first == pytest.approx([4 / 2, 4 / 0.25])
 
 
 def test_what_cannot_be_measured_leaves_the_factors_as_they_were():
