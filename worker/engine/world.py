@@ -32,9 +32,8 @@ class World:
     @classmethod
     def join(cls, device: torch.device) -> "World":
         """Meet the others, as the environment says who they are: torchrun's, or that of `worker.ranks`."""
-        if (
-            device.type == "cuda" and device.index is not None
-        ):  # what asks for "the GPU" is to get the run's, also where that is not the first
+        # What asks for "the GPU" is to get the run's, also where that is not the first.
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         if "WORLD_SIZE" not in os.environ:
             return cls()
