@@ -94,7 +94,7 @@ def _make_ready(database, dataset_id):
     with database.write() as session:
         row = session.get_one(Dataset, dataset_id)
         row.status, row.classes, row.format = "ready", ["RBC"], "coco"
-        row.splits = {split: {"images": 2, "boxes": 3} for split in ("train", "val")}
+        row.splits = {split: {"images": 20, "boxes": 30} for split in ("train", "val")}
         row.content_hash, row.finished_at = "sha256:0", utcnow()
 
 

@@ -30,5 +30,5 @@ def test_a_specs_detectors_pair(path):
     with torch.device("meta"):
         teacher, student = (detectors.build(one.detector, CLASSES) for one in (config.teacher, config.student))
     methods.build(config.distillation, student, teacher)
-    require_trainable(teacher, config.teacher.schedule, processes=1, where="teacher.schedule")
-    require_trainable(student, config.schedule, processes=1, where="schedule")
+    for detector, schedule in ((teacher, config.teacher.schedule), (student, config.schedule)):
+        require_trainable(detector, schedule, config.augmentation, pictures=1000, processes=1, where="schedule")
