@@ -28,7 +28,7 @@ class Catalog:
 
     @property
     def methods(self) -> dict[str, Any]:
-        """Distillation methods by name: summary, needs, needs_teacher, weights that need more, schema."""
+        """Distillation methods by name: summary, needs, needs_teacher, weights, which of these need more, schema."""
         return dict(self.document["methods"])
 
     @property

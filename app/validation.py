@@ -195,10 +195,10 @@ def check_method(catalog: Catalog, value: object, path: Path, *, combined: bool 
     section = _check_chosen(catalog.methods, "method", value, path, also=also)
     if section.value is None:
         return section
-    weights = catalog.methods[section.value["method"]]["weights"]
+    name = section.value["method"]
+    weights = catalog.methods[name]["weights"]
     if not weights or any(section.value[weight] != 0 for weight in weights):
         return section
-    name = section.value["method"]
     other = "leave the method out" if combined else "take the method baseline"
     detail = f"every weight is 0 ({', '.join(weights)}), so {name} would distil nothing: give one, or {other}"
     return Section(None, [problem(pointer(path), "weights_all_zero", detail)])

@@ -11,7 +11,6 @@ from app.catalog import Catalog
 _EXTRA_LEVELS: dict[tuple[str, object], tuple[int, ...]] = {
     ("extra_levels", "p6p7"): (2, 4),
     ("extra_levels", "p6p7_backbone"): (2, 4),
-    ("extra_levels", "pool"): (2,),
     ("pool_level", True): (2,),
 }
 # The smallest anchors of a family with `anchor_doublings` are multiples of this, on every level.

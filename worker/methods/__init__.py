@@ -132,8 +132,7 @@ def build(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], student: Detect
 
     Raises:
         RunError: unknown method, unknown keys, values out of range, `weights_all_zero`, or detectors that it cannot
-            pair; of a list also
-            `bad_combination`: too short, a method twice, or one without a teacher.
+            pair; of a list also `bad_combination`: too short, a method twice, or one without a teacher.
     """
     if isinstance(spec, Mapping):
         return _build(spec, student, teacher, where="distillation")

@@ -106,6 +106,11 @@ def pair_levels(student_strides: Sequence[int], teacher_strides: Sequence[int]) 
     return [(index, open_levels[stride].pop(0)) for index, stride in enumerate(student_strides) if open_levels[stride]]
 
 
+def unadapted(student_channels: int, teacher_channels: int) -> nn.Module:  # noqa: ARG001 - as all adapters are made
+    """Return what leaves the student's maps as they are: for parts that need no adapter, or are switched off."""
+    return nn.Identity()
+
+
 def pointwise(student_channels: int, teacher_channels: int) -> nn.Module:
     """Return a 1x1 convolution from the student's channels to the teacher's, as the framework initialises it."""
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
@@ -113,7 +118,8 @@ def pointwise(student_channels: int, teacher_channels: int) -> nn.Module:
 
 def pointwise_if_needed(student_channels: int, teacher_channels: int) -> nn.Module:
     """Return `pointwise`, or nothing at all where the channels are equal."""
-    return nn.Identity() if student_channels == teacher_channels else pointwise(student_channels, teacher_channels)
+    make = unadapted if student_channels == teacher_channels else pointwise
+    return make(student_channels, teacher_channels)
 
 
 class NearZero(nn.Conv2d):

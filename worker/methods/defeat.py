@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.methods.balance import Balance
-from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass
+from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass, unadapted
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from worker.methods.masks import MaskMode, object_masks
 from worker.methods.strength import Decay, strength
@@ -132,7 +132,7 @@ class Defeat(NeckMethod):
     """
 
     def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("defeat", student, teacher, NearZero if config.parts("neck") else lambda *_: nn.Identity())
+        super().__init__("defeat", student, teacher, NearZero if config.parts("neck") else unadapted)
         assert teacher is not None
         self.config = config
         self.warmup_steps = config.warmup_steps

@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.detectors.precision import widened
-from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, unadapted
 from worker.methods.losses import mean_over_ranks
 from worker.methods.strength import strength
 from worker.report import RunError
@@ -107,7 +107,7 @@ class FRS(NeckMethod):
 
     def __init__(self, config: FRSConfig, student: Detector, teacher: Detector | None) -> None:
         neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
-        super().__init__("frs", student, teacher, _adapter if neck_weight > 0 else lambda *_: nn.Identity())
+        super().__init__("frs", student, teacher, _adapter if neck_weight > 0 else unadapted)
         assert teacher is not None
         self.neck_weight = neck_weight
         self.logits_weight = paper_value(config.logits_weight, student, two_stage=0.1, one_stage=0.02)

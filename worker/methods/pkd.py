@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.detectors.precision import widened
-from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value
+from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, unadapted
 from worker.methods.losses import mean_over_ranks
 from worker.report import RunError
 
@@ -97,7 +97,7 @@ class PKD(NeckMethod):
     """
 
     def __init__(self, config: PKDConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("pkd", student, teacher, lambda *_: nn.Identity())
+        super().__init__("pkd", student, teacher, unadapted)
         assert teacher is not None
         for ours, theirs in self.pairs:
             if student.channels[ours] != teacher.channels[theirs]:

@@ -50,6 +50,10 @@ def drawn(catalog: Catalog, draw: random.Random) -> Spec:
     spec |= {key: draw.choice(values) for key, values in choices.items() if key in members}
     if "head_channels" in members:
         spec["head_channels"] = 16
+    return complete(catalog, spec)
+
+
+def complete(catalog: Catalog, spec: Spec) -> Spec:
     section = check_detector(catalog, spec, ())
     assert section.value is not None, section.problems
     return section.value

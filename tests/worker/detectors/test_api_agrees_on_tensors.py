@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from app.catalog import Catalog, load_catalog
+from app.catalog import load_catalog
 from app.jobs.initial import tensor_problems
-from app.validation import check_detector
-from tests.worker.detectors.test_api_agrees_on_pairs import built
+from tests.worker.detectors.test_api_agrees_on_pairs import built, complete
 from worker.detectors import Detector
 
-Spec = dict[str, Any]
 # With the first stages of others, with a layout of its own, and with as many channels as a pyramid may have.
 BACKBONES = [
     "torchvision/resnet50",
@@ -46,12 +44,6 @@ def values_of(key: str, member: Mapping[str, Any]) -> list[Any]:
     if lowest is None or default == lowest:
         return [default, default + 1 if member["type"] == "integer" else (default or 1) / 2]
     return [default, lowest]
-
-
-def complete(catalog: Catalog, spec: Spec) -> Spec:
-    section = check_detector(catalog, spec, ())
-    assert section.value is not None, section.problems
-    return section.value
 
 
 def fits(detector: Detector, initial: Detector) -> bool:
