@@ -63,8 +63,9 @@ def decoupled_feature_loss(
     """
     cells = [mask[:, 0] for mask in masks]  # (B, H, W)
     counts, least = mean_over_ranks(torch.stack([torch.stack([one.sum(), (~one).sum()]) for one in cells]))
-    channels = torch.tensor([ours.shape[1] for ours in student], device=counts.device)
-    norms = (2 * channels[:, None] * counts).double().clamp(min=least)  # (levels, 2)
+    # Multiplied by Python numbers: a tensor of them would have to be copied to the device, and the CPU would wait.
+    values = torch.stack([2 * ours.shape[1] * count for ours, count in zip(student, counts, strict=True)])
+    norms = values.double().clamp(min=least)  # (levels, 2)
     sums = torch.stack([_SquaredDifferences.apply(*level) for level in zip(student, teacher, cells, strict=True)])
     objects, background = (sums / norms.to(sums.dtype)).mean(dim=0)
     return objects, background

@@ -37,16 +37,23 @@ def cell_ranges(boxes: Tensor, *, stride: int, height: int, width: int, mode: Ma
     `paper`: every coordinate is truncated; a range that is empty in x or in y becomes the one cell at its upper left
     corner (so a 1000 x 3 px box at stride 4 may mark one cell), moved inside the map. `cover`: every touched cell.
     """
-    limit = torch.tensor([width, height], device=boxes.device)
     if mode == "cover":
-        first = (boxes[:, :2] / stride).floor().long().clamp(min=0).minimum(limit - 1)
-        last = (boxes[:, 2:] / stride).ceil().long().minimum(limit).maximum(first + 1)
+        first = _at_most((boxes[:, :2] / stride).floor().long().clamp(min=0), width - 1, height - 1)
+        last = _at_most((boxes[:, 2:] / stride).ceil().long(), width, height).maximum(first + 1)
         return torch.cat([first, last], dim=1)
     first, last = (boxes / stride).trunc().long().split(2, dim=1)
     empty = (last <= first).any(dim=1, keepdim=True)
-    first = torch.where(empty, first.clamp(min=0).minimum(limit - 1), first)
+    first = torch.where(empty, _at_most(first.clamp(min=0), width - 1, height - 1), first)
     last = torch.where(empty, first + 1, last)
     return torch.cat([first, last], dim=1)
+
+
+def _at_most(cells: Tensor, column: int, row: int) -> Tensor:
+    """Return cells (N, 2), x y, moved to at most this column and this row.
+
+    Both limits are Python numbers: a tensor of them would have to be copied to the device, and the CPU would wait.
+    """
+    return torch.stack([cells[:, 0].clamp(max=column), cells[:, 1].clamp(max=row)], dim=1)
 
 
 def _rows_and_columns(ranges: Tensor, *, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +93,9 @@ def object_masks(
     device = boxes[0].device
     flat = torch.cat(list(boxes))
     # (B, N): the boxes of each picture. One comparison over all boxes instead of a loop over them, which would wait for
-    # the device once a box.
-    owned = torch.block_diag(*(torch.ones(1, len(one), dtype=torch.bool) for one in boxes)).to(device)
+    # the device once a box; and filled there, for a copy to the device would be waited for as well.
+    owner = torch.cat([torch.full((len(one),), index, device=device) for index, one in enumerate(boxes)])
+    owned = torch.arange(len(boxes), device=device)[:, None] == owner
     level_of = assign_levels(flat, levels=len(sizes), base_size=base_size)
     masks = []
     for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):

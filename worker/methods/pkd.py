@@ -50,9 +50,10 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         teacher: the teacher's features of each level, same shapes; no gradient flows into them.
     """
     sums = [_sums(widened(ours), widened(theirs.detach())) for ours, theirs in zip(student, teacher, strict=True)]
-    cells = torch.tensor([one.numel() // one.shape[1] for one in student], dtype=torch.float64, device=sums[0].device)
+    # Filled on the device: a tensor made of a list would be copied there, and the CPU would wait.
+    cells = [sums[0].new_full((1,), one.numel() // one.shape[1]) for one in student]
     # One exchange for all of them: each waits for the slowest process.
-    means, _ = mean_over_ranks(torch.cat([cells, *(one.flatten() for one in sums)]))
+    means, _ = mean_over_ranks(torch.cat([*cells, *(one.flatten() for one in sums)]))
     counts, *rest = means.split([len(sums), *(one.numel() for one in sums)])
     levels = [_half_distance(one.view(5, -1) / count) for one, count in zip(rest, counts, strict=True)]
     return torch.stack(levels).sum().to(torch.promote_types(student[0].dtype, torch.float32))
