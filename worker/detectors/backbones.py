@@ -15,9 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from worker.detectors.frozen_norm import freeze_batch_norm
 from worker.report import RunError
 
 STRIDES = (4, 8, 16, 32)
@@ -369,23 +370,8 @@ def _torchvision_net(name: str, *, pretrained: bool) -> nn.Module:
     )
 
 
-def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """Return `module` with every batch norm inside it, or itself, replaced by its frozen form of the same values.
-
-    For plain batch norm; timm's layers that join one with an activation are for timm's own function.
-    """
-    if isinstance(module, nn.BatchNorm2d):
-        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
-        frozen.load_state_dict(module.state_dict())
-        return frozen
-    for name, child in module.named_children():
-        setattr(module, name, freeze_batch_norm(child))
-    return module
-
-
 def _timm_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_batch_norm: bool) -> Body:
     import timm  # as long as a tenth of all other imports: not for a run that asks for none of its networks
-    from timm.layers.norm_act import freeze_batch_norm_2d
 
     reductions, ends = _timm_stages(name)
     levels = [reductions.index(stride) for stride in strides]
@@ -396,7 +382,7 @@ def _timm_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_ba
         # timm's EfficientNet family keeps, and runs, the stages behind the last one that is asked for.
         net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
     return Body(
-        module=TimmBody(freeze_batch_norm_2d(net) if frozen_batch_norm else net),
+        module=TimmBody(freeze_batch_norm(net) if frozen_batch_norm else net),
         channels=channels,
         ends=[f"net.{end}" for end in ends[reductions.index(STRIDES[0]) : levels[-1] + 1]],
     )

@@ -7,10 +7,11 @@ from urllib.error import URLError
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from worker.detectors.backbones import weights_unavailable
+from worker.detectors.frozen_norm import FrozenBatchNorm
 
 BACKBONE = "torchvision/mobilenet_v3_large"
 STRIDE: Final = 32
@@ -43,7 +44,7 @@ class MobileNetPyramid(nn.Module):
         super().__init__()
         try:
             net: Any = torchvision.models.mobilenet_v3_large(
-                weights="DEFAULT" if pretrained else None, norm_layer=FrozenBatchNorm2d if frozen_batch_norm else None
+                weights="DEFAULT" if pretrained else None, norm_layer=FrozenBatchNorm if frozen_batch_norm else None
             )
         except (URLError, OSError) as error:
             if not pretrained:

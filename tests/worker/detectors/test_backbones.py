@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -17,7 +16,6 @@ from worker.detectors.backbones import (
     TORCHVISION_BACKBONES,
     Pyramid,
     build_pyramid,
-    freeze_batch_norm,
 )
 from worker.report import RunError
 
@@ -187,21 +185,6 @@ def test_frozen_batch_norm_computes_what_batch_norm_did(name):
 def test_the_epsilon_of_frozen_batch_norm_is_the_networks_own():
     pyramid = pyramid_of("torchvision/mobilenet_v3_small", frozen_batch_norm=True)
     assert {module.eps for module in pyramid.modules() if isinstance(module, FrozenBatchNorm2d)} == {1e-3}
-
-
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_batch_norm_freezes_as_timm_freezes_it(name):
-    torch.manual_seed(0)
-    nets = [torchvision.models.get_model(name, weights=None) for _ in range(2)]
-    with torch.no_grad():
-        for tensor in nets[0].state_dict().values():
-            tensor.copy_(torch.rand(tensor.shape))
-    nets[1].load_state_dict(nets[0].state_dict())
-    ours, theirs = freeze_batch_norm(nets[0]), freeze_batch_norm_2d(nets[1])
-    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(ours.state_dict()[key], tensor) for key, tensor in theirs.state_dict().items())
-    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
 
 
 def test_a_timm_network_draws_its_weights_once():
