@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from worker.config import Config
 from worker.detectors.backbones import Pyramid
+from worker.detectors.compilation import Compiled
 from worker.detectors.normalization import Normalization
 from worker.report import RunError
 
@@ -116,6 +117,7 @@ class Detector(nn.Module):
 
     provides: tuple[Part, ...] = ()
     trains_masks: bool = False
+    _compiled: tuple[Compiled, ...] = ()  # what `maps` calls in place of the backbone, or of its body and its pyramid
 
     backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
@@ -181,11 +183,21 @@ class Detector(nn.Module):
         return 1
 
     def compile_trunk(self) -> None:
-        """Compile the trunk in place by torch.compile; the names of its parameters stay."""
-        for module in (
-            (self.backbone.body, self.backbone.fpn) if isinstance(self.backbone, Pyramid) else (self.backbone,)
-        ):
-            module.compile()
+        """Let `maps`, which a training step calls, run compiled by torch.compile, from the next call on.
+
+        Nothing else does: `trunk`, `detect` and a plain call stay as they are, and so do the names of parameters. If
+        compilation fails, `maps` goes on without it, and `compilation_failure` says why.
+        """
+        pyramid = self.backbone
+        # Two graphs: gradients from the pyramid's maps back to the backbone's are asked for, too, and lead through the
+        # second alone.
+        modules = (pyramid.body, pyramid.fpn) if isinstance(pyramid, Pyramid) else (pyramid,)
+        self._compiled = tuple(Compiled(module, dynamic=self.fixed_size is None) for module in modules)
+
+    @property
+    def compilation_failure(self) -> str | None:
+        """Why `maps` no longer runs compiled, in one line; None if it does, or was never to."""
+        return next((one.failure for one in self._compiled if one.failure is not None), None)
 
     def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
@@ -195,10 +207,12 @@ class Detector(nn.Module):
         """Return what `trunk` does and the backbone's maps besides, of one and the same pass."""
         pyramid = self.backbone
         if not isinstance(pyramid, Pyramid):
-            return Maps(features=self.trunk(images), backbone=None)
-        stages = pyramid.body(images)
+            (whole,) = self._compiled or (pyramid,)
+            return Maps(features=whole(images), backbone=None)
+        body, fpn = self._compiled or (pyramid.body, pyramid.fpn)
+        stages = body(images)
         # The strides of the backbone's maps come first; those of the extra levels have no map there.
-        return Maps(features=pyramid.fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False)))
+        return Maps(features=fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False)))
 
     @property
     def backbone_channels(self) -> dict[int, int]:

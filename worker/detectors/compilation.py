@@ -1,0 +1,91 @@
+"""Modules that a training step calls compiled, by torch.compile, and what becomes of them when that fails."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+BACKEND = "inductor"
+# Graphs of one module, its own: other modules of the same class have theirs.
+RECOMPILE_LIMIT = 8
+REASON_LENGTH = 200
+
+# What torch raises while it compiles. What a compiled graph itself raises, as when memory runs out, is none of these.
+# A wrong shape is one (`TorchRuntimeError`): then the module fails without compilation as well, by its own error.
+_FAILURES = (
+    TorchDynamoException,
+    FailOnRecompileLimitHit,
+    ConstraintViolationError,
+    GuardOnDataDependentSymNode,
+)
+
+
+class Compiled:
+    """Calls a module compiled; once that has failed, as it is. The module itself stays what it was.
+
+    The whole module becomes one graph. Height and width of what it is given may differ from call to call, if `dynamic`;
+    another batch size, number of channels, dtype or mode compiles it anew.
+
+    Attributes:
+        failure: why it is no longer called compiled, in one line; None as long as it is.
+    """
+
+    def __init__(self, module: nn.Module, *, dynamic: bool) -> None:
+        self.failure: str | None = None
+        self._module = module
+        self._dynamic = dynamic
+        compile_module: Any = torch.compile  # whose overloads do not know all of its arguments
+        self._compiled = compile_module(
+            module, backend=BACKEND, fullgraph=True, recompile_limit=RECOMPILE_LIMIT, isolate_recompiles=True
+        )
+
+    def __call__(self, maps: Any) -> Any:
+        """Return what the module makes of a tensor (B, C, H, W), or of several by name.
+
+        Raises:
+            Exception: whatever the module itself raises.
+        """
+        if self.failure is not None:
+            return self._module(maps)
+        if self._dynamic:
+            _mark(maps.values() if isinstance(maps, Mapping) else [maps])
+        try:
+            with (
+                # DistributedDataParallel's buckets would cut the graph, a teacher's as well, at every one.
+                torch._dynamo.config.patch(optimize_ddp=False),
+                # The graph of the backward pass at once: it would fail in the middle of a step else.
+                torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            ):
+                return self._compiled(maps)
+        except _FAILURES as error:
+            failure = _line(error)
+        # Not in the handler: an error of the module's own would be told as one that followed from the compilation's.
+        result = self._module(maps)
+        self.failure = failure
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return one for the module's copy, which has its own parameters."""
+        return type(self)(copy.deepcopy(self._module, memo), dynamic=self._dynamic)
+
+
+def _mark(maps: Iterable[Tensor]) -> None:
+    for one in maps:
+        # "Maybe": torch compiles a convolution of a single row or column for that size alone.
+        torch._dynamo.maybe_mark_dynamic(one, 2)
+        torch._dynamo.maybe_mark_dynamic(one, 3)
+
+
+def _line(error: Exception) -> str:
+    """Return kind and first line of an error, of what a backend raised rather than that it did; of paths the name."""
+    cause = getattr(error, "inner_exception", None) or error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    told = re.sub(r"(?<![\w.])/\S*/", "", lines[0] if lines else "")
+    return f"{type(cause).__name__}: {told}"[:REASON_LENGTH]
