@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict, cast
 
 from torch import Tensor, nn
 
@@ -117,6 +117,7 @@ class Detector(nn.Module):
 
     provides: tuple[Part, ...] = ()
     trains_masks: bool = False
+    _statistics_frozen: bool = False
     _compiled: tuple[Compiled, ...] = ()  # what `maps` calls in place of the backbone, or of its body and its pyramid
 
     backbone: Any  # torchvision's attribute, whose type differs by family
@@ -159,6 +160,31 @@ class Detector(nn.Module):
         self.require_stages(stages)
         if stages:
             self.backbone.freeze(stages)
+            self.train(self.training)  # the backbone knows of its frozen stages alone
+
+    def freeze_statistics(self) -> None:
+        """Fix the running statistics of the backbone's batch norm, whose weight and bias are trained on.
+
+        It then normalises in training as it does in eval mode (`norm_eval` in mmdetection and the DeFeat authors'
+        code). Batch norm of the pyramid and the head stays as it is, and so does a backbone that has none, or only
+        frozen. What is fixed remains so.
+        """
+        self._statistics_frozen = True
+        self.train(self.training)
+
+    @property
+    def body(self) -> nn.Module:
+        """The backbone without the levels that the detector adds to it."""
+        return cast(nn.Module, self.backbone.body)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except in what is frozen."""
+        super().train(mode)
+        if self._statistics_frozen:
+            for module in self.body.modules():  # found anew: synchronised batch norm replaces them
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def require_stages(self, stages: int) -> None:
         """Raise what `freeze_stages` would raise for a detector without a pyramid; freeze nothing."""

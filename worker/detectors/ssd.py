@@ -80,6 +80,11 @@ class SSDFamilyDetector(OneStageDetector):
 
     proposal_matcher: Any
 
+    @property
+    def body(self) -> nn.Module:
+        """See `Detector.body`."""
+        return cast(nn.Module, self.backbone.features)
+
     def match_and_compare(
         self,
         targets: list[Target],
