@@ -10,6 +10,7 @@ from worker.config import Config
 from worker.detectors.backbones import Pyramid
 from worker.detectors.compilation import Compiled
 from worker.detectors.normalization import Normalization
+from worker.detectors.unblocked import unblock
 from worker.report import RunError
 
 HeadKind = Literal["two_stage", "one_stage"]
@@ -131,11 +132,15 @@ class Detector(nn.Module):
     def introduce(
         self, config: Config, classes: Sequence[str], *, strides: Sequence[int], channels: Sequence[int]
     ) -> None:
-        """Set the attributes above; a family calls it once its modules stand."""
+        """Set the attributes above; a family calls it once its modules stand.
+
+        Its transform and its box coders are replaced by their equals of `unblocked`.
+        """
         self.config = config
         self.classes = list(classes)
         self.strides = tuple(strides)
         self.channels = tuple(channels)
+        unblock(self)
 
     @property
     def normalization(self) -> Normalization:

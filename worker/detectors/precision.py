@@ -34,11 +34,18 @@ class WideAnchors(AnchorGenerator):
 
 
 class WideDefaultBoxes(DefaultBoxGenerator):
-    """torchvision's default boxes, likewise."""
+    """torchvision's default boxes, likewise; made, and copied to the device, when the maps' shapes change."""
+
+    _made: tuple[Any, Tensor] | None = None  # for what, and the boxes
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Return the boxes (A, 4) of each picture."""
-        return list(super().forward(image_list, _shapes(feature_maps)))
+        """Return the boxes (A, 4) of each picture: one and the same tensor."""
+        shapes = _shapes(feature_maps)
+        wanted = (image_list.tensors.shape[-2:], [(one.shape[-2:], one.dtype, one.device) for one in shapes])
+        if self._made is None or self._made[0] != wanted:
+            with torch.inference_mode(False):  # made in an evaluation, they are to serve in training as well
+                self._made = wanted, super().forward(image_list, shapes)[0]
+        return [self._made[1]] * len(image_list.image_sizes)
 
 
 class WideRPNHead(RPNHead):
