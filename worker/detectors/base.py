@@ -114,10 +114,13 @@ class Detector(nn.Module):
         trains_masks: whether targets' masks are of any use to it.
         provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
+        leaves_parameters_out: whether a training pass may leave trainable parameters out of its graph, depending on the
+            images: they then get no gradient, not even a zero.
     """
 
     provides: tuple[Part, ...] = ()
     trains_masks: bool = False
+    leaves_parameters_out: bool = False
     _statistics_frozen: bool = False
     _compiled: tuple[Compiled, ...] = ()  # what `maps` calls in place of the backbone, or of its body and its pyramid
 

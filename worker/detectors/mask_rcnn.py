@@ -36,6 +36,7 @@ class MaskRCNNDetector(FasterRCNNDetector):
     """
 
     trains_masks = True
+    leaves_parameters_out = True  # the mask head, where no target has masks or no proposal is positive
 
     def __init__(self, config: MaskRCNNConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
