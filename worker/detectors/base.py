@@ -219,8 +219,9 @@ class Detector(nn.Module):
     def compile_trunk(self) -> None:
         """Let `maps`, which a training step calls, run compiled by torch.compile, from the next call on.
 
-        Nothing else does: `trunk`, `detect` and a plain call stay as they are, and so do the names of parameters. If
-        compilation fails, `maps` goes on without it, and `compilation_failure` says why.
+        Nothing else does: `trunk`, `detect` and a plain call stay as they are, and so do the names of parameters. The
+        backbone's weights are put into channels_last order, see `Compiled`. If compilation fails, `maps` goes on
+        without it, and `compilation_failure` says why.
         """
         pyramid = self.backbone
         # Two graphs: gradients from the pyramid's maps back to the backbone's are asked for, too, and lead through the

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch._dynamo
 import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -31,7 +32,8 @@ class Compiled:
     """Calls a module compiled; once that has failed, as it is. The module itself stays what it was.
 
     The whole module becomes one graph. Height and width of what it is given may differ from call to call, if `dynamic`;
-    another batch size, number of channels, dtype or mode compiles it anew.
+    another batch size, number of channels, dtype or mode compiles it anew. The module's weights are put into
+    channels_last order, and so is what it is given.
 
     Attributes:
         failure: why it is no longer called compiled, in one line; None as long as it is.
@@ -39,7 +41,8 @@ class Compiled:
 
     def __init__(self, module: nn.Module, *, dynamic: bool) -> None:
         self.failure: str | None = None
-        self._module = module
+        # In any other order inductor compiles the backward pass of a convolution for one height and width alone.
+        self._module = module.to(memory_format=torch.channels_last)
         self._dynamic = dynamic
         compile_module: Any = torch.compile  # whose overloads do not know all of its arguments
         self._compiled = compile_module(
@@ -52,6 +55,7 @@ class Compiled:
         Raises:
             Exception: whatever the module itself raises.
         """
+        maps = {name: _ordered(one) for name, one in maps.items()} if isinstance(maps, Mapping) else _ordered(maps)
         if self.failure is not None:
             return self._module(maps)
         if self._dynamic:
@@ -62,6 +66,8 @@ class Compiled:
                 torch._dynamo.config.patch(optimize_ddp=False),
                 # The graph of the backward pass at once: it would fail in the middle of a step else.
                 torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+                # Convolutions in channels_last order also where sizes are dynamic, see above.
+                torch._inductor.config.patch(force_layout_optimization=True),
             ):
                 return self._compiled(maps)
         except _FAILURES as error:
@@ -74,6 +80,10 @@ class Compiled:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return one for the module's copy, which has its own parameters."""
         return type(self)(copy.deepcopy(self._module, memo), dynamic=self._dynamic)
+
+
+def _ordered(maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _mark(maps: Iterable[Tensor]) -> None:

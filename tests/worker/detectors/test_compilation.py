@@ -51,6 +51,15 @@ def build(spec: dict[str, Any], **changes: Any) -> detectors.Detector:
     return detectors.build({**spec, **changes}, CLASSES).train()
 
 
+def eager(spec: dict[str, Any]) -> detectors.Detector:
+    """Return a detector whose compilation has failed before: of the same memory layout, and never compiled."""
+    detector = build(spec)
+    detector.compile_trunk()
+    for one in detector._compiled:
+        one.failure = "failed before"
+    return detector
+
+
 def pictures(shape: tuple[int, int], count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -100,10 +109,26 @@ def test_teacher_and_student_compile_once_each(spec, half, counting):
     assert (student.compilation_failure, teacher.compilation_failure) == (None, None)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"frozen_batch_norm": True, "pyramid_batch_norm": True}])
+def test_inductor_compiles_once_too(changes):
+    """It has reasons of its own to compile for one height and width alone."""
+    detector = build(TINY, backbone="timm/resnet10t", **changes)
+    detector.compile_trunk()
+    torch._dynamo.utils.counters.clear()
+    with torch._functorch.config.patch(donated_buffer=False):
+        for shape in SHAPES:
+            with torch.autocast("cpu", torch.bfloat16):
+                maps = detector.maps(pictures(shape))
+            sum(one.float().square().mean() for one in maps.features.values()).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert detector.compilation_failure is None
+
+
 @pytest.mark.parametrize("spec", [MOBILENET, SSD, SSDLITE])
 @pytest.mark.usefixtures("narrow_vgg")
 def test_families_without_a_pyramid_of_ours_compile_once(spec, counting):
-    plain, compiled = build(spec), build(spec)
+    plain, compiled = eager(spec), build(spec)
     names = list(compiled.state_dict())
     compiled.compile_trunk()
     shapes = [compiled.fixed_size] if compiled.fixed_size else SHAPES
@@ -139,10 +164,11 @@ def test_only_the_training_pass_is_compiled(monkeypatch):
 def test_gradients_lead_through_the_graphs_as_without_them(monkeypatch):
     """As in a step that measures: from the pyramid's maps to the backbone's, more than once; then to all parameters."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    plain, compiled = build(RETINANET), build(RETINANET)
+    plain, compiled = eager(RETINANET), build(RETINANET)
     compiled.compile_trunk()
     # What the backbone's finer maps add to its coarser ones lies inside its graph, and is not seen in it.
-    leaves = {name: one.detach().requires_grad_() for name, one in plain.backbone.body(pictures((128, 96))).items()}
+    stages = plain.backbone.body(compilation._ordered(pictures((128, 96))))
+    leaves = {name: one.detach().requires_grad_() for name, one in stages.items()}
     plain.load_state_dict(compiled.state_dict())
     found = []
     with torch._functorch.config.patch(donated_buffer=False):
@@ -203,7 +229,7 @@ def fails_later(after: int) -> Any:
 def test_a_failed_compilation_is_told_and_the_step_goes_on(backend, limit, says, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", backend)
     monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", limit)
-    plain, compiled = build(RETINANET), build(RETINANET)
+    plain, compiled = eager(RETINANET), build(RETINANET)
     compiled.compile_trunk()
     for precision in (torch.float32, torch.bfloat16, torch.float32):
         found = []
