@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from worker.detectors.base import Detector, Maps, TrainPass
 from worker.detectors.normalization import renormalize
+from worker.methods.masks import cells_inside
 from worker.report import RunError
 
 
@@ -166,6 +167,23 @@ def _require_equal_maps(
                 f"{ours[mine][0]} x {ours[mine][1]}, the teacher's {theirs[other][0]} x {theirs[other][1]}: give the "
                 "student a size that is a multiple of 32, or take a teacher with another backbone",
             )
+
+
+def image_cells(student: TrainPass, maps: Sequence[Tensor], strides: Sequence[int]) -> list[Tensor]:
+    """Return which cells of maps (B, C, H, W) of the student's batch are no padding: (B, H, W) bool of each map.
+
+    Args:
+        student: its training pass, for the sizes of its images.
+        maps: of the levels, or of the backbone's stages.
+        strides: the stride of each map in pixels.
+    """
+    return cells_inside(
+        student.image_sizes,
+        padded=(student.images.shape[-2], student.images.shape[-1]),
+        sizes=[(one.shape[-2], one.shape[-1]) for one in maps],
+        strides=strides,
+        device=student.images.device,
+    )
 
 
 class NeckMethod(Method):

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.methods.balance import Balance
-from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass, unadapted
+from worker.methods.base import Clock, NearZero, NeckMethod, TeacherPass, image_cells, unadapted
 from worker.methods.losses import decoupled_feature_loss, decoupled_logit_loss
-from worker.methods.masks import MaskMode, object_masks
+from worker.methods.masks import MaskMode, cell_kinds, object_masks
 from worker.methods.strength import Decay, strength
 from worker.report import RunError
 
@@ -123,6 +123,9 @@ def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) 
 class Defeat(NeckMethod):
     """The method's losses and adapters. Levels are paired by stride.
 
+    The padding of a batch is neither object nor background, on the neck and on the backbone: the authors count it as
+    background. An image's own cells then weigh the same whatever other images it comes with.
+
     With `proposals` teacher or both, the teacher's sampler draws from the global generator, after the student's pass
     and so without a trace in the student's own losses of the same step.
 
@@ -171,7 +174,8 @@ class Defeat(NeckMethod):
     def _neck(self, student: TrainPass, teacher: TeacherPass) -> dict[str, Tensor]:
         ours, theirs = self.maps(student, teacher)
         masks = self._masks(student, [(one.shape[-2], one.shape[-1]) for one in ours], self.strides)
-        objects, background = decoupled_feature_loss(ours, theirs, masks)
+        kinds = cell_kinds(masks, image_cells(student, ours, self.strides))
+        objects, background = decoupled_feature_loss(ours, theirs, kinds)
         return {
             "neck_object": self.config.neck_object_weight * objects,
             "neck_background": self.config.neck_background_weight * background,
@@ -188,7 +192,8 @@ class Defeat(NeckMethod):
         finest = (-(-side // BACKBONE_MASK_STRIDE) for side in student.images.shape[-2:])
         (mask,) = self._masks(student, [(next(finest), next(finest))], [BACKBONE_MASK_STRIDE])
         masks = [F.interpolate(mask.byte(), size=one.shape[-2:], mode="nearest").bool() for one in ours]
-        objects, background = decoupled_feature_loss(ours, theirs, masks)
+        kinds = cell_kinds(masks, image_cells(student, ours, self.backbone_strides))
+        objects, background = decoupled_feature_loss(ours, theirs, kinds)
         return {
             "backbone_object": self.config.backbone_object_weight * objects,
             "backbone_background": self.config.backbone_background_weight * background,

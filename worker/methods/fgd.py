@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.detectors.precision import widened
-from worker.methods.base import Clock, NeckMethod, TeacherPass, paper_value, pointwise_if_needed
+from worker.methods.base import Clock, NeckMethod, TeacherPass, image_cells, paper_value, pointwise_if_needed
 from worker.methods.masks import focal_weights
 
 Weight = Annotated[float | None, Field(ge=0, le=1e6)]
@@ -115,6 +115,9 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class FGD(NeckMethod):
     """The losses, summed over levels; adapters; and for each level a relation block of either side.
 
+    The padding of a batch is no background. The attention and the relation are taken over all cells, as the authors
+    take them: padding changes the attention of an image's cells by one common factor, and not which of them stand out.
+
     The block on the teacher's maps is trained too, as the authors' is; no gradient goes through it into the teacher.
     Raises as `NeckMethod`.
     """
@@ -138,12 +141,13 @@ class FGD(NeckMethod):
         """See `Method.losses`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`; with a weight."""
         ours, theirs = self.maps(student, teacher)
         boxes = [target["boxes"] for target in student.targets]
+        inside = image_cells(student, ours, self.strides)
         levels: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         for index, stride in enumerate(self.strides):
             mine, other = ours[index], theirs[index]
             found = {}
             if self.weights.keys() - {"neck_relation"}:
-                masks = focal_weights(boxes, size=(mine.shape[-2], mine.shape[-1]), stride=stride)
+                masks = focal_weights(boxes, inside[index], size=(mine.shape[-2], mine.shape[-1]), stride=stride)
                 focal = focal_loss(mine, other, *masks, temperature=self.temperature)
                 found = dict(zip(("neck_object", "neck_background", "neck_attention"), focal, strict=True))
             if self.student_relations:

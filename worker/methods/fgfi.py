@@ -88,7 +88,7 @@ def fgfi_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Seque
 
 
 class FGFI(NeckMethod):
-    """The loss and its adapters.
+    """The loss and its adapters. The padding of a batch takes no part, unless an anchor there is near an object.
 
     Raises:
         RunError: `anchors_missing` if the student hands out no anchors; else as `NeckMethod`.

@@ -13,7 +13,8 @@ from torch import Tensor
 from worker.config import Config
 from worker.detectors.base import Detector, TrainPass
 from worker.detectors.precision import widened
-from worker.methods.base import Clock, NeckMethod, TeacherPass, pointwise
+from worker.methods.base import Clock, NeckMethod, TeacherPass, image_cells, pointwise
+from worker.methods.losses import mean_over_ranks
 
 
 class FitNetConfig(Config):
@@ -23,19 +24,26 @@ class FitNetConfig(Config):
     neck_weight: Annotated[float, Field(description="Weight of the loss.", ge=0, le=1e6)] = 1.0
 
 
-def fitnet_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return the mean over levels of the mean over all values of (student - teacher)^2.
+def fitnet_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
+    """Return the mean over levels of the mean of (student - teacher)^2 over all channels of the images' cells.
+
+    Where several processes train together the number of cells is the mean over them, see `mean_over_ranks`.
 
     Args:
         student: adapted features of each level, (B, C, H, W).
         teacher: the teacher's features of each level, same shapes; no gradient flows into them.
+        inside: (B, H, W) bool of each level, which cells are no padding; some of each level are not.
     """
-    levels = [(widened(ours) - theirs.detach()).square().mean() for ours, theirs in zip(student, teacher, strict=True)]
+    counts, _ = mean_over_ranks(torch.stack([cells.sum() for cells in inside]))
+    levels = []
+    for ours, theirs, cells, count in zip(student, teacher, inside, counts, strict=True):
+        squares = torch.where(cells[:, None], (widened(ours) - theirs.detach()).square(), 0.0)
+        levels.append(squares.sum() / (ours.shape[1] * count).to(squares.dtype))
     return torch.stack(levels).mean()
 
 
 class FitNet(NeckMethod):
-    """The loss and its adapters. Raises as `NeckMethod`."""
+    """The loss and its adapters. The padding of a batch is left out. Raises as `NeckMethod`."""
 
     def __init__(self, config: FitNetConfig, student: Detector, teacher: Detector | None) -> None:
         super().__init__("fitnet", student, teacher, pointwise)
@@ -44,4 +52,5 @@ class FitNet(NeckMethod):
     def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
-        return {"neck": self.config.neck_weight * fitnet_loss(ours, theirs)}
+        inside = image_cells(student, ours, self.strides)
+        return {"neck": self.config.neck_weight * fitnet_loss(ours, theirs, inside)}

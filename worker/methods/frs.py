@@ -99,6 +99,8 @@ def _sum_of_means(values: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
 class FRS(NeckMethod):
     """The losses and adapters.
 
+    The padding of a batch takes part as the authors have it: the teacher's own scores weigh it, and are low there.
+
     Raises:
         RunError: `logits_missing` if the teacher scores no cells; `logits_do_not_pair` if logits_weight is not 0 and
             the two dense heads do not score alike: unlike classes, or unlike anchors on a paired level; else as

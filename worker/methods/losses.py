@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from worker.detectors.precision import widened
+from worker.methods.masks import BACKGROUND, OBJECT
 
 # Values that the neck loss works on at a time: few enough to stay in a processor's cache, and to need no memory.
 BLOCK = {"cpu": 2**19, "cuda": 2**23}
@@ -41,14 +42,14 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def decoupled_feature_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]
+    student: Sequence[Tensor], teacher: Sequence[Tensor], kinds: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the object and the background part of the neck loss, unweighted.
 
-    For each level, with M the mask, C channels and n cells of a kind in the batch:
-    `1 / max(1, 2 C n) * sum(M * (student - teacher)^2)`, likewise with 1 - M; then the mean over levels. A level
-    without objects adds nothing to the object part and still counts in the mean. Where several processes train
-    together n is the mean over them, see `mean_over_ranks`.
+    For each level, with M 1 on cells of a kind and 0 elsewhere, C channels and n cells of that kind in the batch:
+    `1 / max(1, 2 C n) * sum(M * (student - teacher)^2)`; then the mean over levels. A level without objects adds
+    nothing to the object part and still counts in the mean. Cells of the padding are of neither kind: they add nothing,
+    and their gradient is 0. Where several processes train together n is the mean over them, see `mean_over_ranks`.
 
     Besides the gradient it needs next to no memory: differences are made block by block, once for the value and once
     more for the gradient. Gradients of the gradient there are none.
@@ -56,17 +57,18 @@ def decoupled_feature_loss(
     Args:
         student: adapted features of each level, (B, C, H, W).
         teacher: the teacher's features of each level, same shapes; no gradient flows into them.
-        masks: (B, 1, H, W) bool of each level, true on objects.
+        kinds: (B, H, W) uint8 of each level, see `masks.cell_kinds`.
 
     Returns:
         Two scalars, float32 or wider.
     """
-    cells = [mask[:, 0] for mask in masks]  # (B, H, W)
-    counts, least = mean_over_ranks(torch.stack([torch.stack([one.sum(), (~one).sum()]) for one in cells]))
+    counts, least = mean_over_ranks(
+        torch.stack([torch.stack([(one == kind).sum() for kind in (OBJECT, BACKGROUND)]) for one in kinds])
+    )
     # Multiplied by Python numbers: a tensor of them would have to be copied to the device, and the CPU would wait.
     values = torch.stack([2 * ours.shape[1] * count for ours, count in zip(student, counts, strict=True)])
     norms = values.double().clamp(min=least)  # (levels, 2)
-    sums = torch.stack([_SquaredDifferences.apply(*level) for level in zip(student, teacher, cells, strict=True)])
+    sums = torch.stack([_SquaredDifferences.apply(*level) for level in zip(student, teacher, kinds, strict=True)])
     objects, background = (sums / norms.to(sums.dtype)).mean(dim=0)
     return objects, background
 
@@ -75,10 +77,10 @@ class _SquaredDifferences(torch.autograd.Function):
     """The sums of `(student - teacher)^2` over object cells and over background cells, (2,), of one level."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, cells: Tensor) -> Tensor:
-        ctx.save_for_backward(student, teacher, cells)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kinds: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher, kinds)
         dtype = torch.promote_types(student.dtype, torch.float32)
-        summed = torch.zeros(cells.shape, dtype=dtype, device=student.device)
+        summed = torch.zeros(kinds.shape, dtype=dtype, device=student.device)
         for pictures, channels in _blocks(student):
             ours, theirs = student[pictures, channels], teacher[pictures, channels]
             difference = ours.to(dtype) - theirs
@@ -86,14 +88,16 @@ class _SquaredDifferences(torch.autograd.Function):
             # in half precision, where such sums overflow.
             with torch.autocast(difference.device.type, enabled=False):
                 summed[pictures] += torch.linalg.vecdot(difference, difference, dim=1)
-        objects = torch.where(cells, summed, 0.0).sum()
-        return torch.stack([objects, torch.where(cells, 0.0, summed).sum()])
+        return torch.stack([torch.where(kinds == kind, summed, 0.0).sum() for kind in (OBJECT, BACKGROUND)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        student, teacher, cells = ctx.saved_tensors
-        weights = 2 * torch.where(cells, gradient[0], gradient[1])[:, None]  # (B, 1, H, W)
+        student, teacher, kinds = ctx.saved_tensors
+        weights = gradient.new_zeros(kinds.shape)
+        for kind, weight in zip((OBJECT, BACKGROUND), 2 * gradient, strict=True):
+            weights.masked_fill_(kinds == kind, weight)
+        weights = weights[:, None]  # (B, 1, H, W)
         result = torch.empty_like(student)
         for pictures, channels in _blocks(student):
             block, ours, theirs = (each[pictures, channels] for each in (result, student, teacher))

@@ -1,6 +1,6 @@
-"""Which cells of a pyramid level belong to objects.
+"""Which cells of a pyramid level belong to objects, and which to an image at all.
 
-The masks of DeFeat (authors' code, and a covering variant), and the weights of FGD.
+The masks of DeFeat (authors' code, and a covering variant), the weights of FGD, and the padding of a batch.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 MaskMode = Literal["paper", "cover"]
+
+# What a cell of a level is, see `cell_kinds`.
+PADDING, BACKGROUND, OBJECT = 0, 1, 2
 
 
 def assign_levels(boxes: Tensor, *, levels: int, base_size: float) -> Tensor:
@@ -109,15 +112,65 @@ def object_masks(
     return masks
 
 
-def focal_weights(boxes: Sequence[Tensor], *, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+def cells_inside(
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    padded: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    device: torch.device,
+) -> list[Tensor]:
+    """Return which cells of each level touch an image; the others see only the padding of the batch.
+
+    Row y of a level touches an image if `y * stride < height`, column x if `x * stride < width`. An image as high as
+    the batch touches every row, and one as wide every column, whatever the stride: strides of SSD's maps are rounded,
+    and its batches have no padding.
+
+    Args:
+        image_sizes: height and width in pixels of each image, without the padding.
+        padded: height and width in pixels of the batch.
+        sizes: height and width of each level's map.
+        strides: stride of each level in pixels.
+        device: where the result is made. Nothing is copied there, see `_at_most`.
+
+    Returns:
+        For each level (B, H, W) bool.
+    """
+    endless = torch.iinfo(torch.int64).max
+    reach = [[size[axis] if size[axis] < padded[axis] else endless for size in image_sizes] for axis in (0, 1)]
+    high, wide = (torch.cat([torch.full((1, 1), one, device=device) for one in ends]) for ends in reach)  # (B, 1)
+    inside = []
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        rows = torch.arange(height, device=device) * stride < high
+        columns = torch.arange(width, device=device) * stride < wide
+        inside.append(rows[:, :, None] & columns[:, None, :])
+    return inside
+
+
+def cell_kinds(objects: Sequence[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
+    """Return what each cell is: (B, H, W) uint8 of each level, `OBJECT`, `BACKGROUND` or `PADDING`.
+
+    Args:
+        objects: (B, 1, H, W) bool of each level, true on objects, see `object_masks`.
+        inside: (B, H, W) bool of each level, see `cells_inside`.
+    """
+    return [
+        (BACKGROUND * one.byte()).masked_fill_(mask[:, 0], OBJECT) for mask, one in zip(objects, inside, strict=True)
+    ]
+
+
+def focal_weights(
+    boxes: Sequence[Tensor], inside: Tensor, *, size: tuple[int, int], stride: int
+) -> tuple[Tensor, Tensor]:
     """Return FGD's weights of the cells of one level, of objects and of background.
 
     A cell in a box weighs 1 over the cells of that box, of the smallest where there are several: small boxes count as
-    much as large ones. A cell of the background weighs 1 over the background's cells in its picture. A box marks each
-    cell that it touches, on every level.
+    much as large ones. A cell of the background weighs 1 over the background's cells in its image, and one of the
+    padding nothing. A box marks each cell that it touches, on every level.
 
     Args:
-        boxes: for each picture (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        boxes: for each image (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        inside: (B, H, W) bool, which cells are no padding, see `cells_inside`.
         size: height and width of the level's map.
         stride: its stride in pixels.
 
@@ -131,7 +184,7 @@ def focal_weights(boxes: Sequence[Tensor], *, size: tuple[int, int], stride: int
         if len(of_picture):
             ranges = cell_ranges(of_picture, stride=stride, height=height, width=width, mode="cover")
             cells = (ranges[:, 2:] - ranges[:, :2]).prod(dim=1)  # (N_i,)
-            inside = _inside(ranges, height=height, width=width)
-            weights.copy_((inside / cells[:, None, None]).amax(dim=0))
-    outside = foreground == 0
-    return foreground, outside / outside.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+            in_box = _inside(ranges, height=height, width=width)
+            weights.copy_((in_box / cells[:, None, None]).amax(dim=0))
+    background = (foreground == 0) & inside
+    return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)

@@ -76,7 +76,11 @@ def blank(features: Tensor, *, masked_fraction: float) -> Tensor:
 
 
 class MGD(NeckMethod):
-    """The loss, its adapters and generators. Raises as `NeckMethod`."""
+    """The loss, its adapters and generators. Raises as `NeckMethod`.
+
+    The padding of a batch takes part as the authors have it: the loss is a sum over cells, and their weight is for that
+    sum.
+    """
 
     def __init__(self, config: MGDConfig, student: Detector, teacher: Detector | None) -> None:
         super().__init__("mgd", student, teacher, pointwise_if_needed)

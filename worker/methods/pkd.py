@@ -93,6 +93,8 @@ def _root(variance: Tensor) -> Tensor:
 class PKD(NeckMethod):
     """The loss over the four finest paired levels.
 
+    The padding of a batch takes part as the authors have it: means and deviations are those of whole maps.
+
     Raises:
         RunError: `channels_differ` if the two pyramids have unlike channels; else as `NeckMethod`.
     """

@@ -9,10 +9,11 @@ from torchvision.ops import box_iou
 
 from tests.worker.methods.support import START, assert_same_loss, one_pass, pair
 from tests.worker.methods.test_losses import restated_feature_loss, restated_logit_loss
-from tests.worker.methods.test_masks import restated
+from tests.worker.methods.test_masks import restated, restated_inside, restated_kinds
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
 from worker import detectors, methods
 from worker.methods import Clock
+from worker.methods.masks import BACKGROUND, OBJECT
 from worker.report import RunError
 
 HEAD_ONLY = {"method": "defeat", "neck_object_weight": 0, "neck_background_weight": 0}
@@ -197,7 +198,9 @@ def test_the_neck_part_is_the_formula(teacher_strides, given, object_weight, bac
     sizes = [(height // stride, width // stride) for stride in strides]
     masks = restated([target["boxes"] for target in passed.targets], sizes, strides, given.get("mask", "paper"), base)
     assert [bool(mask.any()) for mask in masks] == [base < 56 or level == 0 for level in range(len(masks))]
-    objects, background = restated_feature_loss(adapted, theirs, masks)
+    inside = restated_inside(passed.image_sizes, sizes, strides)
+    assert not all(cells.all() for cells in inside)
+    objects, background = restated_feature_loss(adapted, theirs, restated_kinds(masks, inside))
     losses = method(passed, teacher, START)
     assert losses.keys() == {"neck_object", "neck_background"}
     inputs = [*(one for one, mask in zip(ours, masks, strict=True) if mask.any()), method.adapters[0].weight]
@@ -270,10 +273,11 @@ def test_the_backbone_part_is_the_necks_loss_on_c3_to_c5_with_every_box_on_each(
     boxes, sizes = [target["boxes"] for target in passed.targets], [tuple(one.shape[-2:]) for one in adapted]
     masks = restated_backbone_masks(boxes, *passed.images.shape[-2:], sizes)
     others = [one.double() for one in list(theirs.values())[1:]]
-    for name, weight, mine in (("backbone_object", 3.0, True), ("backbone_background", 5.0, False)):
+    kinds = restated_kinds(masks, restated_inside(passed.image_sizes, sizes, (8, 16, 32)))
+    for name, weight, kind in (("backbone_object", 3.0, OBJECT), ("backbone_background", 5.0, BACKGROUND)):
         total = 0.0
-        for one, other, mask in zip(adapted, others, masks, strict=True):
-            chosen = (mask == mine).expand_as(one)
+        for one, other, cells in zip(adapted, others, kinds, strict=True):
+            chosen = (cells == kind)[:, None].expand_as(one)
             total += ((one - other)[chosen] ** 2).sum().item() / max(1, 2 * chosen.sum().item())
         assert losses[name].item() == pytest.approx(weight * total / 3, rel=1e-5)
     sum(losses.values()).backward()
@@ -298,7 +302,9 @@ def test_the_backbone_parts_gradients_are_the_formulas():
     boxes, sizes = [target["boxes"] for target in passed.targets], [tuple(one.shape[-2:]) for one in adapted]
     masks = restated_backbone_masks(boxes, *passed.images.shape[-2:], sizes)
     theirs = [one.double() for one in list(teacher.backbone.body(passed.images).values())[1:]]
-    objects, background = restated_feature_loss(adapted, theirs, masks)
+    inside = restated_inside(passed.image_sizes, sizes, (8, 16, 32))
+    assert not all(cells.all() for cells in inside)
+    objects, background = restated_feature_loss(adapted, theirs, restated_kinds(masks, inside))
     losses = method(passed, teacher, START)
     inputs = [*ours, *method.backbone_adapters.parameters()]
     assert_same_loss(losses["backbone_object"], 3 * objects, inputs)

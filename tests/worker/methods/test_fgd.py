@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.worker.methods.support import START, assert_same_loss, levels, one_pass, pair
+from tests.worker.methods.test_masks import restated_inside
 from worker import methods
 from worker.methods.fgd import Relation, focal_loss, relation_loss
 from worker.methods.masks import focal_weights
@@ -99,7 +100,7 @@ def test_a_new_relation_block_changes_nothing():
     assert torch.equal(Relation(8)(features), features)
 
 
-def restated_weights(boxes, height, width, stride):
+def restated_weights(boxes, inside, height, width, stride):
     foreground, background = torch.zeros(2, len(boxes), height, width)
     for picture, of_picture in enumerate(boxes):
         for x1, y1, x2, y2 in of_picture.tolist():
@@ -109,7 +110,12 @@ def restated_weights(boxes, height, width, stride):
                 for column in columns:
                     weight = 1 / (len(rows) * len(columns))
                     foreground[picture, row, column] = max(weight, foreground[picture, row, column].item())
-        empty = [(y, x) for y in range(height) for x in range(width) if foreground[picture, y, x] == 0]
+        empty = [
+            (y, x)
+            for y in range(height)
+            for x in range(width)
+            if inside[picture, y, x] and foreground[picture, y, x] == 0
+        ]
         for y, x in empty:
             background[picture, y, x] = 1 / len(empty)
     return foreground, background
@@ -123,8 +129,10 @@ def test_weights_equal_the_restatement():
         other = corner + 0.1 + torch.rand(4, 5, 2, generator=generator) * 40
         boxes = list(torch.cat([corner, other.minimum(torch.tensor([96.0, 64.0]))], dim=2))
         boxes += [torch.zeros(0, 4), torch.tensor([[0.0, 0.0, 96.0, 64.0]])]  # all background, and none
-        ours = focal_weights(boxes, size=(height, width), stride=stride)
-        for mine, plain in zip(ours, restated_weights(boxes, height, width, stride), strict=True):
+        image_sizes = [(64, 96), (64, 70), (40, 96), (33, 47), (48, 48), (64, 96)]
+        (inside,) = restated_inside(image_sizes, [(height, width)], [stride])
+        ours = focal_weights(boxes, inside, size=(height, width), stride=stride)
+        for mine, plain in zip(ours, restated_weights(boxes, inside, height, width, stride), strict=True):
             torch.testing.assert_close(mine, plain, rtol=1e-6, atol=0)
 
 
@@ -144,7 +152,9 @@ def test_the_method_sums_the_levels():
     sums = torch.zeros(4, dtype=torch.float64)
     for stride, mine, other in zip(student.strides, passed.features.values(), theirs, strict=True):
         boxes = [target["boxes"] for target in passed.targets]
-        foreground, background = focal_weights(boxes, size=mine.shape[-2:], stride=stride)
+        (inside,) = restated_inside(passed.image_sizes, [mine.shape[-2:]], [stride])
+        assert not inside.all()
+        foreground, background = focal_weights(boxes, inside, size=mine.shape[-2:], stride=stride)
         parts = focal_loss(mine.double(), other.double(), foreground, background, temperature=0.5)
         # Untrained relation blocks hand on what they get.
         sums += torch.stack([*parts, (mine.double() - other.double()).square().sum() / len(mine)]).detach()

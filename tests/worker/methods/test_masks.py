@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from worker.methods.masks import assign_levels, object_masks
+from worker.methods.masks import BACKGROUND, OBJECT, PADDING, assign_levels, cell_kinds, cells_inside, object_masks
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -34,6 +34,26 @@ def restated(boxes, sizes, strides, mode, base):
                 for column in columns:
                     masks[level][picture, 0, row, column] = True
     return masks
+
+
+def restated_inside(image_sizes, sizes, strides):
+    """Which cells have at least a pixel of their image, by loops."""
+    inside = [torch.zeros(len(image_sizes), *size, dtype=torch.bool) for size in sizes]
+    for cells, (rows, columns), stride in zip(inside, sizes, strides, strict=True):
+        for image, (height, width) in enumerate(image_sizes):
+            for y in range(rows):
+                for x in range(columns):
+                    cells[image, y, x] = y * stride < height and x * stride < width
+    return inside
+
+
+def restated_kinds(masks, inside):
+    """The kind of each cell: an object's, else the background's if it is inside, else the padding's."""
+    kinds = [torch.full(cells.shape, PADDING, dtype=torch.uint8) for cells in inside]
+    for found, mask, cells in zip(kinds, masks, inside, strict=True):
+        found[cells] = BACKGROUND
+        found[mask[:, 0]] = OBJECT
+    return kinds
 
 
 def random_boxes(rng, width, height):
@@ -106,3 +126,40 @@ def test_no_boxes_at_all():
     masks = object_masks([torch.zeros(0, 4)] * 2, sizes=[(4, 6), (2, 3)], strides=[8, 16])
     assert [mask.shape for mask in masks] == [(2, 1, 4, 6), (2, 1, 2, 3)]
     assert not any(mask.any() for mask in masks)
+
+
+def padded_to(sides, multiple=32):
+    return max(-(-side // multiple) * multiple for side in sides)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cells_inside_equal_the_restatement_and_hold_every_object(seed):
+    rng = random.Random(seed)
+    for _ in range(50):
+        image_sizes = [(rng.randint(20, 400), rng.randint(20, 400)) for _ in range(rng.randint(1, 4))]
+        padded = tuple(padded_to(sides) for sides in zip(*image_sizes, strict=True))
+        strides = (*STRIDES, 128)
+        sizes = [tuple(math.ceil(side / stride) for side in padded) for stride in strides]
+        inside = cells_inside(image_sizes, padded=padded, sizes=sizes, strides=strides, device=torch.device("cpu"))
+        expected = restated_inside(image_sizes, sizes, strides)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(inside, expected, strict=True))
+        boxes = []
+        for height, width in image_sizes:
+            corner = torch.rand(6, 2) * torch.tensor([width - 1.0, height - 1.0])
+            other = corner + 0.1 + torch.rand(6, 2) * torch.tensor([width, height])
+            boxes.append(torch.cat([corner, other.minimum(torch.tensor([float(width), float(height)]))], dim=1))
+        for mode in ("paper", "cover"):
+            masks = object_masks(boxes, sizes=sizes, strides=strides, mode=mode)
+            kinds = cell_kinds(masks, inside)
+            for ours, theirs, mask, cells in zip(kinds, restated_kinds(masks, inside), masks, inside, strict=True):
+                assert ours.dtype == torch.uint8
+                assert torch.equal(ours, theirs)
+                assert not (mask[:, 0] & ~cells).any()
+
+
+def test_without_padding_every_cell_is_inside_whatever_its_stride():
+    """Maps of an SSD: of 184 px one has 4 rows of 46, and is said to have stride 64."""
+    inside = cells_inside([(184, 184)] * 2, padded=(184, 184), sizes=[(4, 4)], strides=[64], device=torch.device("cpu"))
+    assert inside[0].all()
+    narrow = cells_inside([(184, 100)], padded=(184, 184), sizes=[(4, 4)], strides=[64], device=torch.device("cpu"))
+    assert narrow[0].tolist() == [[[True, True, False, False]] * 4]
