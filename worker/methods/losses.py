@@ -1,6 +1,9 @@
 """The losses of DeFeat as functions of tensors (Guo et al., CVPR 2021, arXiv 2103.14475), and what all losses share."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from worker.methods.masks import BACKGROUND, OBJECT
 
 # Values that the neck loss works on at a time: few enough to stay in a processor's cache, and to need no memory.
 BLOCK = {"cpu": 2**19, "cuda": 2**23}
+# What the kernels take; other maps go block by block.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def mean_over_ranks(sums: Tensor) -> tuple[Tensor, float]:
@@ -51,8 +56,8 @@ def decoupled_feature_loss(
     nothing to the object part and still counts in the mean. Cells of the padding are of neither kind: they add nothing,
     and their gradient is 0. Where several processes train together n is the mean over them, see `mean_over_ranks`.
 
-    Besides the gradient it needs next to no memory: differences are made block by block, once for the value and once
-    more for the gradient. Gradients of the gradient there are none.
+    Besides the gradient it needs next to no memory: differences are made block by block, or on a GPU by a kernel, once
+    for the value and once more for the gradient. Gradients of the gradient there are none.
 
     Args:
         student: adapted features of each level, (B, C, H, W).
@@ -79,6 +84,9 @@ class _SquaredDifferences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, kinds: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher, kinds)
+        if kernels := kernels_for(student, teacher):
+            sums: Tensor = kernels.squared_sums(student, teacher, kinds)
+            return sums
         dtype = torch.promote_types(student.dtype, torch.float32)
         summed = torch.zeros(kinds.shape, dtype=dtype, device=student.device)
         for pictures, channels in _blocks(student):
@@ -94,6 +102,8 @@ class _SquaredDifferences(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         student, teacher, kinds = ctx.saved_tensors
+        if kernels := kernels_for(student, teacher):
+            return kernels.gradient_of_sums(student, teacher, kinds, gradient), None, None
         weights = gradient.new_zeros(kinds.shape)
         for kind, weight in zip((OBJECT, BACKGROUND), 2 * gradient, strict=True):
             weights.masked_fill_(kinds == kind, weight)
@@ -106,6 +116,25 @@ class _SquaredDifferences(torch.autograd.Function):
             else:
                 block.copy_((ours.to(weights.dtype) - theirs).mul_(weights[pictures]))
         return result, None, None
+
+
+def kernels_for(student: Tensor, teacher: Tensor) -> ModuleType | None:
+    """Return `worker.methods.kernels` if it can take these maps: on a CUDA device where Triton works, not float64."""
+    if not student.is_cuda or student.dtype not in _KERNEL_DTYPES or teacher.dtype not in _KERNEL_DTYPES:
+        return None
+    return _checked_kernels(student.device)
+
+
+@cache
+def _checked_kernels(device: torch.device) -> ModuleType | None:
+    try:
+        from worker.methods import kernels
+
+        kernels.check(device)
+    except Exception as error:  # whatever Triton or a driver raises: a run can do without
+        warnings.warn(f"the neck loss goes block by block on {device}, for Triton does not work: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
