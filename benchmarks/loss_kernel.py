@@ -1,11 +1,16 @@
 """DeFeat's neck loss with its masks, forward and backward, against the formula written down plainly; and its memory.
 
-    python -m benchmarks.loss_kernel [--quick]
+    python -m benchmarks.loss_kernel [--quick] [--device cuda]
 
 The plain form is the authors' way in float32: loops over boxes for the masks, which are repeated over the channels.
 Both run in turn in one process, so that whatever else the machine does meets both. Memory is what torch's allocator
 hands out while the loss and its gradient are made, as torch's profiler records it: the most that is in use at once,
 beyond what was there before. The last line is one JSON object; the exit code is 1 if a goal is missed.
+
+On a GPU masks are made beforehand, and the loss and its gradient are timed alone, in three forms: by the kernel, block
+by block, and plainly. Their share of the card's memory bandwidth counts what has to move: both maps for the value, and
+both maps and the gradient for the gradient. The bandwidth is what a copy of a large tensor reaches in the same run. The
+exit code is 1 if the kernel was not used, or gives something else than the block-wise form.
 """
 
 import argparse
@@ -15,14 +20,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from worker.methods import losses
 from worker.methods.losses import decoupled_feature_loss
-from worker.methods.masks import cell_kinds, cells_inside, object_masks
+from worker.methods.masks import BACKGROUND, OBJECT, cell_kinds, cells_inside, object_masks
 
 SPEED_GOAL = 5.0  # times as fast as the plain form
 MEMORY_GOAL = 1.3  # times the bytes of the student's pyramid
@@ -45,6 +53,11 @@ class Size:
 
 FULL = Size(pictures=2, channels=256, height=800, width=1024, boxes=12, repeats=9)
 QUICK = Size(pictures=1, channels=256, height=800, width=1024, boxes=12, repeats=7)
+CARD = Size(pictures=8, channels=256, height=800, width=1024, boxes=12, repeats=9)
+QUICK_CARD = Size(pictures=2, channels=256, height=800, width=1024, boxes=12, repeats=5)
+COPIED_BYTES = 2**30
+CALLS = 10  # between two looks at the clock: a GPU is given work ahead
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +101,8 @@ def make_case(size: Size, *, seed: int = 0) -> Case:
     )
 
 
-def ours(case: Case) -> Tensor:
-    """Return the weighted neck loss as DeFeat computes it here."""
+def kinds_of(case: Case) -> list[Tensor]:
+    """Return what each cell is, as DeFeat has it."""
     masks = object_masks(case.boxes, sizes=case.sizes, strides=STRIDES, base_size=BASE_SIZE)
     inside = cells_inside(
         [case.image] * len(case.boxes),
@@ -98,7 +111,17 @@ def ours(case: Case) -> Tensor:
         strides=STRIDES,
         device=case.student[0].device,
     )
-    objects, background = decoupled_feature_loss(case.student, case.teacher, cell_kinds(masks, inside))
+    return cell_kinds(masks, inside)
+
+
+def ours(case: Case) -> Tensor:
+    """Return the weighted neck loss as DeFeat computes it here."""
+    return weighted(case, kinds_of(case))
+
+
+def weighted(case: Case, kinds: Sequence[Tensor]) -> Tensor:
+    """Return the weighted neck loss from the kinds of the cells."""
+    objects, background = decoupled_feature_loss(case.student, case.teacher, kinds)
     return OBJECT_WEIGHT * objects + BACKGROUND_WEIGHT * background
 
 
@@ -186,12 +209,130 @@ def measure(size: Size) -> dict[str, object]:
     }
 
 
+def plainly_weighted(case: Case, kinds: Sequence[Tensor]) -> Tensor:
+    """Return the same from the formula, with masks as large as the features."""
+    levels = []
+    for student, teacher, cells in zip(case.student, case.teacher, kinds, strict=True):
+        difference = (student.float() - teacher.float()) ** 2
+        level = torch.zeros((), device=student.device)
+        for kind, weight in ((OBJECT, OBJECT_WEIGHT), (BACKGROUND, BACKGROUND_WEIGHT)):
+            mask = (cells == kind)[:, None].repeat(1, student.shape[1], 1, 1).float()
+            level = level + weight * (mask * difference).sum() / (2 * mask.sum()).clamp(min=1.0)
+        levels.append(level)
+    return torch.stack(levels).mean()
+
+
+def on_device(case: Case, device: torch.device, dtype: torch.dtype, layout: str) -> Case:
+    """Return the case with maps of this dtype and memory format on a device."""
+    student, teacher = (
+        [one.detach().to(device, dtype, memory_format=LAYOUTS[layout]) for one in maps]
+        for maps in (case.student, case.teacher)
+    )
+    boxes = [one.to(device) for one in case.boxes]
+    return replace(case, student=[one.requires_grad_() for one in student], teacher=teacher, boxes=boxes)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long the work takes, one of `CALLS` in a row."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - start) / CALLS
+
+
+def copy_bandwidth(device: torch.device, copied_bytes: int, repeats: int) -> float:
+    """Return the bytes per second that are read and written when a tensor is copied within the device's memory."""
+    source = torch.zeros(copied_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * copied_bytes / statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(repeats))
+
+
+def measure_maps(case: Case, kinds: Sequence[Tensor], bandwidth: float, repeats: int) -> dict[str, object]:
+    """Return the three forms' times in ms (medians), their shares of the bandwidth, and whether the first two agree."""
+    device = case.student[0].device
+    forms: dict[str, Callable[[Case], Tensor]] = {
+        "kernel": lambda one: weighted(one, kinds),
+        "blocks": lambda one: weighted(one, kinds),
+        "plain": lambda one: plainly_weighted(one, kinds),
+    }
+
+    def run(name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        block_wise = mock.patch.object(losses, "kernels_for", return_value=None)
+        with block_wise if name == "blocks" else nullcontext():
+            return with_gradient(forms[name], case)
+
+    found = {name: run(name) for name in forms}  # and a warm-up
+    pairs = zip(found["kernel"][1], found["blocks"][1], strict=True)
+    apart = max(((mine.float() - other.float()).norm() / other.float().norm()).item() for mine, other in pairs)
+    value_apart = {name: abs(value.item() / found["blocks"][0].item() - 1) for name, (value, _) in found.items()}
+    del found, pairs
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(repeats):
+        for name in forms:
+            times[name].append(seconds(lambda name=name: run(name), device))  # type: ignore[misc]
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    # Both maps for the value; both, and the gradient, for the gradient.
+    moved = sum(3 * ours.nbytes + 2 * theirs.nbytes for ours, theirs in zip(case.student, case.teacher, strict=True))
+    used = all(losses.kernels_for(*level) is not None for level in zip(case.student, case.teacher, strict=True))
+    return {
+        "milliseconds": {name: round(1000 * median, 3) for name, median in medians.items()},
+        "bandwidth_share": {name: round(moved / median / bandwidth, 3) for name, median in medians.items()},
+        "moved_bytes": moved,
+        "value_difference": value_apart,
+        "gradient_difference": apart,
+        "kernel_used": used,
+        "ok": used and apart <= 1e-5 and value_apart["kernel"] <= 1e-5,
+    }
+
+
+def measure_device(size: Size, device: torch.device, *, copied_bytes: int) -> dict[str, object]:
+    """Return what the three forms take on a device, for the dtypes and memory formats of training, and for two extents.
+
+    Args:
+        size: the batch.
+        device: a GPU; a CPU rehearses it, with the block-wise form in the kernel's place.
+        copied_bytes: size of the tensor whose copy gives the bandwidth.
+    """
+    bandwidth = copy_bandwidth(device, copied_bytes, size.repeats)
+    case, cases = make_case(size), []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in LAYOUTS:
+            maps = on_device(case, device, dtype, layout)
+            kinds = kinds_of(maps)
+            for levels in (len(STRIDES), 1):
+                some = replace(maps, student=maps.student[:levels], teacher=maps.teacher[:levels])
+                found = measure_maps(some, kinds[:levels], bandwidth, size.repeats)
+                cases.append({"dtype": str(dtype), "layout": layout, "levels": levels, **found})
+    return {
+        "ok": all(one["ok"] for one in cases),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "copy_bytes_per_second": round(bandwidth),
+        "pictures": size.pictures,
+        "repeats": size.repeats,
+        "cases": cases,
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss_kernel", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one picture instead of two, and fewer repeats")
-    size = QUICK if parser.parse_args(arguments).quick else FULL
-    result = measure(size)
+    parser.add_argument("--quick", action="store_true", help="fewer images, and fewer repeats")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda":
+        size = QUICK_CARD if given.quick else CARD
+        result = measure_device(size, torch.device("cuda", 0), copied_bytes=COPIED_BYTES)
+    else:
+        result = measure(QUICK if given.quick else FULL)
     print(json.dumps({"benchmark": "loss_kernel", **result}))
     return 0 if result["ok"] else 1
 

@@ -16,7 +16,7 @@ from worker.methods import Clock
 START = Clock(step=0, steps=10, epoch=0, epochs=1)
 
 # Autograd starts a thread for each GPU at its first backward pass, and refuses to work in a fork from then on. Fake
-# CUDA tensors make it believe in GPUs: its first pass is made before there are any, so that `on_two_processes` can fork.
+# CUDA tensors make it believe in GPUs: it makes its first pass before there are any, for `on_two_processes` forks.
 torch.ones((), requires_grad=True).backward()
 
 
