@@ -91,4 +91,8 @@ def test_each_level_has_a_1x1_adapter_even_where_channels_are_equal():
         inside = restated_inside(passed.image_sizes, [one.shape[-2:] for one in adapted], student.strides)
         assert not all(cells.all() for cells in inside)
         expected = 3 * fitnet_loss(adapted, list(teacher.trunk(passed.images).values()), inside)
-        assert torch.equal(method(passed, teacher, START)["neck"], expected)
+        loss = method(passed, teacher, START)["neck"]
+        assert torch.equal(loss, expected)
+        maps = list(passed.features.values())
+        for gradient, cells in zip(torch.autograd.grad(loss, maps), inside, strict=True):
+            assert torch.equal((gradient == 0).all(dim=1), ~cells)

@@ -134,7 +134,7 @@ def padded_to(sides, multiple=32):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cells_inside_equal_the_restatement_and_hold_every_object(seed):
-    rng = random.Random(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(50):
         image_sizes = [(rng.randint(20, 400), rng.randint(20, 400)) for _ in range(rng.randint(1, 4))]
         padded = tuple(padded_to(sides) for sides in zip(*image_sizes, strict=True))
@@ -145,8 +145,8 @@ def test_cells_inside_equal_the_restatement_and_hold_every_object(seed):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(inside, expected, strict=True))
         boxes = []
         for height, width in image_sizes:
-            corner = torch.rand(6, 2) * torch.tensor([width - 1.0, height - 1.0])
-            other = corner + 0.1 + torch.rand(6, 2) * torch.tensor([width, height])
+            corner = torch.rand(6, 2, generator=generator) * torch.tensor([width - 1.0, height - 1.0])
+            other = corner + 0.1 + torch.rand(6, 2, generator=generator) * torch.tensor([width, height])
             boxes.append(torch.cat([corner, other.minimum(torch.tensor([float(width), float(height)]))], dim=1))
         for mode in ("paper", "cover"):
             masks = object_masks(boxes, sizes=sizes, strides=strides, mode=mode)
