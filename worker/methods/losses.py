@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from worker.detectors.precision import widened
-from worker.methods.masks import BACKGROUND, OBJECT
+from worker.methods.masks import BACKGROUND, OBJECT, PADDING
 
 # Values that the neck loss works on at a time: few enough to stay in a processor's cache, and to need no memory.
 BLOCK = {"cpu": 2**19, "cuda": 2**23}
@@ -104,9 +104,8 @@ class _SquaredDifferences(torch.autograd.Function):
         student, teacher, kinds = ctx.saved_tensors
         if kernels := kernels_for(student, teacher):
             return kernels.gradient_of_sums(student, teacher, kinds, gradient), None, None
-        weights = gradient.new_zeros(kinds.shape)
-        for kind, weight in zip((OBJECT, BACKGROUND), 2 * gradient, strict=True):
-            weights.masked_fill_(kinds == kind, weight)
+        # Not by `masked_fill_`, which reads a tensor's value on the CPU.
+        weights = torch.where(kinds == OBJECT, gradient[0], gradient[1]).mul_(kinds != PADDING).mul_(2)
         weights = weights[:, None]  # (B, 1, H, W)
         result = torch.empty_like(student)
         for pictures, channels in _blocks(student):
