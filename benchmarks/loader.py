@@ -30,11 +30,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from worker import detectors
+from worker.data.batch import Batch
 from worker.data.canonical import Box, Picture
-from worker.data.loader import Batch, PictureReader, TrainingBatches
+from worker.data.loader import PictureReader, TrainingBatches
 from worker.data.resize import InputSize
 from worker.engine.config import AugmentationConfig, ScheduleConfig
-from worker.engine.evaluate import to_float
 
 GOAL = 2.0
 HEIGHT, WIDTH = 960, 1280
@@ -116,7 +116,7 @@ def our_epoch(batches: TrainingBatches, seed: int) -> float:
     """Return pictures a second of one epoch of ours, as training takes them: floats on its device."""
     start, count = time.perf_counter(), 0
     for batch in batches.epoch(seed):
-        count += len([to_float(image, CPU) for image in batch.images])
+        count += len(batch.floats())
     return count / (time.perf_counter() - start)
 
 
@@ -130,7 +130,7 @@ def waiting(batches: TrainingBatches, steps: int) -> float:
         start = time.perf_counter()
         batch: Batch = next(epoch)
         waited += time.perf_counter() - start
-        losses = detector.train_pass([to_float(image, CPU) for image in batch.images], batch.targets).losses
+        losses = detector.train_pass(batch.floats(), batch.targets).losses
         torch.stack(list(losses.values())).sum().backward()
         whole += time.perf_counter() - start
     return waited / whole

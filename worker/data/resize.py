@@ -55,6 +55,12 @@ class InputSize:
         factor = min(self.min_size * scale / min(height, width), self.max_size * scale / max(height, width))
         return max(int(height * factor), 1), max(int(width * factor), 1)
 
+    def most_pixels(self, *, scale: float = 1.0) -> int:
+        """Return the most pixels of a picture of this size, whatever its shape."""
+        if self.fixed is not None:
+            return self.fixed[0] * self.fixed[1]
+        return max(int(self.min_size * scale), 1) * max(int(self.max_size * scale), 1)
+
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a picture (3, H, W) uint8 to height and width, as torchvision's detectors do it: bilinear, unfiltered."""

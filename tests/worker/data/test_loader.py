@@ -2,6 +2,10 @@
 
 import hashlib
 import io
+import itertools
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +24,11 @@ from worker.data.resize import InputSize
 from worker.detectors import DETECTORS
 from worker.engine.config import AugmentationConfig
 
+# Of a machine without a GPU and with few processors, where loader processes are tried all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning", "ignore:This DataLoader will:UserWarning")
 SIZE = InputSize(min_size=64, max_size=96)
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 EVERYTHING = AugmentationConfig(
     mosaic=0.5, zoom_out=0.3, iou_crop=0.5, vertical_flip=0.5, scale_min=0.5, scale_max=1.2, hue=0.1
 )
@@ -95,23 +102,127 @@ def test_ranks_share_each_batch(pictures):
         assert all(map(torch.equal, batch.images, [*left.images, *right.images]))
 
 
-def test_processes_that_load_ahead_give_the_same(pictures):
-    plain = batches(pictures, EVERYTHING)
-    ahead = batches(pictures, EVERYTHING)
-    ahead._loader = torch.utils.data.DataLoader(
-        ahead._loader.dataset,
-        batch_sampler=ahead._order,
-        collate_fn=ahead._loader.collate_fn,
-        num_workers=2,
-        persistent_workers=True,
-        multiprocessing_context="fork",
-    )
+SINGLE = {
+    "as it is": {"horizontal_flip": 0.0},
+    "mirrored": {},
+    "vertical_flip": {"vertical_flip": 0.5},
+    "mosaic": {"mosaic": 0.5},
+    "zoom_out": {"zoom_out": 0.5},
+    "iou_crop": {"iou_crop": 0.5},
+    "scale": {"scale_min": 0.5, "scale_max": 1.2},
+    "hue": {"hue": 0.1},
+}
+
+
+def load_ahead(monkeypatch, processes):
+    """Let trainings on a GPU have so many loader processes, whatever this machine has; there is no GPU to pin for."""
+    monkeypatch.setattr(loader, "_processors", lambda: processes)
+
+
+def refuse(tensor):
+    raise AssertionError(f"a tensor of {tuple(tensor.shape)} is sent to another process")
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("changes", [EVERYTHING, *(AugmentationConfig(**changes) for changes in SINGLE.values())])
+def test_loader_processes_give_the_images_of_one_process(pictures, monkeypatch, processes, changes):
+    """Three epochs: in the later ones, images come from memory that the processes share."""
+    load_ahead(monkeypatch, processes)
+    # In the children, too, which are forked.
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, refuse)
+    plain, ahead = batches(pictures, changes, batch_size=2), batches(pictures, changes, batch_size=2, device=CUDA)
+    assert (plain.ahead.processes, ahead.ahead.processes) == (0, processes)
     abandoned = ahead.epoch(1)
     next(abandoned)
     del abandoned
-    for seed in (4, 5):  # the second by the same processes, whose pictures this one sees
-        assert same(list(plain.epoch(seed)), list(ahead.epoch(seed)))
-    assert ahead.cache.kept > 0
+    for seed in (4, 5, 6):
+        expected, found = list(plain.epoch(seed)), list(ahead.epoch(seed))
+        assert same(expected, found)
+        for batch in found:
+            # Images are views of their batch, which has exactly their bytes for itself.
+            assert batch.storage.untyped_storage().nbytes() == len(batch.storage)
+            assert all(image.untyped_storage().data_ptr() == batch.storage.data_ptr() for image in batch.images)
+    assert ahead.cache.kept == plain.cache.kept > 0
+
+
+def test_loader_processes_hand_masks_over(masked, monkeypatch):
+    load_ahead(monkeypatch, 2)
+    plain, ahead = (batches(masked, EVERYTHING, masks=True, device=device) for device in (CPU, CUDA))
+    for seed in (4, 5):
+        for one, other in zip(plain.epoch(seed), ahead.epoch(seed), strict=True):
+            for target, alike in zip(one.targets, other.targets, strict=True):
+                assert torch.equal(target["masks"], alike["masks"])
+
+
+def test_a_batch_stays_what_it_is_when_later_ones_are_loaded(pictures, monkeypatch):
+    load_ahead(monkeypatch, 2)
+    ahead = batches(pictures, batch_size=1, device=CUDA)
+    kept, copies = [], []
+    for batch in ahead.epoch(3):
+        kept.append(batch)
+        copies.append(batch.storage.clone())
+    assert len(kept) == 11 > ahead.ahead.slots
+    assert all(map(torch.equal, (batch.storage for batch in kept), copies))
+
+
+def test_what_is_loaded_ahead_fits_into_memory(pictures, monkeypatch):
+    load_ahead(monkeypatch, 8)
+    size = batches(pictures).batch_bytes
+    for limit, processes, ahead in (
+        (17 * size, 8, 2),
+        (17 * size - 1, 8, 1),
+        (8 * size, 7, 1),
+        (2 * size, 1, 1),
+        (2 * size - 1, 0, 0),
+    ):
+        monkeypatch.setattr(loader, "default_limit", lambda world, limit=limit: limit)
+        found = batches(pictures, device=CUDA)
+        assert (found.ahead.processes, found.ahead.batches) == (processes, ahead)
+        assert found.wanted.slots == 17
+    assert same(list(found.epoch(3)), list(batches(pictures).epoch(3)))
+
+
+@pytest.mark.parametrize("changes", [*SINGLE.values(), {"mosaic": 1.0, "iou_crop": 1.0, "scale_max": 3.0}])
+def test_no_batch_is_larger_than_what_is_set_aside(pictures, masked, changes):
+    for reader in (pictures, masked):
+        found = batches(reader, AugmentationConfig(**changes), masks=True)
+        for batch in found.epoch(1):
+            assert len(batch.storage) <= found.batch_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says how much a process shares")
+def test_loader_processes_share_the_records(pictures, monkeypatch):
+    """Records as Python objects would be copied page by page, 90 MB of them here, as each is looked at."""
+    load_ahead(monkeypatch, 2)
+    image = pictures.images[0]
+    boxes = image.boxes * 4
+    many = [replace(image, id=number, boxes=tuple(replace(box) for box in boxes)) for number in range(60_000)]
+    monkeypatch.setattr(PictureReader, "read", lambda self, index: torch.zeros(3, 64, 96, dtype=torch.uint8))
+    ahead = batches(PictureReader(pictures.root, many), batch_size=100, cache_bytes=0, device=CUDA)
+    epoch = ahead.epoch(0)
+    next(epoch)
+    workers = [process.pid for process in ahead._loader._iterator._workers]
+    before = [private_bytes(pid) for pid in workers]
+    for _ in itertools.islice(epoch, 400):
+        pass
+    grown = [private_bytes(pid) - first for pid, first in zip(workers, before, strict=True)]
+    assert max(grown) < 12e6
+
+
+def private_bytes(pid):
+    lines = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if ":" in line[:30]
+    )
+    return sum(int(lines[name].split()[0]) * 1024 for name in ("Private_Dirty", "Private_Clean"))
+
+
+def test_the_shapes_of_a_batch_are_counted(pictures, tmp_path):
+    assert batches(pictures).padded_shapes == 1
+    assert batches(pictures, AugmentationConfig(scale_max=1.5)).padded_shapes is None
+    assert batches(pictures, AugmentationConfig(iou_crop=0.5)).padded_shapes is None
+    tall = replace(pictures.images[0], height=96, width=64)
+    mixed = PictureReader(tmp_path, [tall, *pictures.images])
+    assert batches(mixed).padded_shapes == 4
 
 
 def test_pictures_come_at_the_detectors_size_with_their_boxes(tmp_path):
@@ -161,7 +272,7 @@ def test_batches_have_masks_where_the_detector_wants_them_and_the_data_has_some(
     for batch in whole:
         for image, target in zip(batch.images, batch.targets, strict=True):
             assert target["masks"].shape == (len(target["boxes"]), *image.shape[-2:])
-        moved = batch.targets_on(torch.device("meta"))
+        moved = batch.to(torch.device("meta")).targets
         assert all(target[name].is_meta for target in moved for name in ("boxes", "labels", "masks"))
         assert [target["masks"].shape for target in moved] == [target["masks"].shape for target in batch.targets]
     for batch in (*plain, *batches(pictures, EVERYTHING, masks=True).epoch(2)):
@@ -169,12 +280,10 @@ def test_batches_have_masks_where_the_detector_wants_them_and_the_data_has_some(
 
 
 @pytest.mark.gpu
-def test_masks_are_pinned_with_the_rest(masked):
-    for batch in batches(masked, EVERYTHING, masks=True).epoch(2):
-        pinned = batch.pin_memory()
-        tensors = [*pinned.images, *(tensor for target in pinned.targets for tensor in target.values())]
-        assert len(tensors) == 4 * len(pinned.images)
-        assert all(tensor.is_pinned() for tensor in tensors)
+def test_batches_for_a_gpu_are_pinned(masked):
+    for batch in batches(masked, EVERYTHING, masks=True, device=CUDA).epoch(2):
+        assert batch.storage.is_pinned()
+        assert torch.equal(batch.to(CUDA).storage.cpu(), batch.storage)
 
 
 def test_a_box_without_a_mask_has_an_empty_one_among_others(tmp_path):

@@ -1,0 +1,85 @@
+"""In which order a training sees its images, and which of them share a batch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+# Batches are cut from groups of images sorted by shape. The larger a group, the less padding; the smaller, the more the
+# batches differ from epoch to epoch. This many batches at most, and an epoch has this many groups at least.
+GROUP_BATCHES = 32
+LEAST_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a loader process is asked for.
+
+    Attributes:
+        slot: where it puts the batch, see `handover.Slots`.
+        samples: seed and index of each image.
+    """
+
+    slot: int
+    samples: tuple[tuple[int, int], ...]
+
+
+class BatchOrder(Sampler[Request]):
+    """One epoch's batches, this rank's share of each, as requests. It follows from `seed` alone.
+
+    Every image is as likely to be in an epoch, and at any place in it, as without grouping. Images of a batch have
+    similar shapes: a batch is padded to its largest height and its largest width, and a wide image beside a tall one
+    makes a quarter to a half of the batch padding.
+
+    Attributes:
+        seed: the epoch's.
+        start: batches left out at the beginning.
+    """
+
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world: int, slots: int = 1
+    ) -> None:
+        """Prepare.
+
+        Args:
+            sizes: height and width in pixels of each image.
+            batch_size: images of a whole batch, over all ranks; a multiple of `world`.
+            rank: which consecutive share of each batch is meant, from 0.
+            world: how many shares there are.
+            slots: requests name them in turn.
+        """
+        self._shapes = torch.tensor([width / height for height, width in sizes], dtype=torch.float64)
+        self._alike = len(set(sizes)) < 2
+        self.batch_size, self.share, self.rank, self.slots = batch_size, batch_size // world, rank, slots
+        self.seed = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self._shapes) // self.batch_size
+
+    def batches(self) -> list[list[int]]:
+        """Return the indices of the images of each batch of the epoch, all ranks' shares, in order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self._shapes), generator=generator)
+        batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)
+        if self._alike:
+            return batches.tolist()
+        size = max(1, min(GROUP_BATCHES, len(self) // LEAST_GROUPS))
+        grouped = torch.cat([self._by_shape(group.flatten()) for group in batches.split(size)])
+        return grouped.view_as(batches)[torch.randperm(len(batches), generator=generator)].tolist()
+
+    def _by_shape(self, indices: torch.Tensor) -> torch.Tensor:
+        # Stable: images of one shape stay in their random order.
+        return indices[self._shapes[indices].argsort(stable=True)]
+
+    def samples(self, number: int) -> tuple[tuple[int, int], ...]:
+        """Return seed and index of this rank's share of the epoch's batch `number`."""
+        return self._share_of(self.batches()[number])
+
+    def _share_of(self, batch: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        first = self.rank * self.share
+        return tuple((self.seed, index) for index in batch[first : first + self.share])
+
+    def __iter__(self) -> Iterator[Request]:
+        for number, batch in enumerate(self.batches()[self.start :]):
+            yield Request(number % self.slots, self._share_of(batch))
