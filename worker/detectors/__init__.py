@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 
 from worker.config import Config
@@ -143,8 +144,11 @@ def dumps(detector: Detector) -> bytes:
         "detector": detector.config.model_dump(mode="json"),
         "classes": detector.classes,
     }
-    # Clones: shared storage, or a view of a larger one, is not for a file format.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in detector.state_dict().items()}
+    # Clones: shared storage, a view of a larger one, or the order of `channels_last` is not for a file format.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in detector.state_dict().items()
+    }
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(header)})
 
 
