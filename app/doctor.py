@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from platform import python_version
 from typing import Final, Literal
 
@@ -37,6 +38,9 @@ _LEAST_POSTGRES: Final = 13
 _SKEW_WARNING_S: Final = 2.0
 # Amazon S3 and its like refuse a request that was signed this far from their own time.
 _SKEW_WRONG_S: Final = 900.0
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108
+# What NCCL may want of it, to exchange the gradients of several GPUs; containers have 64 MiB unless told otherwise.
+_LEAST_SHARED_MEMORY: Final = GIB // 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _versions()
     yield _secret(settings)
     yield _scratch(settings)
+    yield _shared_memory()
     with Database(settings.database_url) as database:
         findings = list(_database(database))
         yield from findings
@@ -125,6 +130,19 @@ def _scratch(settings: Settings) -> Finding:
     if usage.free < GIB:
         return Finding("scratch", "wrong", room, advice)
     return Finding("scratch", "warning" if usage.free < 0.1 * usage.total else "ok", room, advice)
+
+
+def _shared_memory() -> Finding:
+    """Say whether several GPUs could exchange gradients here. Loading images takes none of it."""
+    if shutil.which("nvidia-smi") is None:
+        return Finding("shared memory", "ok", "not wanted: this machine has no GPUs that would exchange gradients")
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError as error:
+        return Finding("shared memory", "warning", f"{_SHARED_MEMORY} cannot be read: {error.strerror}")
+    room = f"{free / GIB:.2f} GiB are free in {_SHARED_MEMORY}"
+    advice = "give the container 1 GiB (shm_size in compose, a Memory emptyDir in Kubernetes): NCCL fails without"
+    return Finding("shared memory", "ok" if free >= _LEAST_SHARED_MEMORY else "warning", room, advice)
 
 
 def _database(database: Database) -> Iterator[Finding]:

@@ -71,10 +71,23 @@ def found(broker: str, sqlite_url: str, tmp_path: Path, answers: dict[str, Answe
     return _found
 
 
+@pytest.mark.parametrize(("free", "state"), [(64 * 2**20, "warning"), (GIB // 2, "ok")])
+def test_shared_memory_for_several_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, state: str) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    finding = doctor._shared_memory()
+    assert (finding.check, finding.state) == ("shared memory", state)
+    assert f"{free / GIB:.2f} GiB are free in /dev/shm" in finding.detail
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor.shutil, "which", lambda _name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor, "_SHARED_MEMORY", tmp_path / "none")
+    assert doctor._shared_memory().state == "warning"
+
+
 def test_all_is_well(found: Settled, beats: str) -> None:
     findings = found(database_url=beats, secret=SecretStr("a secret for tests only"))
     assert {finding.state for finding in findings.values()} == {"ok"}, findings
-    expected = {"versions", "secret", "scratch", "database", "migrations", "storage", "broker"}
+    expected = {"versions", "secret", "scratch", "shared memory", "database", "migrations", "storage", "broker"}
     expected |= {"workers for jobs", "workers for checks"}
     assert set(findings) - {"clock"} == expected
     assert findings["workers for jobs"].detail == "one@host"

@@ -22,9 +22,15 @@ def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
 def test_no_image_runs_as_root_or_names_a_registry() -> None:
     for base in re.findall(r"^FROM (\S+) AS", DOCKERFILE, re.MULTILINE):
         assert "/" not in base, base
-    final = DOCKERFILE.split(" AS service\n")[1]
-    assert "USER 10001:10001" in final
-    assert "USER root" not in final
+    for target in ("worker", "api"):
+        final = re.split(r"^FROM ", DOCKERFILE.split(f"FROM base AS {target}\n")[1], flags=re.MULTILINE)[0]
+        assert re.findall(r"^USER (.*)$", final, re.MULTILINE) == ["10001:10001"]
+
+
+def test_the_workers_image_can_compile() -> None:
+    """A slim image has no C compiler, and Triton fails without one at a training's first step."""
+    worker = DOCKERFILE.split("FROM base AS worker\n")[1].split("USER 10001")[0]
+    assert re.search(r"apt-get install .*\bgcc\b.*\blibc6-dev\b", worker)
 
 
 @pytest.mark.slow
