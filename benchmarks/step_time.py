@@ -1,11 +1,13 @@
 """DeFeat's training step against its lower bound: the teacher's trunk forward, and the plain student's training step.
 
-    python -m benchmarks.step_time [--quick] [--device cuda]
+    python -m benchmarks.step_time [--quick] [--device cuda] [--precision P] [--channels-last] [--compile]
+                                   [--frozen-batch-norm]
 
 Both run in turn in one process, on the same batch, and the medians are compared. What is measured for DeFeat is the
 engine's own step, weights updated; to it is added the share of the step that measures gradients, which comes once in
-so many. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 pictures of 800x1333, bfloat16. The last line is
-one JSON object; the exit code is 1 if a goal is missed.
+so many. Both run inside the engine's `numerics`, as the training loop does: cuDNN searches for the fastest algorithms
+of the batch's one shape. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 pictures of 800x1333, bfloat16,
+channels_last. The last line is one JSON object; the exit code is 1 if a goal is missed.
 """
 
 import argparse
@@ -23,17 +25,19 @@ import torch
 from torch import Tensor
 
 from worker import detectors, methods
-from worker.data.loader import Batch
+from worker.data.batch import Batch
+from worker.data.resize import InputSize
 from worker.detectors import Detector, Target
 from worker.engine.config import ScheduleConfig
-from worker.engine.evaluate import to_float
 from worker.engine.health import MEASURE_EVERY
-from worker.engine.step import PRECISIONS, Step
+from worker.engine.numerics import PRECISIONS, numerics
+from worker.engine.step import Step
 from worker.engine.world import World
 from worker.methods.base import Clock
 
 CLASSES = [f"class {number}" for number in range(80)]
 CLOCK = Clock(step=100, steps=1000, epoch=0, epochs=1)
+WARM_UP = 2
 NECK_ONLY = {"head_object_weight": 0, "head_background_weight": 0}
 
 
@@ -71,6 +75,12 @@ class Size:
     schedule: Mapping[str, Any]
     repeats: int
 
+    def varied(self, *, frozen_batch_norm: bool | None = None, **schedule: Any) -> "Size":
+        """Return this size with parts of its schedule replaced, and frozen batch norm or none; None: as it is."""
+        changed = {name: value for name, value in schedule.items() if value is not None}
+        frozen = {} if frozen_batch_norm is None else {"frozen_batch_norm": frozen_batch_norm}
+        return dataclasses.replace(self, schedule={**self.schedule, **changed}, detector={**self.detector, **frozen})
+
 
 GPU = Size(
     teacher="torchvision/resnet152",
@@ -107,24 +117,29 @@ def make_batch(size: Size) -> Batch:
         extent = 10 + torch.rand(10, 2, generator=generator) * torch.tensor([size.width, size.height]) * 0.35
         labels = torch.randint(1, len(CLASSES) + 1, (10,), generator=generator)
         targets.append(Target(boxes=torch.cat([corner, corner + extent], dim=1), labels=labels))
-    return Batch(images=images, targets=targets)
+    return Batch.of(list(zip(images, targets, strict=True)))
 
 
 class Bench:
-    """A student with DeFeat, and the same student alone beside the teacher's trunk."""
+    """A student with DeFeat, and the same student alone beside the teacher's trunk.
+
+    Attributes:
+        batch: what all steps are taken on; on the device, where the training loop's step finds it, too.
+        ours: takes DeFeat's step.
+        plain: takes the step of the student alone.
+    """
 
     def __init__(self, case: Case, size: Size, device: torch.device) -> None:
         self.device = device
-        self.precision = PRECISIONS[ScheduleConfig(**size.schedule).precision]
-        self.batch = make_batch(size)
-        teacher = _build(case, size, size.teacher, device).eval().requires_grad_(False)
-        self.ours = _step(
-            _build(case, size, size.student, device), teacher, {"method": "defeat", **case.parameters}, size
+        self.schedule = ScheduleConfig(**size.schedule)
+        self.batch = make_batch(size).to(device)
+        teacher = build(case, size, size.teacher, device).eval().requires_grad_(False)
+        self.ours = make_step(
+            build(case, size, size.student, device), teacher, {"method": "defeat", **case.parameters}, size
         )
-        self.plain = _step(_build(case, size, size.student, device), None, {"method": "baseline"}, size)
+        self.plain = make_step(build(case, size, size.student, device), None, {"method": "baseline"}, size)
         self.teacher = teacher
-        images = [to_float(image, device) for image in self.batch.images]
-        self.seen: Tensor = teacher.transform(images)[0].tensors
+        self.seen: Tensor = teacher.transform(self.batch.floats())[0].tensors
 
     def defeat(self) -> None:
         """Take DeFeat's step."""
@@ -137,14 +152,20 @@ class Bench:
     def bound(self) -> None:
         """Run the teacher's trunk, and take the plain step."""
         with torch.no_grad(), self._autocast():
-            self.teacher.trunk(self.seen)
+            self.teacher.maps(self.seen)
         self.plain(self.batch, CLOCK)
 
+    def numerics(self) -> AbstractContextManager[None]:
+        """Return the context in which steps run: the schedule's precision, for batches of one shape."""
+        return numerics(self.device, self.schedule.precision, shapes=1)
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        precision = PRECISIONS[self.schedule.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
 
 
-def _build(case: Case, size: Size, backbone: str, device: torch.device) -> Detector:
+def build(case: Case, size: Size, backbone: str, device: torch.device) -> Detector:
+    """Return a detector of the case's family on this backbone, with random weights."""
     torch.manual_seed(0)
     spec = {
         "architecture": case.architecture,
@@ -157,8 +178,10 @@ def _build(case: Case, size: Size, backbone: str, device: torch.device) -> Detec
     return detectors.build(spec, CLASSES).to(device)
 
 
-def _step(student: Detector, teacher: Detector | None, distillation: Mapping[str, Any], size: Size) -> Step:
+def make_step(student: Detector, teacher: Detector | None, distillation: Mapping[str, Any], size: Size) -> Step:
+    """Return the engine's step; the student then resizes nothing any more, as in a training, whose loader does."""
     device = next(student.parameters()).device
+    InputSize.taken_from(student)
     method = methods.build(distillation, student, teacher).to(device)
     # A rate that moves nothing: with random weights and pictures a real one would soon lead anywhere.
     schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.pictures, **size.schedule)
@@ -176,24 +199,32 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, size: Size, device: torch.device) -> dict[str, Any]:
-    """Return the ratio of both medians, and what the measured steps add to it."""
-    bench = Bench(case, size, device)
-    works = {"defeat": bench.defeat, "bound": bench.bound, "measured": bench.measured}
+def timed(works: Mapping[str, Callable[[], None]], device: torch.device, *, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each of `works`, which take turns `repeats` times after `WARM_UP` turns unmeasured.
+
+    The same turn draws from the same seed in all of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(size.repeats + 2):
+    for repeat in range(repeats + WARM_UP):
         for name, work in works.items():
             torch.manual_seed(repeat)
             taken = seconds(work, device)
-            if repeat >= 2:  # the first ones warm up
+            if repeat >= WARM_UP:
                 times[name].append(taken)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def compare(bench: Bench, goal: float, *, repeats: int) -> dict[str, Any]:
+    """Return the ratio of both medians, and what the measured steps add to it."""
+    works = {"defeat": bench.defeat, "bound": bench.bound, "measured": bench.measured}
+    with bench.numerics():
+        medians = timed(works, bench.device, repeats=repeats)
     measuring = max(0.0, medians["measured"] - medians["defeat"]) / MEASURE_EVERY
     ratio = (medians["defeat"] + measuring) / medians["bound"]
     return {
         "ratio": round(ratio, 4),
-        "goal": case.goal,
-        "ok": ratio <= case.goal,
+        "goal": goal,
+        "ok": ratio <= goal,
         "measuring": round(measuring / medians["bound"], 4),
         "milliseconds": {name: round(1000 * median, 1) for name, median in medians.items()},
     }
@@ -206,12 +237,17 @@ def _sized(arguments: argparse.Namespace) -> Size:
         changes["repeats"] = max(5, size.repeats // 5)
     if arguments.channels:
         changes["detector"] = {**size.detector, "pyramid_channels": arguments.channels}
-    return dataclasses.replace(size, **changes)
+    return dataclasses.replace(size, **changes).varied(
+        frozen_batch_norm=arguments.frozen_batch_norm,
+        precision=arguments.precision,
+        channels_last=arguments.channels_last,
+        compile=arguments.compile,
+    )
 
 
 def _cases(size: Size, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, case in CASES.items():
-        result = measure(case, size, device)
+        result = compare(Bench(case, size, device), case.goal, repeats=size.repeats)
         print(f"{name}: {json.dumps(result)}", flush=True)
         yield name, result
 
@@ -221,6 +257,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a fifth of the repeats")
     parser.add_argument("--channels", type=int, help="channels of the pyramids, instead of the size's own")
+    parser.add_argument("--precision", choices=list(PRECISIONS), help="instead of the size's own")
+    for name in ("channels-last", "compile", "frozen-batch-norm"):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help="instead of the size's own")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     size, device = _sized(given), torch.device(given.device)

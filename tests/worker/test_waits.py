@@ -18,6 +18,8 @@ from tests.worker.waits import Waits, fake_cuda
         (lambda cuda: torch.full((), 2.0, device="cuda"), False),
         (lambda cuda: torch.arange(3, device="cuda") + cuda.sum(), False),
         (lambda cuda: cuda.half(), False),
+        (lambda cuda: cuda.masked_fill_(cuda > 0, 1.0), False),
+        (lambda cuda: cuda.masked_fill_(cuda > 0, cuda.sum()), True),
     ],
 )
 def test_copies_between_devices_wait(work, found):

@@ -1,7 +1,7 @@
 """Which operations of a piece of code would make the CPU wait for a GPU, found without one.
 
-Two ways to run the code: on fake CUDA tensors (`fake_cuda`), where no value exists, so that code whose shapes follow from
-values fails at once; or on real CPU tensors, where only such operations are seen, for there is no device to copy to.
+Two ways to run the code: on fake CUDA tensors (`fake_cuda`), where no value exists, so that code whose shapes follow
+from values fails at once; or on real CPU tensors, where only such operations are seen: there is no device to copy to.
 """
 
 from contextlib import contextmanager
@@ -21,7 +21,13 @@ _VALUES = {
     "aten::_unique2",
     "torchvision::nms",
 }
+# With a tensor for a value: its number is read on the CPU.
+_FILLS = {"aten::masked_fill", "aten::masked_fill_"}
 _INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+
+# Autograd starts a thread for each GPU at its first backward pass, and refuses to work in a fork from then on. Fake
+# CUDA tensors make it believe in GPUs: it makes its first pass before there are any, for other tests fork.
+torch.ones((), requires_grad=True).backward()
 
 
 class Waits(TorchDispatchMode):
@@ -39,7 +45,8 @@ class Waits(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func._schema.name
-        if name in _VALUES or (name in _INDEXED and _by_mask(args)):
+        by_tensor = name in _FILLS and isinstance(args[2], torch.Tensor) and args[0].is_cuda and args[2].is_cuda
+        if name in _VALUES or (name in _INDEXED and _by_mask(args)) or by_tensor:
             self.found.append(name)
         elif name in ("aten::_to_copy", "aten::copy_"):
             source = args[1] if name == "aten::copy_" else args[0]

@@ -31,10 +31,13 @@ class Average:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Give the module the average for a while."""
-        own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(self.tensors)
+        """Let the module use the average's tensors for a while, in place of its own: no memory is taken."""
+        self._exchange(module)
         try:
             yield
         finally:
-            module.load_state_dict(own)
+            self._exchange(module)
+
+    def _exchange(self, module: nn.Module) -> None:
+        for name, own in module.state_dict(keep_vars=True).items():
+            own.data, self.tensors[name] = self.tensors[name], own.data

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from worker.report import RunError, Subject, write_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 has one group of parameters in the optimiser's state, see `optim.restore`.
+READABLE_VERSIONS = (2, 3)
 
 
 @dataclass(kw_only=True)
@@ -75,14 +77,12 @@ class TrainingState:
     def load(cls, path: Path) -> "TrainingState":
         """Read a state that `save` wrote, its tensors onto the CPU, wherever they were.
 
-        There AdamW keeps its step counters: on a GPU each step would wait for each of them.
-
         Raises:
             RunError: `checkpoint_unreadable` if the file is cut off or of another version.
         """
         try:
             document = torch.load(path, map_location="cpu", weights_only=True)
-            if document.pop("format_version") != FORMAT_VERSION:
+            if document.pop("format_version") not in READABLE_VERSIONS:
                 raise RunError("infra", "checkpoint_unreadable", f"{path.name} was written by another version")
             best = document.pop("best")
             return cls(best=Best(**best) if best else None, **document)

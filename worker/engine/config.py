@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from worker.config import Config, with_rules
+from worker.engine.numerics import Precision
 
 
 class ScheduleConfig(Config):
@@ -33,6 +34,9 @@ class ScheduleConfig(Config):
     learning_rate: Annotated[float, Field(description="Highest learning rate, after warm-up.", gt=0, le=10)] = 0.01
     momentum: Annotated[float, Field(description="SGD's momentum; AdamW's beta 1.", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(description="Weight decay.", ge=0, le=1)] = 1e-4
+    norm_weight_decay: Annotated[
+        bool, Field(description="Apply weight decay to the parameters of norms and to biases, too.")
+    ] = True
     warmup_steps: Annotated[
         int, Field(description="Steps of linear learning-rate warm-up; not with `one_cycle`.", ge=0, le=100_000)
     ] = 200
@@ -48,7 +52,13 @@ class ScheduleConfig(Config):
         Field(description="Epochs after which `step` multiplies by 0.1.", max_length=100),
     ] = ()
     gradient_clip: Annotated[
-        float, Field(description="Largest norm of the whole gradient; 0: no clipping.", ge=0, le=1e6)
+        float,
+        Field(
+            description="Largest norm of the detector's gradient, and of the method's own (its adapters'), each by "
+            "itself; 0: no clipping.",
+            ge=0,
+            le=1e6,
+        ),
     ] = 35.0
     ema_decay: Annotated[
         float,
@@ -63,17 +73,23 @@ class ScheduleConfig(Config):
         int, Field(description="Measurements without a better AP after which training ends; 0: never.", ge=0, le=1000)
     ] = 0
     precision: Annotated[
-        Literal["float32", "bfloat16", "float16"],
+        Precision,
         Field(
-            description="Of the forward passes, by autocast; weights and losses stay float32. `float16` scales its "
-            "losses and leaves out steps whose gradients overflow."
+            description="Of the forward passes; weights and losses stay float32. `tf32`: float32, whose products a GPU "
+            "makes with 10 bits of mantissa where it can; on a CPU the same as `float32`. `float32`: exact products. "
+            "`bfloat16`, `float16`: by autocast; `float16` scales its losses and leaves out steps whose gradients "
+            "overflow."
         ),
-    ] = "float32"
+    ] = "tf32"
     channels_last: Annotated[
         bool, Field(description="Keep maps in NHWC order, which tensor cores want; for GPUs, with half precision.")
     ] = False
     compile: Annotated[
-        bool, Field(description="Compile both trunks with torch.compile: minutes at the start, then faster steps.")
+        bool,
+        Field(
+            description="Compile the trunks of student and teacher with torch.compile: minutes at the start, then "
+            "faster steps. A trunk that cannot be compiled runs as it is, with a warning."
+        ),
     ] = False
     frozen_stages: Annotated[
         int,
@@ -84,6 +100,13 @@ class ScheduleConfig(Config):
             le=4,
         ),
     ] = 0
+    frozen_statistics: Annotated[
+        bool,
+        Field(
+            description="Keep the running statistics of the backbone's batch norm as they start, and train its scale "
+            "and shift, as the DeFeat authors do with ImageNet weights."
+        ),
+    ] = False
     sync_batch_norm: Annotated[
         bool, Field(description="With several GPUs: batch norm over the whole batch, not over each GPU's share.")
     ] = False

@@ -24,7 +24,7 @@ from worker.engine.history import History, Plan
 from worker.engine.seeds import reseed
 from worker.engine.train import EVALUATION_COST, TEACHER_COST, Context, Training, evaluate
 from worker.engine.trainable import require_trainable
-from worker.engine.world import World, local_device
+from worker.engine.world import World, local_device, warn_of_little_shared_memory
 from worker.report import Reporter, RunError, Subject
 
 # Parts of a job's spec that only the service reads.
@@ -42,6 +42,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
     device = local_device(inputs["device"])
     reporter.progress("preparing", fraction=0.0)
     with World.join(device) as world:
+        warn_of_little_shared_memory(world, device, reporter)
         return _distill(config, inputs, reporter, device, world)
 
 

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.data.batch import Batch
 from worker.data.canonical import CanonicalDataset, Picture, Split
 from worker.data.loader import PictureReader
-from worker.detectors.base import Detector
+from worker.detectors.base import Detections, Detector, Target
 from worker.engine.coco import MOST_DETECTIONS, Boxes, Common, Curves, curves
 from worker.engine.mask_overlaps import MaskOverlaps, mask_overlaps, object_pixels
+from worker.engine.numerics import numerics
 
 # The ranges of areas apart from `all`, as COCO calls them.
 SIZES = ("small", "medium", "large")
+_NOTHING = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 
 
 class Seen(TypedDict):
@@ -49,21 +52,40 @@ def detect_split(
     detector.eval()
     with_masks = detector.trains_masks and any(box.mask for image in pictures.images for box in image.boxes)
     detect = detector.detect_with_masks if with_masks else detector.detect
+    on_gpu = device.type == "cuda"
     found: dict[int, Seen] = {}
     mine = range(rank, len(pictures), world)
-    decoded = pictures.read_all(mine, ahead=2 * batch_size if device.type == "cuda" else 0)
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        images = [to_float(image, device) for image in itertools.islice(decoded, len(indices))]
-        for index, detections in zip(indices, detect(images), strict=True):
-            picture = pictures.images[index]
-            found[picture.id] = seen = Seen(
-                boxes=detections["boxes"].cpu(), labels=detections["labels"].cpu(), scores=detections["scores"].cpu()
-            )
-            if with_masks:
-                seen["overlaps"] = mask_overlaps(detections, picture)
-        on_batch(len(indices))
+    decoded = pictures.read_all(mine, ahead=2 * batch_size if on_gpu else 0)
+    # What is measured is what will be exported: exact float32, whatever the training computed in.
+    with numerics(device, "float32"):
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            batch = Batch.of([(image, _NOTHING) for image in itertools.islice(decoded, len(indices))])
+            detections = detect((batch.pin_memory() if on_gpu else batch).to(device).floats())
+            shown = [pictures.images[index] for index in indices]
+            for picture, its, seen in zip(shown, detections, _on_cpu(detections), strict=True):
+                found[picture.id] = seen
+                if with_masks:
+                    seen["overlaps"] = mask_overlaps(its, picture)
+            on_batch(len(indices))
     return found
+
+
+def _on_cpu(detections: Sequence[Detections]) -> list[Seen]:
+    """Return the boxes, labels and scores of a batch on the CPU, by one copy of each kind.
+
+    Each picture's own memory: a view would take the whole batch's along when it goes to another process.
+    """
+    counts = [len(one["labels"]) for one in detections]
+    boxes, labels, scores = (
+        [part.clone() for part in torch.cat(kind).cpu().split(counts)]
+        for kind in (
+            [one["boxes"] for one in detections],
+            [one["labels"] for one in detections],
+            [one["scores"] for one in detections],
+        )
+    )
+    return [Seen(boxes=b, labels=c, scores=s) for b, c, s in zip(boxes, labels, scores, strict=True)]
 
 
 def to_float(image: Tensor, device: torch.device) -> Tensor:

@@ -1,26 +1,29 @@
 """One optimiser step: the losses of a batch, their gradients, and the weights that follow."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from worker.data.loader import Batch
+from worker.data.batch import Batch
 from worker.detectors.base import Detector
 from worker.engine.config import ScheduleConfig
-from worker.engine.evaluate import to_float
-from worker.engine.optim import build_optimizer, learning_rate
+from worker.engine.memory import out_of_memory, what_fits
+from worker.engine.numerics import PRECISIONS
+from worker.engine.optim import build_optimizer, learning_rate, state_bytes
 from worker.engine.world import World
 from worker.methods.balance import gradient_norms
 from worker.methods.base import Clock, Method
 from worker.report import RunError
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Result = TypeVar("Result")
 
 
 class Losses(nn.Module):
@@ -35,11 +38,13 @@ class Losses(nn.Module):
         self.precision = precision
 
     def forward(self, batch: Batch, clock: Clock, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return each part of the loss and, if `measured`, the norm of its gradient where all of them meet."""
-        device = next(self.detector.parameters()).device
-        images = [to_float(image, device) for image in batch.images]
+        """Return each part of the loss and, if `measured`, the norm of its gradient where all of them meet.
+
+        The batch lies on the detector's device.
+        """
+        device = batch.storage.device
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            passed = self.detector.train_pass(images, batch.targets_on(device))
+            passed = self.detector.train_pass(batch.floats(), batch.targets)
             losses = {**passed.losses, **self.method(passed, self.frozen[0], clock)}
         losses = {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
         if not measured:
@@ -47,6 +52,23 @@ class Losses(nn.Module):
         # At the pyramid; at the backbone's maps only where a part looks at those, for the way back to them costs more.
         deeper = passed.backbone if any("backbone" in name for name in losses) else None
         return losses, gradient_norms(losses, list((deeper or passed.features).values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a step says of itself.
+
+    Attributes:
+        values: means over all processes of: each part of the loss and their sum (`loss/…`); the norm before clipping
+            of the detector's gradient (`gradient_norm`), and of the method's own if it is trained
+            (`adapter_gradient_norm`); the learning rate; and, if it was measured, each part's share of the gradient
+            norms at the pyramid (`gradient_share/…`). All are finite: in float16 a step whose gradient overflows is
+            left out, and has no norms.
+        ending: whether any process was asked to end.
+    """
+
+    values: dict[str, float]
+    ending: bool
 
 
 class Step:
@@ -63,6 +85,7 @@ class Step:
     Attributes:
         optimizer: the optimiser over the detector's and the method's parameters.
         scaler: scales the losses in float16, and does nothing otherwise.
+        losses: the forward half, in this process.
     """
 
     def __init__(
@@ -84,26 +107,19 @@ class Step:
         if schedule.sync_batch_norm and not world.alone:
             detector.synchronise_batch_norm()
         self.losses = Losses(detector, method, teacher, PRECISIONS[schedule.precision])
-        self.optimizer = build_optimizer(self.losses.parameters(), schedule)
+        self.optimizer = build_optimizer((detector, method), schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "float16")
-        self._forward = world.wrap(self.losses, device)
+        self._clipped = {"gradient_norm": _trainable(detector), "adapter_gradient_norm": _trainable(method)}
+        self._forward = world.wrap(self.losses, device, unused=detector.leaves_parameters_out)
 
-    def __call__(
-        self, batch: Batch, clock: Clock, *, measured: bool = False, cancelled: bool = False
-    ) -> tuple[dict[str, float], bool]:
+    def __call__(self, batch: Batch, clock: Clock, *, measured: bool = False, cancelled: bool = False) -> Taken:
         """Take one step.
 
         Args:
-            batch: this process's share of the batch.
+            batch: this process's share of the batch, on the CPU or on the device.
             clock: which step it is.
             measured: whether to measure each part's share of the gradient, too.
             cancelled: whether this process was asked to end.
-
-        Returns:
-            Means over all processes of: each part of the loss and their sum (`loss/…`), the norm of the whole gradient
-            before clipping, the learning rate, and, if `measured`, each part's share of the gradient norms at the
-            pyramid (`gradient_share/…`); and whether any process was asked to end. All are finite: in float16 a step
-            whose gradient overflows is left out, and has no norm.
 
         Raises:
             RunError: `loss_not_finite`, naming the parts, the weights being as before the step; `out_of_memory`.
@@ -111,40 +127,73 @@ class Step:
         rate = learning_rate(self.schedule, step=clock.step, steps_per_epoch=clock.steps // clock.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        exhausted = None
-        try:
-            losses, norms = self._backward(batch, clock, measured)
-        except torch.OutOfMemoryError as error:
-            exhausted = str(error)
-        if exhausted is not None:
-            # Not in the handler: the error's traceback holds the failed pass, and with it the memory that it took.
-            raise self._out_of_memory(batch, clock, exhausted)
+
+        # Forward and backward.
+        losses, norms = self._with_memory(partial(self._backward, batch, clock, measured), batch, clock)
+
+        # Clip the detector's gradient and the method's, each by itself.
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters(), self.schedule.gradient_clip or math.inf)
-        # All numbers in one copy: each copy of its own would wait for the device.
-        numbers = [*losses.values(), *norms.values(), norm, torch.tensor(float(cancelled), device=self.device)]
-        *values, length, ending = self.world.mean(torch.stack(numbers)).tolist()
-        parts = dict(zip(losses, values, strict=False))
-        self._require_finite(parts, length, clock)
-        self.scaler.step(self.optimizer)
+        lengths = {name: self._clip(parameters) for name, parameters in self._clipped.items() if parameters}
+
+        # All numbers in one copy, the only time that this step waits for the device.
+        named = {f"loss/{name}": loss for name, loss in losses.items()} | lengths
+        named |= {f"norm/{name}": norm for name, norm in norms.items()}
+        named["ending"] = torch.full((), float(cancelled), device=self.device)
+        means = self.world.mean(torch.stack(list(named.values()))).tolist()
+        values = dict(zip(named, means, strict=True))
+
+        # Update. In float16 a gradient that overflows is what the scaler is there for: such a step is left out.
+        finite = all(math.isfinite(values[name]) for name in lengths)
+        self._require_finite(values, finite or self.scaler.is_enabled(), clock)
+        if finite:
+            # In its first step it makes its state, which may be as large as the weights, or twice that.
+            self._with_memory(self.optimizer.step, batch, clock)
         self.scaler.update()
-        return _named(parts, dict(zip(norms, values[len(losses) :], strict=True)), length, rate), ending > 0
+        return Taken(values=_shown(values, rate), ending=values["ending"] > 0)
 
     def _backward(self, batch: Batch, clock: Clock, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add up the gradients of the batch, part by part; return the means of losses and gradient norms."""
-        pieces = list(split(batch, self.schedule.accumulation))
+        count = self.schedule.accumulation
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
-        for index, piece in enumerate(pieces):
-            with self._exchange(index == len(pieces) - 1):
+        for index, piece in enumerate(batch.split(count)):
+            with self._exchange(index == count - 1):
                 found, pulls = self._forward(piece, clock, measured)
-                mean = torch.stack(list(found.values())).sum() / len(pieces)
+                mean = torch.stack(list(found.values())).sum() / count
                 self.scaler.scale(mean).backward()
             for into, values in ((losses, found), (norms, pulls)):
                 for name, value in values.items():
-                    into[name] = into.get(name, torch.zeros((), device=self.device)) + value.detach() / len(pieces)
+                    into[name] = into.get(name, torch.zeros((), device=self.device)) + value.detach() / count
         return losses, norms
+
+    def _with_memory(self, work: Callable[[], Result], batch: Batch, clock: Clock) -> Result:
+        """Do something that takes memory.
+
+        Raises:
+            RunError: `out_of_memory`, with the part of the batch that would fit. One of several processes looks for
+                none: what it would have to exchange, the others do not wait for.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            told = str(error)
+        # Not in the handler: the error's traceback holds the failed pass, and with it the memory that it took.
+        least = self.losses.detector.least_pictures
+        alone = self.world.alone
+        advice = what_fits(partial(self._attempt, clock), batch, self.schedule, least=least) if alone else None
+        raise out_of_memory(told, batch, self.schedule, advice)
+
+    def _attempt(self, clock: Clock, piece: Batch) -> None:
+        """Go forward and backward beside what the optimiser will want in its first step, and change nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        reserved = torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.device)
+        losses, _ = self.losses(piece, clock, False)
+        torch.stack(list(losses.values())).sum().backward()
+        del reserved
 
     def _exchange(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context of one part's passes: gradients are exchanged with the last part's, once."""
@@ -152,61 +201,26 @@ class Step:
             return nullcontext()
         return self._forward.no_sync()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    def _clip(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Clip the gradients of the parameters together, and return their norm before that."""
+        norm = nn.utils.clip_grad_norm_(parameters, self.schedule.gradient_clip or math.inf)
+        return norm.to(self.device)  # of no gradients at all it is made on the CPU
 
-    def _require_finite(self, parts: dict[str, float], norm: float, clock: Clock) -> None:
-        # In float16 a gradient that overflows is what the scaler is there for: it leaves the step out.
-        good = all(map(math.isfinite, parts.values())) and (math.isfinite(norm) or self.scaler.is_enabled())
-        if not good:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-            raise RunError(
-                "user",
-                "loss_not_finite",
-                f"the loss or its gradient is not finite at step {clock.step} ({shown}; gradient norm {norm:.4g}); "
-                "lower the learning_rate",
-            )
-
-    def _fits(self, piece: Batch, clock: Clock) -> bool:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            losses, _ = self.losses(piece, clock, False)
-            torch.stack(list(losses.values())).sum().backward()
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def _out_of_memory(self, batch: Batch, clock: Clock, told: str) -> RunError:
-        """Find out, by trying, which part of the batch fits, and say so.
-
-        One of several processes tries nothing: what it would have to exchange, the others do not wait for.
-        """
-        share = len(batch.images) // self.schedule.accumulation
-        found = f"; {self._what_fits(batch, share, clock)}" if self.world.alone else ""
-        first = told.split("\n", 1)[0][:300]
-        return RunError("oom", "out_of_memory", f"{share} pictures at a time do not fit into memory{found} ({first})")
-
-    def _what_fits(self, batch: Batch, share: int, clock: Clock) -> str:
-        least, schedule = self.losses.detector.least_pictures, self.schedule
-        smaller = [size for size in range(share - 1, least - 1, -1) if share % size == 0]
-        fits = next((size for size in smaller if self._fits(next(split(batch, len(batch.images) // size)), clock)), 0)
-        if not fits:
-            few = "one picture fits" if least == 1 else f"{least} pictures fit"
-            return f"not even {few}: lower the detector's min_size and max_size, or take a smaller one"
-        return (
-            f"{fits} at a time fit: that is accumulation {schedule.batch_size // fits} for the same batch_size "
-            f"{schedule.batch_size}, or batch_size {fits * schedule.accumulation}"
+    def _require_finite(self, values: dict[str, float], norms_are_good: bool, clock: Clock) -> None:
+        parts = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+        if norms_are_good and all(map(math.isfinite, parts.values())):
+            return
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+        raise RunError(
+            "user",
+            "loss_not_finite",
+            f"the loss or its gradient is not finite at step {clock.step} ({shown}; gradient norm "
+            f"{values['gradient_norm']:.4g}); lower the learning_rate",
         )
 
 
-def split(batch: Batch, count: int) -> Iterator[Batch]:
-    """Cut a batch into `count` parts of equally many pictures; what is over is left out."""
-    size = len(batch.images) // count
-    for index in range(count):
-        part = slice(index * size, (index + 1) * size)
-        yield Batch(images=batch.images[part], targets=batch.targets[part])
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _prepare(detector: Detector, schedule: ScheduleConfig) -> None:
@@ -218,10 +232,13 @@ def _prepare(detector: Detector, schedule: ScheduleConfig) -> None:
         detector.compile_trunk()
 
 
-def _named(parts: dict[str, float], norms: dict[str, float], length: float, rate: float) -> dict[str, float]:
-    values = {"loss/total": math.fsum(parts.values())} | {f"loss/{name}": value for name, value in parts.items()}
-    values |= {"learning_rate": rate} | ({"gradient_norm": length} if math.isfinite(length) else {})
+def _shown(values: dict[str, float], rate: float) -> dict[str, float]:
+    """Return the values as they are logged: with the sum of the losses, shares instead of norms, and finite."""
+    losses = {name: value for name, value in values.items() if name.startswith("loss/")}
+    norms = {name.removeprefix("norm/"): value for name, value in values.items() if name.startswith("norm/")}
+    shown = {"loss/total": math.fsum(losses.values()), **losses, "learning_rate": rate}
+    shown |= {name: value for name, value in values.items() if name.endswith("gradient_norm") and math.isfinite(value)}
     whole = sum(norms.values())
     if 0 < whole < math.inf:
-        values |= {f"gradient_share/{name}": norm / whole for name, norm in norms.items()}
-    return values
+        shown |= {f"gradient_share/{name}": norm / whole for name, norm in norms.items()}
+    return shown

@@ -13,12 +13,16 @@ from worker.data.canonical import CanonicalDataset
 from worker.data.loader import PictureReader, TrainingBatches
 from worker.data.resize import InputSize
 from worker.detectors.base import Detector
+from worker.engine import inspection
 from worker.engine.average import Average
 from worker.engine.checkpoint import Best, TrainingState
 from worker.engine.config import AugmentationConfig, EvaluationConfig, ScheduleConfig
 from worker.engine.evaluate import coco_metrics, detect_split
 from worker.engine.health import MEASURE_EVERY, Watch, forget_memory_peak, memory_bytes
 from worker.engine.history import History, Plan, Running
+from worker.engine.inspection import Look
+from worker.engine.numerics import numerics
+from worker.engine.optim import restore
 from worker.engine.seeds import reseed, seed_for
 from worker.engine.step import Step
 from worker.engine.world import World
@@ -115,6 +119,8 @@ class Training:
         self._picture_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
         if schedule.frozen_stages:
             detector.freeze_stages(schedule.frozen_stages)
+        if schedule.frozen_statistics:
+            detector.freeze_statistics()
         self._step = Step(
             detector, method=method, teacher=teacher, schedule=schedule, world=context.world, device=context.device
         )
@@ -134,6 +140,8 @@ class Training:
         self._running = Running()
         self._watch = Watch(context.reporter, subject, {})
         self._saved_at = time.monotonic()
+        self._epochs_begun = 0
+        self._compiled = [one for one in (detector, teacher) if one is not None and schedule.compile]
         forget_memory_peak(context.device)
 
     def run(self, resume: TrainingState | None) -> Best:
@@ -148,8 +156,10 @@ class Training:
             self._restore(resume)
         else:
             self._warn_of_warmup()
+        self._warn_of_few_loaders()
         for epoch in range(first, self.schedule.epochs):
-            self._train_epoch(epoch, start)
+            with numerics(self.context.device, self.schedule.precision, shapes=self._batches.padded_shapes):
+                self._train_epoch(epoch, start)
             start = 0
             done = epoch + 1
             if done % self.context.evaluation.every_epochs == 0 or done == self.schedule.epochs:
@@ -178,6 +188,30 @@ class Training:
                     f"never reaches its full strength; lower the warmup_steps of the {what}",
                 )
 
+    def _warn_of_few_loaders(self) -> None:
+        batches = self._batches
+        if batches.ahead == batches.wanted:
+            return
+        ahead, wanted, size = batches.ahead, batches.wanted, batches.batch_bytes / 1e6
+        self.context.reporter.message(
+            "warn",
+            "little_memory_for_loading",
+            f"{wanted.processes} processes would load batches ahead, and want {wanted.slots * size:.3g} MB for them; "
+            f"this machine's free memory allows {ahead.processes}, {ahead.batches} ahead each: the GPU may wait for "
+            "pictures; give the worker more memory",
+        )
+
+    def _warn_of_eager(self) -> None:
+        for detector in self._compiled[:]:
+            if detector.compilation_failure:
+                self._compiled.remove(detector)
+                who = self.subject if detector is self.detector else "teacher"
+                self.context.reporter.message(
+                    "warn",
+                    "not_compiled",
+                    f"the {who}'s trunk runs without torch.compile: {detector.compilation_failure}",
+                )
+
     # ---- one epoch ----
 
     def _train_epoch(self, epoch: int, start: int) -> None:
@@ -187,13 +221,19 @@ class Training:
         self.detector.train()
         self._method.train()
         self._progress(epoch, epoch * steps + start, steps, images_per_s=None)  # as in `evaluate`
+        looks: list[Look] = []
+        self._epochs_begun += 1
         watch, asked_at = Stopwatch(), time.monotonic()
-        for index, batch in enumerate(batches, start):
+        for index, loaded in enumerate(batches, start):
             waited = time.monotonic() - asked_at
             step = epoch * steps + index
+            batch = loaded.to(context.device)
+            if self._epochs_begun <= inspection.EPOCHS and index < start + inspection.BATCHES:
+                looks += inspection.look(batch, self._batches, index)
+                inspection.require_true_images(looks)
             # Each process draws for its own pictures.
             reseed(context.seed, self.subject, "step", step, context.world.rank)
-            values, ending = self._step(
+            taken = self._step(
                 batch,
                 Clock(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
                 measured=step % MEASURE_EVERY == 0,
@@ -201,14 +241,15 @@ class Training:
             )
             if self._average:
                 self._average.update(self.detector, step=step)
-            self._watch.look(values, step=step)
-            self._running.add({**values, "data_wait": waited / (time.monotonic() - asked_at)})
+            self._watch.look(taken.values, step=step)
+            self._running.add({**taken.values, "data_wait": waited / (time.monotonic() - asked_at)})
+            self._warn_of_eager()
             rate = watch.lap(schedule.batch_size)
             context.plan.advance(schedule.batch_size * self._picture_cost)
             if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
                 self._log(step + 1, steps, images_per_s=rate)
             self._progress(epoch, step + 1, steps, images_per_s=rate)
-            if ending:
+            if taken.ending:
                 self._save(epoch, index + 1)
                 raise Cancelled
             if time.monotonic() - self._saved_at > 60 * schedule.checkpoint_minutes:
@@ -249,7 +290,8 @@ class Training:
             self._save(epoch, steps)
             raise
         if self._best is None or (metrics["ap"] or 0.0) > (self._best.metrics["ap"] or 0.0):
-            model = {name: tensor.detach().clone() for name, tensor in self._measured().items()}
+            # On the CPU: the device has the weights already, and perhaps their average.
+            model = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._measured().items()}
             self._best = Best(epoch=epoch + 1, metrics=metrics, model=model)
 
     def _measured(self) -> dict[str, Tensor]:
@@ -301,7 +343,7 @@ class Training:
     def _restore(self, state: TrainingState) -> None:
         self.detector.load_state_dict(state.model)
         self._method.load_state_dict(state.method)
-        self._step.optimizer.load_state_dict(state.optimizer)
+        restore(self._step.optimizer, state.optimizer)
         self._step.scaler.load_state_dict(state.scaler)
         if self._average and state.average is not None:
             for name, tensor in state.average.items():

@@ -1,20 +1,27 @@
 """The processes that train together: one for each GPU, or one alone."""
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from worker.ranks import MEET
-from worker.report import RunError
+from worker.report import Reporter, RunError
 
-# One process computes metrics and writes files while the others wait for it.
+# How long a process waits for the others in a step. The slowest may be compiling, reading a cold disk or saving.
+STEP_PATIENCE = timedelta(minutes=15)
+# And where one of them may have many more pictures to measure, or computes metrics while the others wait for it.
 PATIENCE = timedelta(hours=2)
+# What NCCL may want to exchange gradients, and where; a container has 64 MiB there unless it is told otherwise.
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+LEAST_SHARED_MEMORY = 2**29
 
 
 @dataclass(frozen=True)
@@ -24,10 +31,12 @@ class World:
     Attributes:
         rank: this process, from 0.
         size: how many there are.
+        by_cpu: the group that exchanges objects; None alone.
     """
 
     rank: int = 0
     size: int = 1
+    by_cpu: distributed.ProcessGroup | None = None
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
@@ -38,14 +47,18 @@ class World:
         if "WORLD_SIZE" not in os.environ:
             return cls()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        on_gpu = device.type == "cuda"
         distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if on_gpu else "gloo",
             init_method=f"file://{os.environ[MEET]}" if MEET in os.environ else "env://",
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=STEP_PATIENCE,
+            # NCCL then connects at once, and reports a GPU that it cannot use here and not in the first step.
+            device_id=device if on_gpu else None,
         )
-        return cls(rank, size)
+        # What is no tensor goes by way of the CPU: NCCL would have to copy its bytes onto each GPU.
+        return cls(rank, size, cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=PATIENCE)))
 
     @property
     def alone(self) -> bool:
@@ -64,15 +77,23 @@ class World:
         if not self.alone:
             distributed.destroy_process_group()
 
-    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+    def wrap(self, module: nn.Module, device: torch.device, *, unused: bool) -> nn.Module:
         """Return the module with its gradients averaged over all processes.
 
-        A part of a loss may have no samples in one process's share, and so leave parameters without a gradient there.
+        Args:
+            module: what is trained.
+            device: where.
+            unused: whether a process's share of a batch may leave parameters without a gradient. To look for them in
+                each step delays the exchange.
         """
         if self.alone:
             return module
         return DistributedDataParallel(
-            module, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=unused,
+            # The gradients are views of what is exchanged, and not copied there.
+            gradient_as_bucket_view=True,
         )
 
     def mean(self, values: Tensor) -> Tensor:
@@ -93,8 +114,22 @@ class World:
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self.by_cpu)
         return values
+
+
+def warn_of_little_shared_memory(world: World, device: torch.device, reporter: Reporter) -> None:
+    """Warn where several GPUs would exchange gradients through too little shared memory."""
+    if world.alone or device.type != "cuda" or not SHARED_MEMORY.exists():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < LEAST_SHARED_MEMORY:
+        reporter.message(
+            "warn",
+            "little_shared_memory",
+            f"{free / 2**20:.0f} MiB are free in {SHARED_MEMORY}, and NCCL may want {LEAST_SHARED_MEMORY / 2**20:.0f} "
+            "to exchange gradients between GPUs: give the container 1 GiB (shm_size, or a Memory emptyDir)",
+        )
 
 
 def local_device(name: str) -> torch.device:

@@ -11,7 +11,9 @@ import torch
 
 from tests.worker.support_engine import CLASSES, TINY, events, keep_checkpoints, run, run_alone, shapes, spec, write_run
 from worker import detectors
+from worker.data import loader
 from worker.data.loader import PictureReader
+from worker.detectors import compilation
 from worker.engine import train
 from worker.engine.checkpoint import TrainingState
 from worker.engine.evaluate import coco_metrics, detect_split
@@ -68,9 +70,10 @@ def test_every_part_of_the_loss_is_logged(finished):
         shares = {name.replace("loss/", "gradient_share/") for name in losses - {"loss/total"}}
         lines = [one for one in logged if one["subject"] == subject]
         assert [one["step"] for one in lines] == [4, 8]
-        # The gradient is measured at the first step of each fifty.
-        assert lines[0]["values"].keys() == losses | other | shares
-        assert lines[1]["values"].keys() == losses | other
+        # The student's adapters are clipped apart from it. The gradient is measured at the first step of each fifty.
+        expected = losses | other | ({"adapter_gradient_norm"} if subject == "student" else set())
+        assert lines[0]["values"].keys() == expected | shares
+        assert lines[1]["values"].keys() == expected
         assert sum(lines[0]["values"][name] for name in shares) == pytest.approx(1)
         for one in lines:
             assert 0 <= one["values"]["data_wait"] <= 1
@@ -352,3 +355,53 @@ def test_a_warmup_that_outlasts_its_training_is_told(dataset, tmp_path):
     assert [one["code"] for one in told] == ["warmup_longer_than_training"] * 2
     for what, one in zip(("learning rate", "distillation"), told, strict=True):
         assert f"the student's {what} warms up over 5 steps, and the whole training has 4" in one["message"]
+
+
+def test_maps_in_another_order_leave_the_same_student(finished, dataset, tmp_path):
+    """A detector in the order of `channels_last` is saved, too: it could not be, at the end of its training."""
+    job = spec(schedule={**spec()["schedule"], "channels_last": True})
+    directory = write_run(tmp_path / "run", dataset[1], job)
+    assert run(directory)["status"] == "succeeded"
+    ours, theirs = (
+        detectors.load(artifact(one, "student-last.safetensors")).state_dict() for one in (directory, finished[0])
+    )
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0.05, atol=0.01, msg=name)
+
+
+def warnings_of(directory):
+    return {one["code"]: one["message"] for one in events(directory, "message") if one["level"] == "warn"}
+
+
+def test_a_trunk_that_cannot_be_compiled_is_warned_of(dataset, tmp_path, monkeypatch):
+    def _backend(_graph, _inputs):
+        raise NotImplementedError("no compiler here")
+
+    monkeypatch.setattr(compilation, "BACKEND", _backend)
+    job = spec(schedule={**spec()["schedule"], "epochs": 1, "compile": True})
+    directory = write_run(tmp_path / "run", dataset[1], job)
+    assert run(directory)["status"] == "succeeded"
+    told = [one["message"] for one in events(directory, "message") if one["code"] == "not_compiled"]
+    assert len(told) == 2  # the student's and the frozen teacher's; the teacher's own training has compile off
+    assert {message.split("'s trunk runs without torch.compile: ")[0] for message in told} == {
+        "the student",
+        "the teacher",
+    }
+    assert all("no compiler here" in message for message in told)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_little_memory_for_loading_is_warned_of(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "_processors", lambda: 2)
+    plain = loader.TrainingBatches.__init__
+
+    def _as_on_a_gpu(self, pictures, *, device, **options):
+        plain(self, pictures, device=torch.device("cuda"), **options)
+
+    monkeypatch.setattr(loader.TrainingBatches, "__init__", _as_on_a_gpu)
+    monkeypatch.setattr(loader, "default_limit", lambda _world: 3 * 4 * (3 * 64 * 96 + 256))
+    directory = write_run(tmp_path / "run", dataset[1], spec(teacher=None, distillation={"method": "baseline"}))
+    assert run(directory)["status"] == "succeeded"
+    message = warnings_of(directory)["little_memory_for_loading"]
+    assert "2 processes would load batches ahead, and want 0.371 MB for them" in message
+    assert "allows 2, 1 ahead each" in message

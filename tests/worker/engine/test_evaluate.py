@@ -1,4 +1,6 @@
-"""Our metrics against pycocotools, the reference."""
+"""Our metrics against pycocotools, the reference; what is kept of a split."""
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from tests.worker.support_engine import shapes
 from worker.data.canonical import Box, CanonicalDataset, Picture
 from worker.data.loader import PictureReader
 from worker.data.masks import from_text, to_text
-from worker.engine.evaluate import coco_metrics
+from worker.engine import evaluate
+from worker.engine.evaluate import coco_metrics, detect_split
 from worker.engine.mask_overlaps import mask_overlaps
 
 
@@ -165,3 +168,50 @@ def test_pictures_decoded_ahead_are_the_same(tmp_path):
     plain, ahead = list(pictures.read_all(range(9))), list(pictures.read_all(range(9), ahead=4))
     assert len(plain) == len(ahead) == 9
     assert all(torch.equal(one, other) for one, other in zip(plain, ahead, strict=True))
+
+
+class Shown:
+    """A detector that finds one box in each picture's corner, as wide as the picture."""
+
+    trains_masks = False
+
+    def eval(self):
+        return self
+
+    def detect(self, images):
+        whole = torch.tensor([[0.0, 0.0, image.shape[-1], image.shape[-2]] for image in images])
+        return [
+            {"boxes": whole[index : index + 1], "labels": torch.tensor([1 + index % 2]), "scores": image.mean()[None]}
+            for index, image in enumerate(images)
+        ]
+
+
+def test_what_is_seen_in_a_split_has_memory_of_its_own(tmp_path):
+    """Else each picture's three numbers would take the whole batch's along to another process."""
+    pictures = PictureReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=7).in_split("val"))
+    found = detect_split(Shown(), pictures, batch_size=3, device=torch.device("cpu"))
+    assert sorted(found) == [picture.id for picture in pictures.images]
+    for index, picture in enumerate(pictures.images):
+        seen = found[picture.id]
+        assert seen["boxes"].tolist() == [[0, 0, 96, 64]]
+        assert seen["labels"].tolist() == [1 + index % 3 % 2]
+        assert seen["scores"].item() == pytest.approx(pictures.read(index).float().mean().item() / 255, rel=1e-5)
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in seen.values())
+
+
+def test_images_cross_to_a_gpu_by_one_copy_a_batch(tmp_path, monkeypatch):
+    pictures = PictureReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=6).in_split("val"))
+    copies = []
+
+    class Counted(evaluate.Batch):
+        def pin_memory(self):
+            return self
+
+        def to(self, device):
+            copies.append((device.type, len(self)))
+            return self
+
+    monkeypatch.setattr(evaluate, "Batch", Counted)
+    monkeypatch.setattr(evaluate, "numerics", lambda *_: nullcontext())
+    detect_split(Shown(), pictures, batch_size=4, device=torch.device("cuda"))
+    assert copies == [("cuda", 4), ("cuda", 2)]

@@ -8,12 +8,14 @@ import torch
 
 from tests.worker.support_engine import CLASSES, TINY, images_and_targets
 from worker import detectors, methods
-from worker.data.loader import Batch
+from worker.data.batch import Batch
 from worker.engine.average import Average
 from worker.engine.config import ScheduleConfig
 from worker.engine.health import QUIET_STEPS, Watch
+from worker.engine.optim import state_bytes
 from worker.engine.step import Step
 from worker.engine.world import World
+from worker.methods import METHODS
 from worker.methods.base import Clock
 from worker.report import RunError
 
@@ -33,7 +35,7 @@ RETINANET = {
 
 def batch_of(count):
     images, targets = images_and_targets(count)
-    return Batch(images=[(255 * image).byte() for image in images], targets=targets)
+    return Batch.of([((255 * image).byte(), target) for image, target in zip(images, targets, strict=True)])
 
 
 def step_for(detector=RETINANET, distillation=None, device="cpu", **schedule):
@@ -59,15 +61,33 @@ def gradients(step):
     return {name: one.grad for name, one in step.losses.named_parameters() if one.grad is not None}
 
 
+WHOLE_DEFEAT = {"method": "defeat", "proposals": "both", "backbone_object_weight": 1, "backbone_background_weight": 1}
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"baseline", "pkd"}))  # these two have none
+def test_every_parameter_of_a_method_has_a_gradient(name, boxes):
+    """So that several processes need not look for those that have none, in each step."""
+    detector, method = (TINY, WHOLE_DEFEAT) if name == "defeat" else (RETINANET, {"method": name})
+    step = step_for(detector, distillation=method)
+    images, targets = images_and_targets(4)
+    if not boxes:
+        targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
+    samples = [((255 * image).byte(), target) for image, target in zip(images, targets, strict=True)]
+    step(Batch.of(samples), Clock(step=600, steps=1000, epoch=0, epochs=1))
+    trainable = {name for name, one in step.losses.named_parameters() if one.requires_grad}
+    assert gradients(step).keys() == trainable
+
+
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     whole, parts = (
         step_for(distillation={"method": "fitnet"}, accumulation=count, gradient_clip=0) for count in (1, 4)
     )
     images, targets = images_and_targets(1)
     other = [{"boxes": target["boxes"] + 9, "labels": target["labels"]} for target in targets]
-    batch = Batch(images=[(255 * image).byte() for image in images * 4], targets=[*targets, *other, *targets, *other])
-    values, _ = whole(batch, START, measured=True)
-    again, _ = parts(batch, START, measured=True)
+    batch = Batch.of(list(zip([(255 * image).byte() for image in images * 4], [*targets, *other] * 2, strict=True)))
+    values = whole(batch, START, measured=True).values
+    again = parts(batch, START, measured=True).values
     assert again.keys() == values.keys()
     for name, value in values.items():
         # A share is of a mean of norms, and a norm of a mean is less: the parts pull in directions of their own.
@@ -91,7 +111,7 @@ def test_half_precision_takes_nearly_the_same_step(detector, precision):
     found = []
     for step in (full, half):
         torch.manual_seed(1)
-        found.append(step(batch, START)[0])
+        found.append(step(batch, START).values)
     wide, narrow = found
     assert narrow.keys() == wide.keys()
     assert narrow["loss/total"] == pytest.approx(wide["loss/total"], rel=0.05)
@@ -104,7 +124,7 @@ def test_float16_leaves_out_a_step_that_overflows_and_goes_on():
     step = step_for(precision="float16")
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
     before = {name: tensor.clone() for name, tensor in step.losses.detector.state_dict().items()}
-    values, _ = step(batch_of(4), START)
+    values = step(batch_of(4), START).values
     assert all(map(math.isfinite, values.values()))
     assert "gradient_norm" not in values
     weights = dict(step.losses.detector.named_parameters())
@@ -118,7 +138,7 @@ def test_a_gradient_that_is_too_long_is_cut_to_the_length_and_told_as_it_was(pre
     free, clipped = (step_for(precision=precision, gradient_clip=clip) for clip in (0, 0.01))
     for step in (free, clipped):
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 64.0})
-    (whole, _), (told, _) = (step(batch_of(4), START) for step in (free, clipped))
+    whole, told = (step(batch_of(4), START).values for step in (free, clipped))
     assert told["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
     assert told["gradient_norm"] > 0.1
     for name, gradient in gradients(free).items():
@@ -175,6 +195,62 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, say
     assert raised.value.detail.endswith("(tried to allocate 80 GiB)")
 
 
+@pytest.mark.parametrize("room", [1, 3])
+def test_an_optimizer_without_room_for_its_state_is_out_of_memory_too(monkeypatch, room):
+    """What is tried then leaves the room that the state will want."""
+    step = step_for(batch_size=6)
+    state, free = state_bytes(step.optimizer), {"bytes": 0}
+
+    def _step():
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    plain, empty = step.losses.detector.train_pass, torch.empty
+
+    def _train_pass(images, targets):
+        if free["bytes"] == state and len(images) > room:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        return plain(images, targets)
+
+    def _empty(*size, **options):
+        if size == (state,):
+            free["bytes"] = state
+        return empty(*size, **options)
+
+    monkeypatch.setattr(step.optimizer, "step", _step)
+    monkeypatch.setattr(step.losses.detector, "train_pass", _train_pass)
+    monkeypatch.setattr(torch, "empty", _empty)
+    with pytest.raises(RunError) as raised:
+        step(batch_of(6), START)
+    assert (raised.value.failure_class, raised.value.code) == ("oom", "out_of_memory")
+    assert f"{room} at a time fit: that is accumulation {6 // room} for" in raised.value.detail
+    assert raised.value.detail.endswith("(tried to allocate 2 GiB)")
+
+
+def test_the_detectors_gradient_and_the_methods_are_clipped_apart():
+    free, clipped = (step_for(distillation={"method": "fitnet", "neck_weight": 50}, gradient_clip=c) for c in (0, 0.01))
+    whole, told = (step(batch_of(4), START).values for step in (free, clipped))
+    names = ("gradient_norm", "adapter_gradient_norm")
+    assert [told[name] for name in names] == pytest.approx([whole[name] for name in names])
+    assert all(told[name] > 0.01 for name in names)
+    for name, gradient in gradients(free).items():
+        norm = whole["adapter_gradient_norm" if name.startswith("method.") else "gradient_norm"]
+        torch.testing.assert_close(gradients(clipped)[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9, msg=name)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_falls():
+    step = step_for(precision="float16", batch_size=1)
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
+    before = {name: tensor.clone() for name, tensor in step.losses.named_parameters()}
+    values = step(batch_of(1), START).values
+    assert "gradient_norm" not in values
+    assert all(map(math.isfinite, values.values()))
+    assert step.scaler.get_scale() == pytest.approx(0.5e38)
+    assert all(torch.equal(before[name], one) for name, one in step.losses.named_parameters())
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 64.0})
+    assert step(batch_of(1), START).values["gradient_norm"] > 0
+    assert not all(torch.equal(before[name], one) for name, one in step.losses.named_parameters())
+
+
 def test_no_fewer_pictures_are_tried_than_the_detector_trains_on(monkeypatch):
     step, tried = step_for(batch_size=6), []
     student = step.losses.detector
@@ -195,7 +271,7 @@ def test_measuring_changes_nothing():
     for measured in (False, True):
         step = step_for(TINY, distillation={"method": "defeat", "proposals": "teacher"})
         torch.manual_seed(5)
-        values, _ = step(batch_of(4), START, measured=measured)
+        values = step(batch_of(4), START, measured=measured).values
         weights.append(step.losses.state_dict())
         shares = [value for name, value in values.items() if name.startswith("gradient_share/")]
         assert sum(shares) == pytest.approx(1.0 if measured else 0.0)
@@ -204,7 +280,7 @@ def test_measuring_changes_nothing():
 
 def test_a_part_that_looks_at_the_backbone_has_its_share():
     step = step_for(TINY, distillation={"method": "defeat", "backbone_object_weight": 2.0})
-    values, _ = step(batch_of(4), START, measured=True)
+    values = step(batch_of(4), START, measured=True).values
     shares = {name: value for name, value in values.items() if name.startswith("gradient_share/")}
     assert shares["gradient_share/backbone_object"] > 0
     assert shares["gradient_share/neck_object"] > 0
@@ -225,9 +301,13 @@ def test_the_average_is_the_formula():
         for name, tensor in module.state_dict().items():
             expected[name] = tensor if name == "num_batches_tracked" else decay * expected[name] + (1 - decay) * tensor
     own = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    parameters = list(module.parameters())
+    places = {tensor.data_ptr() for tensor in (*own.values(), *module.state_dict().values(), *average.tensors.values())}
     with average.applied(module):
         for name, tensor in module.state_dict().items():
             torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
+            assert tensor.data_ptr() in places  # no third copy of the weights
+        assert all(one is other for one, other in zip(parameters, module.parameters(), strict=True))
     assert all(torch.equal(own[name], tensor) for name, tensor in module.state_dict().items())
 
 
@@ -258,7 +338,7 @@ def test_steps_that_are_all_left_out_are_told_once():
     watch = Watch(reporter, "student", {})
     for number in range(QUIET_STEPS):
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
-        watch.look(step(batch_of(1), START)[0], step=number)
+        watch.look(step(batch_of(1), START).values, step=number)
     ((level, code, message),) = reporter.messages
     assert (level, code) == ("warn", "gradient_not_finite")
     assert "the student's gradient has overflowed float16 for 50 steps, up to step 49" in message
@@ -273,42 +353,5 @@ def test_compiled_trunks_take_the_same_steps():
         found = []
         for step in (compiled, plain):
             torch.manual_seed(number)
-            found.append(step(batch_of(4), START, measured=number == 1)[0])
+            found.append(step(batch_of(4), START, measured=number == 1).values)
         assert found[0] == pytest.approx(found[1], rel=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("detector", [RETINANET, TINY], ids=["retinanet", "faster_rcnn"])
-def test_steps_on_a_gpu_are_those_on_the_cpu(detector, precision):
-    method = {"method": "fitnet"}
-    cpu = step_for(detector, distillation=method, gradient_clip=0)
-    gpu = step_for(
-        detector, distillation=method, gradient_clip=0, precision=precision, channels_last=True, device="cuda"
-    )
-    torch.manual_seed(1)
-    expected, _ = cpu(batch_of(4), START, measured=True)
-    torch.manual_seed(1)
-    found, _ = gpu(batch_of(4), START, measured=True)
-    assert found.keys() == expected.keys()
-    # The neck draws nothing; a sampler's numbers differ by device, and with them a two-stage head's losses.
-    assert found["loss/neck"] == pytest.approx(expected["loss/neck"], rel=0.02)
-    if detector is RETINANET:
-        assert found["loss/total"] == pytest.approx(expected["loss/total"], rel=0.02)
-
-
-@pytest.mark.gpu
-def test_memory_that_is_really_exhausted_says_what_would_fit():
-    free, _ = torch.cuda.mem_get_info()
-    step = step_for(TINY, batch_size=8, device="cuda")
-    plain, held = step.losses.detector.train_pass, []
-
-    def _train_pass(images, targets):
-        if len(images) > 2:  # more than there is, by torch's own allocator
-            held.append(torch.empty(2 * free, dtype=torch.uint8, device="cuda"))
-        return plain(images, targets)
-
-    step.losses.detector.train_pass = _train_pass
-    with pytest.raises(RunError, match=r"2 at a time fit: that is accumulation 4 for") as raised:
-        step(batch_of(8), START)
-    assert raised.value.code == "out_of_memory"

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,8 +20,10 @@ from tests.worker.engine.test_step import RETINANET
 from tests.worker.support_engine import CLASSES, run_alone, shapes, spec, write_run
 from worker import detectors, methods
 from worker.data import canonical
-from worker.data.loader import Batch, PictureReader, TrainingBatches
+from worker.data.batch import Batch
+from worker.data.loader import PictureReader, TrainingBatches
 from worker.data.resize import InputSize
+from worker.engine import world
 from worker.engine.config import AugmentationConfig, JobConfig, ScheduleConfig
 from worker.engine.step import Step
 from worker.engine.world import World
@@ -108,8 +112,8 @@ def step_and_gradients(dataset, world, case):
     batch = next(batches.epoch(3))
     if world.alone and parts > 1:  # the n-th parts of all shares are what goes through together
         order = [share * 4 // 2 + part for part in range(parts) for share in range(2)]
-        batch = Batch(images=[batch.images[i] for i in order], targets=[batch.targets[i] for i in order])
-    values, _ = step(batch, Clock(step=0, steps=4, epoch=0, epochs=1), measured=True)
+        batch = Batch.of([(batch.images[i], batch.targets[i]) for i in order])
+    values = step(batch, Clock(step=0, steps=4, epoch=0, epochs=1), measured=True).values
     return values, {name: one.grad for name, one in step.losses.named_parameters()}
 
 
@@ -279,3 +283,36 @@ def test_gpus_must_share_the_batch():
     given = {key: value for key, value in job().items() if key != "name"}
     with pytest.raises(RunError, match="batch_size 4 must be a multiple of gpus x accumulation = 3"):
         JobConfig.parse({**given, "resources": {"gpus": 3}}, where="spec")
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "free", "warned"),
+    [(2, "cuda", 64 * 2**20, True), (2, "cuda", 2**30, False), (1, "cuda", 0, False), (2, "cpu", 0, False)],
+)
+def test_little_shared_memory_for_several_gpus_is_warned_of(monkeypatch, size, device, free, warned):
+    told = []
+    monkeypatch.setattr(world.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    reporter = SimpleNamespace(message=lambda *words: told.append(words))
+    world.warn_of_little_shared_memory(World(0, size), torch.device(device), reporter)
+    assert [words[:2] for words in told] == [("warn", "little_shared_memory")] * warned
+    if warned:
+        assert "64 MiB are free in /dev/shm" in told[0][2]
+
+
+def test_gpus_meet_by_nccl_and_objects_go_by_the_cpu(monkeypatch):
+    """The calls that a run on several GPUs makes, without any: each process names its own device."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
+    monkeypatch.setattr(
+        world.distributed, "init_process_group", lambda backend, **named: calls.append((backend, named))
+    )
+    monkeypatch.setattr(world.distributed, "new_group", lambda **named: calls.append(("group", named)) or "by cpu")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined = World.join(torch.device("cuda", 1))
+    assert (joined.rank, joined.size, joined.by_cpu) == (1, 2, "by cpu")
+    (_, device), (backend, named), (_, group) = calls
+    assert device == named["device_id"] == torch.device("cuda", 1)
+    assert backend == "nccl"
+    assert named["timeout"] <= timedelta(minutes=15) < group["timeout"]
+    assert group["backend"] == "gloo"

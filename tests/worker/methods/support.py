@@ -15,10 +15,6 @@ from worker.methods import Clock
 
 START = Clock(step=0, steps=10, epoch=0, epochs=1)
 
-# Autograd starts a thread for each GPU at its first backward pass, and refuses to work in a fork from then on. Fake
-# CUDA tensors make it believe in GPUs: it makes its first pass before there are any, for `on_two_processes` forks.
-torch.ones((), requires_grad=True).backward()
-
 
 def pair(
     *, student_channels: int = 8, teacher_channels: int = 16, box_head: str = "linear"

@@ -8,7 +8,7 @@ import torch
 from tests.worker.methods.support import START, one_pass, pair
 from tests.worker.support_engine import images_and_targets
 from worker import methods
-from worker.data.loader import Batch
+from worker.data.batch import Batch
 from worker.engine.config import ScheduleConfig
 from worker.engine.step import Step
 from worker.engine.world import World
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights(name):
             world=World(),
             device=torch.device("cpu"),
         )
-        batch = Batch(images=[(255 * image).byte() for image in images], targets=targets)
+        batch = Batch.of([((255 * image).byte(), target) for image, target in zip(images, targets, strict=True)])
         values = [step(batch, START) for _ in range(2)]
         results.append((values, {**student.state_dict(), **method.state_dict()}))
     (first, weights), (second, again) = results
