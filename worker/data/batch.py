@@ -57,16 +57,15 @@ def most_bytes(images: int, *, pixels: int, boxes: int, masks: bool) -> int:
 
 
 def _laid_out(samples: Sequence[Sample]) -> tuple[tuple[Part, ...], int]:
-    """Return where the parts of a batch lie, and its bytes: all pixels first, then what belongs to each image."""
-    at = sum(_aligned(image.numel()) for image, _ in samples)
-    pixels_at, parts = 0, []
+    """Return where the parts of a batch lie, one image after the other, and its bytes."""
+    at, parts = 0, []
     for image, target in samples:
         height, width = image.shape[-2:]
         boxes, masks = len(target["labels"]), "masks" in target
-        labels_at = at + _aligned(16 * boxes)
+        boxes_at = at + _aligned(image.numel())
+        labels_at = boxes_at + _aligned(16 * boxes)
         masks_at = labels_at + _aligned(8 * boxes)
-        parts.append(Part(height, width, boxes, masks, pixels_at, at, labels_at, masks_at))
-        pixels_at += _aligned(image.numel())
+        parts.append(Part(height, width, boxes, masks, at, boxes_at, labels_at, masks_at))
         at = masks_at + (_aligned(_mask_bytes(boxes, height, width)) if masks else 0)
     return tuple(parts), at
 
@@ -137,13 +136,9 @@ class Batch:
         return targets
 
     def floats(self) -> list[Tensor]:
-        """Return the images as floats from 0 to 1, (3, H_i, W_i) each: views of one tensor, made by one operation."""
-        start, end = self.parts[0].pixels_at, self.parts[-1].pixels.stop
-        values = self.storage[start:end].float().div_(255)
-        return [
-            values[part.pixels_at - start : part.pixels.stop - start].view(3, part.height, part.width)
-            for part in self.parts
-        ]
+        """Return the images as floats from 0 to 1, (3, H_i, W_i) each."""
+        # One by one: floats of a whole batch at once are too much memory for a CPU's allocator to keep for the next.
+        return [image.float().div_(255) for image in self.images]
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. It is one copy, and from page-locked memory the CPU does not wait for it."""
