@@ -228,8 +228,8 @@ class Training:
             waited = time.monotonic() - asked_at
             step = epoch * steps + index
             batch = loaded.to(context.device)
-            if self._epochs_begun <= inspection.EPOCHS and index < start + inspection.BATCHES:
-                looks += inspection.look(batch, self._batches, index)
+            if self._epochs_begun <= inspection.EPOCHS and len(looks) < inspection.IMAGES:
+                looks += inspection.look(batch, self._batches, index, most=inspection.IMAGES - len(looks))
                 inspection.require_true_images(looks)
             # Each process draws for its own pictures.
             reseed(context.seed, self.subject, "step", step, context.world.rank)

@@ -61,15 +61,25 @@ def test_images_that_differ_are_found_and_named(pictures):
     assert looks[4].name in raised.value.detail
 
 
-@pytest.mark.parametrize(("constant", "good"), [(0, True), (4, True), (5, False), (8, False)])
-def test_images_that_show_nothing_are_an_error_if_most_do(constant, good):
-    looks = [Look(f"{number}.png", differs=False, constant=number < constant) for number in range(8)]
+@pytest.mark.parametrize(
+    ("constant", "count", "good"), [(0, 8, True), (4, 8, True), (5, 8, False), (8, 8, False), (7, 7, True)]
+)
+def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good):
+    """Of few nothing is said: a dataset may hold a black image, and a batch may be one image."""
+    looks = [Look(f"{number}.png", differs=False, constant=number < constant) for number in range(count)]
     if good:
         require_true_images(looks)
         return
     with pytest.raises(RunError, match=f"{constant} of the 8 first training images are of one colour") as raised:
         require_true_images(looks)
     assert (raised.value.failure_class, raised.value.code) == ("data", "images_constant")
+
+
+def test_so_many_images_of_a_batch_are_looked_at(pictures):
+    made = batches(pictures, AugmentationConfig())
+    batch = next(made.epoch(1))
+    assert len(look(batch, made, 0, most=3)) == 3
+    assert len(look(batch, made, 0)) == 4
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
