@@ -125,6 +125,7 @@ def test_inductor_compiles_once_too(changes):
     assert detector.compilation_failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [MOBILENET, SSD, SSDLITE])
 @pytest.mark.usefixtures("narrow_vgg")
 def test_families_without_a_pyramid_of_ours_compile_once(spec, counting):
@@ -190,6 +191,7 @@ def test_gradients_lead_through_the_graphs_as_without_them(monkeypatch):
             torch.testing.assert_close(*sides, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_copy_compiles_itself(counting):
     detector = build(TINY)
     detector.compile_trunk()

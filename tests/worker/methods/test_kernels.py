@@ -25,8 +25,9 @@ def _nothing_remembered():
     losses._checked_kernels.cache_clear()
 
 
-def test_interpreted_they_are_the_formula():
-    command = [sys.executable, "-m", "tests.worker.methods.kernel_cases"]
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_interpreted_they_are_the_formula(every):
+    command = [sys.executable, "-m", "tests.worker.methods.kernel_cases", str(every)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
