@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from benchmarks.step_time import GPU, Size
+from worker.engine.distill import SERVICE_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
-_SERVICE_KEYS = ("name", "dataset")
 TINY_DETECTOR = "timm/mobilenetv3_small_050"
 # Large enough that every level has anchors that match, small enough for a hundred and fifty steps in seconds.
 SYNC = Size(
@@ -56,7 +56,7 @@ class Example:
     def spec(self, *, seed: int) -> dict[str, Any]:
         """Return the job's spec, as a run reads it."""
         job = yaml.safe_load((ROOT / "examples" / "digits.yaml").read_text())
-        return {key: value for key, value in job.items() if key not in _SERVICE_KEYS} | {**self.changes, "seed": seed}
+        return {key: value for key, value in job.items() if key not in SERVICE_KEYS} | {**self.changes, "seed": seed}
 
 
 _TINY = {

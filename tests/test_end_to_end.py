@@ -22,9 +22,9 @@ from app.stack import broker_binary
 from examples import digits
 from tests.postgres import driver_url
 from tests.reference import coco_evaluation
+from worker.data.batch import to_float
 from worker.data.loader import read_picture
 from worker.detectors import load
-from worker.engine.evaluate import to_float
 
 DEFEAT = str(Path(sys.executable).with_name("defeat"))
 EXAMPLES = Path(__file__).parent.parent / "examples"

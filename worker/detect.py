@@ -14,8 +14,8 @@ from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes
 
 from worker import detectors
+from worker.data.batch import to_float
 from worker.data.loader import read_picture
-from worker.engine.evaluate import to_float
 from worker.report import RunError
 
 READABLE = 640  # pixels of the longer side below which a picture is enlarged before boxes are drawn

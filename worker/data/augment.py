@@ -17,11 +17,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from worker.data.batch import Sample
 from worker.data.resize import InputSize, moved, resize, resize_sample, resize_target
 from worker.detectors.base import Target
 from worker.engine.config import AugmentationConfig
-
-Sample = tuple[Tensor, Target]
 
 # Least share of a box's area that must be left by a cut, and least width and height in pixels.
 MIN_VISIBLE = 0.25

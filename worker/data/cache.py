@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worker.data.batch import aligned
+
 # At most this much of memory, and at most this share of what is free when a training starts.
 DEFAULT_LIMIT = 2 * 1024**3
 FREE_SHARE = 0.25
-_ALIGNMENT = 64  # bytes; a picture begins at a cache line
 
 
 def default_limit(processes: int = 1) -> int:
@@ -59,7 +60,7 @@ class PictureCache:
         self._starts: list[int] = []
         end = 0
         for height, width in self.sizes:
-            start, end = end, end + -(-3 * height * width // _ALIGNMENT) * _ALIGNMENT
+            start, end = end, end + aligned(3 * height * width)
             if end > limit:
                 end = start
                 break

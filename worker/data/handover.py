@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from worker.data.batch import ALIGNMENT, Batch, Part, Sample
+from worker.data.batch import Batch, Part, Sample, aligned
 
 _numbers = itertools.count()
 _by_number: "WeakValueDictionary[int, Slots]" = WeakValueDictionary()
@@ -53,12 +53,11 @@ class Slots:
     """Places for batches, which processes that are forked later share. Memory is taken when a place is first written.
 
     Attributes:
-        count: how many places.
         size: bytes of each.
     """
 
     def __init__(self, count: int, size: int) -> None:
-        self.count, self.size = count, -(-size // ALIGNMENT) * ALIGNMENT
+        self.size = aligned(size)
         self._memory = torch.frombuffer(mmap.mmap(-1, max(count * self.size, 1)), dtype=torch.uint8)
         self._number = next(_numbers)
         _by_number[self._number] = self

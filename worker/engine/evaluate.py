@@ -88,11 +88,6 @@ def _on_cpu(detections: Sequence[Detections]) -> list[Seen]:
     return [Seen(boxes=b, labels=c, scores=s) for b, c, s in zip(boxes, labels, scores, strict=True)]
 
 
-def to_float(image: Tensor, device: torch.device) -> Tensor:
-    """(3, H, W) uint8 -> float 0 to 1 on the device: bytes are a quarter of what would cross the bus otherwise."""
-    return image.to(device, non_blocking=True).float().div_(255)
-
-
 def coco_metrics(dataset: CanonicalDataset, split: Split, found: Mapping[int, Seen]) -> dict[str, Any]:
     """Return COCO's twelve metrics and per-class AP and AP50 of detections against a split's ground truth.
 

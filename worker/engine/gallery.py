@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from worker.data.batch import to_float
 from worker.data.canonical import Picture
 from worker.data.loader import PictureReader
 from worker.detectors.base import Detections, Detector
-from worker.engine.evaluate import to_float
 from worker.report import Reporter
 
 # Below this, boxes hide the picture more than they tell; the page's slider goes up from here.
