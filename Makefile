@@ -33,13 +33,13 @@ test: setup setup-browser lint types ## everything that needs no GPU and no minu
 	$(PYTEST)
 
 test-fast: setup ## unit tests only: no stack, no browser
-	$(PYTEST) tests/app tests/client tests/worker/data tests/worker/methods tests/worker/detectors --ignore tests/app/test_stack.py
+	$(PYTEST) tests/app tests/defeat/client tests/defeat/cli tests/defeat/engine/data tests/defeat/engine/methods tests/defeat/engine/detectors --ignore tests/app/stack --ignore tests/app/dashboard
 
 test-slow: setup ## what takes minutes: the demo, and blood cells where ../shared/data/bccd or DEFEAT_TEST_DATA is there
 	$(PYTEST) -m slow --timeout=3600 -rs
 
 test-storage: setup ## the API's and the supervisor's tests with their objects on an S3 server
-	$(PYTEST) --storage s3 tests/app tests/worker/test_supervisor.py --ignore tests/app/test_stack.py
+	$(PYTEST) --storage s3 tests/app tests/worker/test_supervisor.py --ignore tests/app/stack --ignore tests/app/dashboard
 
 test-faults: setup ## what must not happen to a job whatever breaks, in full: half an hour, one JSON object on the last line
 	@$(PYTEST) tests/faults -m '' --faults-long --timeout=3600 -rs
@@ -50,17 +50,17 @@ test-gpu: setup ## what needs a GPU
 bench: setup ## every benchmark in its short form; each prints one JSON object on its last line
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || true; done
 
-lint: setup ## ruff, import rules, and whether app/catalog.json is up to date
+lint: setup ## ruff, import rules, and whether app/specs/catalog.json is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
-	$(BIN)/python -m worker.catalog --check app/catalog.json
+	$(BIN)/python -m defeat.engine.catalog --check app/specs/catalog.json
 
 types: setup ## mypy
 	$(BIN)/mypy
 
-catalog: setup ## write app/catalog.json from the engine's configs
-	$(BIN)/python -m worker.catalog app/catalog.json
+catalog: setup ## write app/specs/catalog.json from the engine's configs
+	$(BIN)/python -m defeat.engine.catalog app/specs/catalog.json
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix

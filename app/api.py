@@ -5,14 +5,14 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.artifacts.endpoints import router as artifacts
-from app.auth import CurrentCaller
-from app.catalog import CatalogDep
 from app.checkpoints.endpoints import router as checkpoints
 from app.dashboard.endpoints import router as dashboard
 from app.datasets.endpoints import router as datasets
-from app.health import router as health
+from app.http.auth import CurrentCaller
+from app.http.dependencies import CatalogDep
+from app.http.health import router as health
+from app.http.problems import problems
 from app.jobs.endpoints import router as jobs
-from app.problems import problems
 from app.usage.endpoints import router as usage
 from app.workers.endpoints import router as workers
 

@@ -9,15 +9,15 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from app.auth import Caller
 from app.db import Database, update_count
 from app.errors import Conflict, NotFound, ServiceError
+from app.http.auth import Caller
+from app.http.uploads import Part, announced_length, discard, receive, store
 from app.models import Checkpoint, Dataset, Job
-from app.queue import Queue
+from app.queue.messages import Queue
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, QUEUED
 from app.storage import Storage
-from app.uploads import Part, announced_length, discard, receive, store
 from app.usage import quotas
 
 Asset = TypeVar("Asset", Dataset, Checkpoint)
@@ -75,7 +75,7 @@ async def upload(
     """Take the request's body as the content of a row that waits for it, and queue its check.
 
     Raises `NotFound`, `Conflict` if the row has its content (also where another upload was faster), `QuotaExceeded`,
-    and what `app.uploads.receive` raises; then the row still waits and the upload can be repeated.
+    and what `app.http.uploads.receive` raises; then the row still waits and the upload can be repeated.
     """
 
     def _check() -> None:

@@ -12,21 +12,22 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.utils import get_openapi
 from sqlalchemy.exc import DBAPIError
 
-from app import logs, problems, traces
+from app import logs, traces
 from app.api import ROUTERS
-from app.boundary import Boundary
 from app.db import Database
-from app.health import ReadinessCache
-from app.idempotency import forget_old
-from app.jobs.spec import JobSpec
+from app.http import problems
+from app.http.health import ReadinessCache
+from app.http.idempotency import forget_old
+from app.http.middleware import Boundary
+from app.http.problems import ProblemDocument
+from app.http.uploads import remove_abandoned
 from app.metrics import SWEEPS_FAILED, api_registry, serve
-from app.problems import ProblemDocument
-from app.queue import Queue
+from app.ops.sweep import sweep
+from app.queue.messages import Queue
 from app.retention import service as retention
 from app.settings import Settings, get_settings
+from app.specs.job import JobSpec
 from app.storage import Storage
-from app.sweep import sweep
-from app.uploads import remove_abandoned
 
 log = structlog.get_logger()
 

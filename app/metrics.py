@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from app.db import Database, now
 from app.logs import first_line
 from app.models import LEASED, Artifact, Checkpoint, Dataset, Job, Worker
-from app.scheduling import LeasedModel
+from app.queue.scheduling import LeasedModel
 from app.settings import Settings
 from app.states import ASSET_MOVES, JOB_MOVES
 

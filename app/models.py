@@ -99,7 +99,7 @@ class Worker(Base):
 
 
 class Leased:
-    """A row that a worker claims, renews and finishes: see `app.leases`.
+    """A row that a worker claims, renews and finishes: see `app.queue.leases`.
 
     `attempt` counts claims and is the fencing token: every write of a worker is conditional on the attempt it
     claimed, so one that lost its lease can change nothing. `losses` is what is held against the row: attempts in a

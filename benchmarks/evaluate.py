@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference import STATS, coco_evaluation, to_coco, to_results
-from worker.data.canonical import Box, CanonicalDataset, Picture
-from worker.engine.evaluate import Seen, coco_metrics
+from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.evaluation.evaluate import Seen, coco_metrics
+from tests.support.reference import STATS, coco_evaluation, to_coco, to_results
 
 GOAL = 8.0
 CLASSES, BOXES, DETECTIONS = 80, 7, 100

@@ -1,4 +1,4 @@
-"""The runs of `benchmarks.gain`: real run directories, each carried out once by `python -m worker.run`."""
+"""The runs of `benchmarks.gain`: real run directories, each carried out once by `python -m defeat.engine.run`."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gain_setups import Data, Setup, Spec
+from defeat.engine.data import canonical
 from examples import digits
-from worker.data import canonical
 
 # Where the blood cells are, if not in shared/data beside the checkout.
 DATA_VARIABLE = "DEFEAT_TEST_DATA"
@@ -41,7 +41,7 @@ def carry_out(directory: Path, kind: str, spec: Spec, inputs: Mapping[str, Any])
         started = time.monotonic()
         with (directory / "log.txt").open("wb") as log:
             subprocess.run(
-                [sys.executable, "-m", "worker.run", str(directory)],
+                [sys.executable, "-m", "defeat.engine.run", str(directory)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

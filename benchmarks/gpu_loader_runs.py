@@ -11,11 +11,11 @@ import torch
 from benchmarks.gpu_setups import Found, Setting
 from benchmarks.loader import write
 from benchmarks.step_time import CASES, CLOCK, Bench
-from worker.data.batch import Batch
-from worker.data.loader import PictureReader, TrainingBatches
-from worker.data.resize import InputSize
-from worker.engine.config import AugmentationConfig
-from worker.engine.numerics import numerics
+from defeat.engine.data.loading.batch import Batch
+from defeat.engine.data.loading.config import AugmentationConfig
+from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.numerics import numerics
 
 EPOCHS = 3
 WAIT_GOAL = 0.01  # of a step

@@ -22,8 +22,8 @@ from typing import Any, Final
 import torch
 
 from benchmarks.gpu_setups import FULL, ROOT, Example, Found, Setting, Skipped
+from defeat.engine.data import canonical
 from examples import digits
-from worker.data import canonical
 
 Spec = dict[str, Any]
 
@@ -65,7 +65,7 @@ def inputs(dataset: Path, device: str, *, resume: Path | None = None) -> Spec:
 
 
 class Run:
-    """One run in a process of its own, `python -m worker.run`, with one thread for what it does on the CPU.
+    """One run in a process of its own, `python -m defeat.engine.run`, with one thread for what it does on the CPU.
 
     Attributes:
         directory: its run directory.
@@ -79,7 +79,7 @@ class Run:
         (directory / "run.json").write_text(json.dumps(request))
         with (directory / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.run", str(directory)],
+                [sys.executable, "-m", "defeat.engine.run", str(directory)],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,

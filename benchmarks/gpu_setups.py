@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from benchmarks.step_time import GPU, Size
-from worker.engine.distill import SERVICE_KEYS
+from defeat.engine.training.distill import SERVICE_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_DETECTOR = "timm/mobilenetv3_small_050"

@@ -31,11 +31,11 @@ from benchmarks.step_time import (
     make_step,
     timed,
 )
-from worker.data.batch import Batch
-from worker.engine.numerics import PRECISIONS, Precision, numerics
-from worker.engine.step import Step
-from worker.methods import METHODS
-from worker.methods.base import Clock
+from defeat.engine.data.loading.batch import Batch
+from defeat.engine.methods import METHODS
+from defeat.engine.methods.base import Clock
+from defeat.engine.numerics import PRECISIONS, Precision, numerics
+from defeat.engine.training.step import Step
 
 FAMILIES = ("retinanet", "faster_rcnn")
 HALF_GOAL = 1.6  # bfloat16 with channels_last over tf32, by the speed of a step
@@ -58,7 +58,7 @@ MEASURED, ORDINARY = (Clock(step=step, steps=1000, epoch=0, epochs=1) for step i
 
 
 def _place(frame: FrameType | None) -> str:
-    """Return whose code runs in `frame`, and its file and line: "method: worker/methods/cwd.py:40", or "detector: …".
+    """Return whose code runs in `frame`, its file and line: "method: defeat/engine/methods/cwd.py:40" or "detector: …".
 
     "backward" is torch's own part of a backward pass; "other" is neither a method's, a detector's nor the engine's.
     """

@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from worker import detectors
-from worker.data.batch import Batch
-from worker.data.canonical import Box, Picture
-from worker.data.loader import PictureReader, TrainingBatches
-from worker.data.resize import InputSize
-from worker.engine.config import AugmentationConfig, ScheduleConfig
+from defeat.engine import detectors
+from defeat.engine.data.canonical import Box, Picture
+from defeat.engine.data.loading.batch import Batch
+from defeat.engine.data.loading.config import AugmentationConfig
+from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.training.config import ScheduleConfig
 
 GOAL = 2.0
 HEIGHT, WIDTH = 960, 1280

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from worker.methods import losses
-from worker.methods.losses import decoupled_feature_loss
-from worker.methods.masks import BACKGROUND, OBJECT, cell_kinds, cells_inside, object_masks
+from defeat.engine.methods import losses
+from defeat.engine.methods.losses import decoupled_feature_loss
+from defeat.engine.methods.masks import BACKGROUND, OBJECT, cell_kinds, cells_inside, object_masks
 
 SPEED_GOAL = 5.0  # times as fast as the plain form
 MEMORY_GOAL = 1.3  # times the bytes of the student's pyramid

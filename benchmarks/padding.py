@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from worker.data.order import BatchOrder
-from worker.data.resize import InputSize
+from defeat.engine.data.loading.order import BatchOrder
+from defeat.engine.data.loading.resize import InputSize
 
 GOAL = 1.10
 BATCH_SIZES = (2, 4, 8, 16)

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from client.sdk import Client
+from defeat.client.client import Client
 
 GOAL_MS: Final = 50.0
 IDLE_S: Final = 0.3

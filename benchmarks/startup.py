@@ -30,9 +30,9 @@ import numpy as np
 from PIL import Image
 
 from app.models import Job
-from tests.worker.support.world import World
-from worker.data import canonical
-from worker.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.data import canonical
+from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from tests.support.worker_world import World
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 

@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker import detectors, methods
-from worker.data.batch import Batch
-from worker.data.resize import InputSize
-from worker.detectors import Detector, Target
-from worker.engine.config import ScheduleConfig
-from worker.engine.health import MEASURE_EVERY
-from worker.engine.numerics import PRECISIONS, numerics
-from worker.engine.step import Step
-from worker.engine.world import World
-from worker.methods.base import Clock
+from defeat.engine import detectors, methods
+from defeat.engine.data.loading.batch import Batch
+from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.detectors import Detector, Target
+from defeat.engine.methods.base import Clock
+from defeat.engine.numerics import PRECISIONS, numerics
+from defeat.engine.training.config import ScheduleConfig
+from defeat.engine.training.health import MEASURE_EVERY
+from defeat.engine.training.process_group import World
+from defeat.engine.training.step import Step
 
 CLASSES = [f"class {number}" for number in range(80)]
 CLOCK = Clock(step=100, steps=1000, epoch=0, epochs=1)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.queue_latency import stack
-from client.specs import load_spec
+from defeat.client.specs import load_spec
 from examples import digits
 
 GOAL: Final = 0.01

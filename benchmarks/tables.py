@@ -27,18 +27,18 @@ from sqlalchemy import text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
-from app import leases
 from app.artifacts import service as artifacts
 from app.artifacts.schemas import ArtifactOut
-from app.auth import Caller
 from app.db import Database, update_count
+from app.http.auth import Caller
+from app.http.pagination import PageQuery, encode_cursor, page_of
 from app.jobs import repository, service
 from app.jobs.schemas import EvaluationOut, JobOut
 from app.migrate import upgrade
 from app.models import Job
-from app.pagination import PageQuery, encode_cursor, page_of
-from app.scheduling import Offer
-from tests import postgres
+from app.queue import leases
+from app.queue.scheduling import Offer
+from tests.support import postgres
 
 GOAL: Final = 1.5
 SMALL: Final = 1000

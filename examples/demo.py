@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from client.console import Output
-from client.sdk import Client, ClientError
-from client.specs import load_spec
-from client.watching import JobView, show_results
+from defeat.cli.console import Output
+from defeat.cli.watching import JobView, show_results
+from defeat.client.client import Client, ClientError
+from defeat.client.specs import load_spec
+from defeat.engine.detect import detect
+from defeat.engine.report import RunError
 from examples import digits
-from worker.detect import detect
-from worker.report import RunError
 
 HOME = Path(".demo")
 SPEC = Path(__file__).with_name("digits.yaml")

@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from app.db import Database
 from app.migrate import upgrade
 from app.models import Base
-from tests import postgres, s3
+from tests.support import postgres, s3
 
 # One thread for torch, here and in every run that a test starts: on tensors this small a second thread costs more than
 # it brings, and beside another busy process it waits for it, by spinning, for minutes.

@@ -21,22 +21,22 @@ from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 from starlette.testclient import TestClient
 
-from app.auth import SESSION_COOKIE, make_session
-from app.bodies import MAX_ERRORS
 from app.db import Database
+from app.http.auth import SESSION_COOKIE, make_session
 from app.keys.service import create_key
 from app.main import create_app
 from app.models import ApiKey
+from app.request_models import MAX_ERRORS
 from app.settings import MIB, Settings
-from tests.app import seed
+from defeat.engine import detectors
+from defeat.engine.detectors.faster_rcnn import FasterRCNNConfig
+from defeat.engine.report import RunError
+from defeat.engine.training.config import ScheduleConfig
 from tests.app.conftest import ONE_DATABASE, RecordingQueue
-from tests.waiting import until
-from tests.worker.data.builders import put, tar_with, voc, zip_of
-from tests.worker.support_engine import CLASSES, TINY
-from worker import detectors
-from worker.detectors.faster_rcnn import FasterRCNNConfig
-from worker.engine.config import ScheduleConfig
-from worker.report import RunError
+from tests.support import rows as seed
+from tests.support.datasets import put, tar_with, voc, zip_of
+from tests.support.training import CLASSES, TINY
+from tests.support.waiting import until
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Context

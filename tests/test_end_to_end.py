@@ -18,13 +18,13 @@ import pytest
 import torch
 import yaml
 
-from app.stack import broker_binary
+from app.stack.embedded import broker_binary
+from defeat.engine.data.loading.batch import to_float
+from defeat.engine.data.loading.loader import read_picture
+from defeat.engine.detectors import load
 from examples import digits
-from tests.postgres import driver_url
-from tests.reference import coco_evaluation
-from worker.data.batch import to_float
-from worker.data.loader import read_picture
-from worker.detectors import load
+from tests.support.postgres import driver_url
+from tests.support.reference import coco_evaluation
 
 DEFEAT = str(Path(sys.executable).with_name("defeat"))
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -23,11 +23,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from app.db import Database
 from app.keys.service import create_key
 from app.models import Dataset
-from app.processes import dies_with_parent
 from app.settings import Settings
-from app.stack import broker_binary, broker_command
-from tests.waiting import until
-from tests.worker.support.world import World
+from app.stack.embedded import broker_binary, broker_command
+from app.stack.processes import dies_with_parent
+from tests.support.waiting import until
+from tests.support.worker_world import World
 
 CALLERS_TRACE, CALLERS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -195,7 +195,7 @@ def test_an_attempt_that_is_cut_short_is_exported_before_the_worker_ends(
     world: World, start: Start, collector: Collector
 ) -> None:
     job = world.job(["event", "progress", "teacher", {"fraction": 0.1}], ["until_told"], ["finish", "cancelled", {}])
-    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs")
+    command = ("-m", "tests.support.scripted_worker", "--queues", "jobs")
     traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "600000"}
     worker = start(sys.executable, *command, **traced)
     until(lambda: world.now(job).status == "running")

@@ -2,7 +2,7 @@
 
 A message wakes a worker up and is acknowledged at once; the lease in the database guards the work, so nothing here
 depends on the broker to remember a task that runs. What the worker then works on is the row that is next for it (see
-`app.scheduling`). A message that wakes one which cannot meet its row's demands goes on to the others that wait.
+`app.queue.scheduling`). A message that wakes one which cannot meet its row's demands goes on to the others that wait.
 """
 
 import os
@@ -29,15 +29,16 @@ from celery.worker import state
 from celery.worker.control import inspect_command
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import logs, scheduling, traces
+from app import logs, traces
 from app.db import Database
 from app.metrics import SWEEPS_FAILED
 from app.models import LEASED, Worker
-from app.queue import BROKER_ERRORS, WORKER_COMMAND, Queue
-from app.scheduling import Offer
+from app.ops.sweep import sweep
+from app.queue import scheduling
+from app.queue.messages import BROKER_ERRORS, WORKER_COMMAND, Queue
+from app.queue.scheduling import Offer
 from app.settings import get_settings
 from app.storage import Storage
-from app.sweep import sweep
 from app.workers import registry, repository
 from worker import metrics
 from worker.hardware import describe

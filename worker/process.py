@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from app.processes import dies_with_parent
+from app.stack.processes import dies_with_parent
+from defeat.engine.report import RunError
 from worker.hardware import memory_kills
-from worker.report import RunError
 
-RUN_COMMAND: Final = (sys.executable, "-m", "worker.run")
+RUN_COMMAND: Final = (sys.executable, "-m", "defeat.engine.run")
 HOST_OUT_OF_MEMORY: Final = "host_out_of_memory"
 """The code of the failure of a run that the kernel killed for memory."""
 
@@ -39,7 +39,7 @@ def run_environment() -> dict[str, str]:
 class RunProcess:
     """A run, started as `command + [directory]` in its own session; it dies with this process.
 
-    What it prints goes to `log`. Start it from the main thread: see `app.processes.dies_with_parent`.
+    What it prints goes to `log`. Start it from the main thread: see `app.stack.processes.dies_with_parent`.
     """
 
     def __init__(self, command: Sequence[str], directory: Path, *, log: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from app.processes import Locked, locked
+from app.stack.processes import Locked, locked
 from app.storage import check_key
 
 MAX_LINE_BYTES = 1024 * 1024

@@ -19,20 +19,20 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from app import leases
 from app.db import now
-from app.leases import LeaseLost, Row
 from app.logs import first_line
-from app.processes import locked
-from app.scheduling import Offer
+from app.queue import leases
+from app.queue.leases import LeaseLost, Row
+from app.queue.scheduling import Offer
+from app.stack.processes import locked
 from app.states import CANCELLING, PAUSED, PAUSING, QUEUED
 from app.storage import Stored
 from app.traces import span
+from defeat.engine.report import FailureClass, RunError
 from worker import metrics
 from worker.attempts import attempt, ended
-from worker.keeper import CheckpointKeeper
+from worker.checkpoint_uploader import CheckpointKeeper
 from worker.process import RUN_COMMAND, RunProcess
-from worker.report import FailureClass, RunError
 from worker.retry import PASSING, another, explained, pause_s, worker_error
 from worker.rundir import BadResult, CheckpointOffer, Event, Message, RunDirectory, remove_dead_runs
 from worker.tasks.base import Adapter, Context, Outcome, Request

@@ -2,14 +2,14 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app import downloads
 from app.artifacts import service
 from app.artifacts.schemas import ArtifactOut
-from app.auth import CurrentCaller
-from app.dependencies import DatabaseDep, StorageDep
 from app.errors import NotFound, RangeNotSatisfiable
-from app.pagination import Page
-from app.problems import problems
+from app.http import downloads
+from app.http.auth import CurrentCaller
+from app.http.dependencies import DatabaseDep, StorageDep
+from app.http.pagination import Page
+from app.http.problems import problems
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"])
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from app.artifacts import repository
-from app.auth import Caller
 from app.errors import NotFound
+from app.http.auth import Caller
 from app.jobs import service as jobs
 from app.models import Artifact
 

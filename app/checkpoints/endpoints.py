@@ -4,18 +4,18 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from app import assets, downloads
-from app.auth import CrossSite, CurrentCaller
-from app.catalog import CatalogDep
+from app import assets
 from app.checkpoints import repository, service
 from app.checkpoints.schemas import CheckpointCreate, CheckpointOut
 from app.datasets.endpoints import RAW_BODY, UPLOAD_PROBLEMS
-from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge, RangeNotSatisfiable
-from app.idempotency import IdempotencyHeader, KeyReused, once
+from app.http import downloads
+from app.http.auth import CrossSite, CurrentCaller
+from app.http.dependencies import CatalogDep, DatabaseDep, QueueDep, SettingsDep, StorageDep
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.pagination import Page, PageQuery, page_of, page_query
+from app.http.problems import problems
 from app.models import Checkpoint
-from app.pagination import Page, PageQuery, page_of, page_query
-from app.problems import problems
 from app.usage.quotas import QuotaBusy
 
 router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])

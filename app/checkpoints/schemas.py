@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
-from app.bodies import Body, Name
+from app.http.schemas import AssetStatus, Resource
 from app.models import Leased
-from app.schemas import AssetStatus, Resource
+from app.request_models import Body, Name
 
 
 def _distinct(classes: list[str] | None) -> list[str] | None:

@@ -8,22 +8,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import assets
-from app.auth import Caller
-from app.bodies import invalid
-from app.catalog import Catalog
 from app.checkpoints import repository
 from app.checkpoints.schemas import CheckpointCreate
 from app.db import Database, after_commit, utcnow
 from app.errors import Conflict
+from app.http.auth import Caller
+from app.http.uploads import discard_prefix
 from app.ids import new_id
 from app.logs import first_line
 from app.models import Checkpoint, Job
+from app.request_models import invalid
 from app.settings import Settings
+from app.specs.catalog import Catalog
+from app.specs.validation import check_detector
 from app.states import AWAITING_UPLOAD, CHECKING, JOB_TERMINAL, READY
 from app.storage import Storage
-from app.uploads import discard_prefix
 from app.usage import quotas
-from app.validation import check_detector
 
 log = structlog.get_logger()
 

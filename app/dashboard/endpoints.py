@@ -6,24 +6,17 @@ import yaml
 from fastapi import APIRouter, Depends, Form, Header, Query, Request, Response
 from pydantic import BaseModel
 
-from app.auth import (
-    SESSION_COOKIE,
-    SESSION_S,
-    CurrentCaller,
-    check_same_origin,
-    find_caller,
-    start_session,
-)
-from app.bodies import Line
 from app.dashboard import assets
 from app.dashboard.pages import HOME, PageRoute, own_page, redirect, render
 from app.datasets.endpoints import get_dataset, list_datasets
-from app.dependencies import DatabaseDep, SettingsDep
 from app.errors import NotFound
+from app.http.auth import SESSION_COOKIE, SESSION_S, CurrentCaller, check_same_origin, find_caller, start_session
+from app.http.dependencies import DatabaseDep, SettingsDep
+from app.http.pagination import PageQuery, page_query
+from app.http.problems import problems
 from app.jobs.endpoints import get_job, list_jobs
 from app.jobs.schemas import JobStatus
-from app.pagination import PageQuery, page_query
-from app.problems import problems
+from app.request_models import Line
 from app.states import JOB_MOVES
 from app.workers.endpoints import list_workers
 

@@ -11,10 +11,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from app.auth import SESSION_COOKIE
 from app.dashboard import assets
 from app.errors import ServiceError, Unauthorized
-from app.problems import as_service_error
+from app.http.auth import SESSION_COOKIE
+from app.http.problems import as_service_error
 
 # No inline script or style at all. Pictures are artifacts of this origin.
 CONTENT_SECURITY_POLICY: Final = "; ".join(

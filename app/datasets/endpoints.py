@@ -5,17 +5,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from app import assets
-from app.auth import CrossSite, CurrentCaller
 from app.datasets import repository, service
 from app.datasets.references import ReferenceNotAllowed
 from app.datasets.schemas import DatasetCreate, DatasetOut, ReportOut
-from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge, StorageFull, UploadIncomplete
-from app.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.auth import CrossSite, CurrentCaller
+from app.http.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.pagination import Page, PageQuery, page_of, page_query
+from app.http.problems import problems
+from app.http.uploads import BadDigest, EmptyUpload, UploadTooLarge
 from app.models import Dataset
-from app.pagination import Page, PageQuery, page_of, page_query
-from app.problems import problems
-from app.uploads import BadDigest, EmptyUpload, UploadTooLarge
 from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])

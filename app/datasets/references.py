@@ -3,8 +3,8 @@
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from app.bodies import problem
 from app.errors import Invalid
+from app.request_models import problem
 from app.settings import Settings
 
 

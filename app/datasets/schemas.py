@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.bodies import Body, Name
+from app.http.schemas import AssetStatus, Resource
 from app.models import Leased
-from app.schemas import AssetStatus, Resource
+from app.request_models import Body, Name
 
 
 class UploadSource(Body):

@@ -3,19 +3,19 @@
 from sqlalchemy.orm import Session
 
 from app import assets
-from app.auth import Caller
 from app.datasets import repository
 from app.datasets.references import check_reference
 from app.datasets.schemas import DatasetCreate, ReferenceSource
 from app.db import after_commit
 from app.errors import Conflict, NotFound
+from app.http.auth import Caller
+from app.http.uploads import discard_prefix
 from app.ids import new_id
 from app.models import Dataset
-from app.queue import Queue
+from app.queue.messages import Queue
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, CHECKING, QUEUED
 from app.storage import Storage
-from app.uploads import discard_prefix
 from app.usage import quotas
 
 

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Query, Response
 from sqlalchemy.orm import Session
 
-from app.auth import CrossSite, CurrentCaller
-from app.bodies import Name
-from app.catalog import CatalogDep
 from app.checkpoints.service import CheckpointNotReady
-from app.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
-from app.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.auth import CrossSite, CurrentCaller
+from app.http.dependencies import CatalogDep, DatabaseDep, QueueDep, SettingsDep, StorageDep
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.pagination import Page, PageQuery, page_of, page_query
+from app.http.problems import problems
 from app.jobs import lifecycle, repository, service
 from app.jobs.resolve import DatasetNotReady, resolve
 from app.jobs.schemas import (
@@ -27,8 +27,7 @@ from app.jobs.schemas import (
     ValidatedOut,
 )
 from app.models import Job
-from app.pagination import Page, PageQuery, page_of, page_query
-from app.problems import problems
+from app.request_models import Name
 from app.settings import Settings
 from app.usage.quotas import QuotaBusy, QuotaExceeded
 

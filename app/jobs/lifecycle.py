@@ -9,15 +9,16 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app import assets
-from app.auth import Caller
 from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import named
 from app.db import after_commit, now
 from app.errors import Conflict
+from app.http.auth import Caller
+from app.http.uploads import discard
 from app.jobs import repository
 from app.jobs.schemas import RetryFrom
 from app.models import Job
-from app.queue import Queue
+from app.queue.messages import Queue
 from app.settings import Settings
 from app.states import (
     CANCELLED,
@@ -32,7 +33,6 @@ from app.states import (
     check_move,
 )
 from app.storage import Storage
-from app.uploads import discard
 from app.usage import quotas
 
 AT_REST = frozenset({QUEUED, PAUSED})

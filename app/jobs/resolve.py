@@ -8,22 +8,22 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app.assets import checked_id
-from app.bodies import Problem, invalid, pointer, problem, problems_of, show
-from app.catalog import Catalog
 from app.checkpoints import repository as checkpoints
 from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
-from app.jobs.classes import CLASS_MAP, class_problems, unknown_class_problems
-from app.jobs.initial import tensor_problems
-from app.jobs.methods import Chosen, check_methods
-from app.jobs.pairing import pair_problems
-from app.jobs.spec import JobSpec
-from app.jobs.training import training_problems
 from app.models import Checkpoint, Dataset
+from app.request_models import Problem, invalid, pointer, problem, problems_of, show
 from app.settings import Settings
+from app.specs.catalog import Catalog
+from app.specs.classes import CLASS_MAP, class_problems, unknown_class_problems
+from app.specs.initial_weights import tensor_problems
+from app.specs.job import JobSpec
+from app.specs.methods import Chosen, check_methods
+from app.specs.pairing import pair_problems
+from app.specs.training import training_problems
+from app.specs.validation import Path, Section, check_detector, check_section, unknown_choice
 from app.states import AWAITING_UPLOAD, READY
-from app.validation import Path, Section, check_detector, check_section, unknown_choice
 
 # An error with one of these codes that comes alone gives the whole answer its code.
 RULES = frozenset(

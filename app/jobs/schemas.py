@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.bodies import Body
+from app.http.schemas import Resource
 from app.models import MAX_PRIORITY, JobEvent, Leased
-from app.schemas import Resource
+from app.request_models import Body
 
 JobStatus = Literal[
     "queued", "preparing", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"

@@ -7,9 +7,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app import assets
-from app.auth import Caller
-from app.catalog import Catalog
 from app.errors import Conflict, Forbidden
+from app.http.auth import Caller
+from app.http.pagination import Page, bad_cursor
 from app.ids import new_id
 from app.jobs import repository
 from app.jobs.durations import recipe_of, workload_of
@@ -17,9 +17,9 @@ from app.jobs.resolve import resolve
 from app.jobs.schemas import EVENT_PREFIX, EventOut, JobOut, MetricOut, MetricsOut
 from app.jobs.waiting import Waiting
 from app.models import Job
-from app.pagination import Page, bad_cursor
-from app.queue import Queue
+from app.queue.messages import Queue
 from app.settings import Settings
+from app.specs.catalog import Catalog
 from app.states import JOB_TERMINAL, QUEUED
 from app.usage import quotas
 

@@ -16,7 +16,7 @@ from app.db import now
 from app.jobs.durations import Durations, Spread
 from app.jobs.schemas import QueueOut
 from app.models import Job, Tenant, Worker
-from app.scheduling import Offer, due, in_work, served
+from app.queue.scheduling import Offer, due, in_work, served
 from app.settings import Settings
 from app.states import QUEUED
 from app.workers import registry, repository

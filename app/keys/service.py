@@ -2,9 +2,9 @@
 
 from sqlalchemy.orm import Session
 
-from app.auth import hash_key, new_key
 from app.db import utcnow
 from app.errors import NotFound
+from app.http.auth import hash_key, new_key
 from app.ids import new_id
 from app.keys import repository
 from app.models import MAX_PRIORITY, ApiKey, Tenant

@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from app.checkpoints.repository import NAMED_AT, jobs_using
 from app.db import after_commit, update_count, utcnow
+from app.http.uploads import discard, discard_prefix
 from app.models import Checkpoint, Dataset, Job, Leased
 from app.settings import Settings
 from app.states import AWAITING_UPLOAD, FAILED, JOB_TERMINAL, READY
 from app.storage import Storage
-from app.uploads import discard, discard_prefix
 
 LIMIT: Final = 200
 """Rows that a rule takes at once."""

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter
 
-from app.auth import CurrentCaller
-from app.dependencies import DatabaseDep, SettingsDep
-from app.problems import problems
+from app.http.auth import CurrentCaller
+from app.http.dependencies import DatabaseDep, SettingsDep
+from app.http.problems import problems
 from app.usage import service
 from app.usage.schemas import UsageOut
 

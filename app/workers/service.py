@@ -4,9 +4,9 @@ from datetime import timedelta
 
 from sqlalchemy.orm import Session
 
-from app.auth import Caller
 from app.db import now
 from app.errors import NotFound
+from app.http.auth import Caller
 from app.settings import Settings
 from app.workers import repository
 from app.workers.schemas import WorkerOut, WorkingOn

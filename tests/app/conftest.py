@@ -9,15 +9,15 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from app.catalog import Catalog, load_catalog
 from app.db import Database
 from app.keys.service import create_key
 from app.main import create_app
 from app.models import Leased
-from app.queue import Queue
+from app.queue.messages import Queue
 from app.settings import MIB, Settings
+from app.specs.catalog import Catalog, load_catalog
 from app.storage import Storage
-from tests.app.catalog import CATALOG
+from tests.support.catalog import CATALOG
 
 # For the many cases of one rule that no database has a part in.
 ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -11,8 +11,8 @@ from sqlalchemy.exc import OperationalError, StatementError
 from app import db
 from app.db import Database, after_commit, make_engine, update_count
 from app.models import Job, JobEvent, Tenant
-from tests.app import seed
-from tests.racing import race
+from tests.support import rows as seed
+from tests.support.racing import race
 
 
 @pytest.fixture

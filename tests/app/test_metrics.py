@@ -16,11 +16,11 @@ from app import metrics
 from app.db import Database, utcnow
 from app.metrics import Kept, ServiceCollector
 from app.models import Dataset, Job
+from app.ops.sweep import sweep
 from app.settings import Settings
-from app.sweep import sweep
-from tests.app import seed
 from tests.app.conftest import ONE_DATABASE, RecordingQueue, Tenant
-from tests.app.test_workers import worker
+from tests.app.workers.test_workers import worker
+from tests.support import rows as seed
 
 Samples = dict[tuple[str, tuple[str, ...]], float]
 

@@ -6,7 +6,7 @@ from sqlalchemy import inspect
 from app.db import make_engine
 from app.migrate import downgrade, upgrade
 from app.models import Base
-from tests.racing import race
+from tests.support.racing import race
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -8,9 +8,9 @@ import pytest
 from benchmarks import gain, gain_runs
 from benchmarks.gain_runs import RunFailed, carry_out, prepare_data
 from benchmarks.gain_setups import Architecture, Data, methods, quick, setup
-from worker import detectors
-from worker import methods as engine_methods
-from worker.data import canonical
+from defeat.engine import detectors
+from defeat.engine import methods as engine_methods
+from defeat.engine.data import canonical
 
 BASELINE = gain.Summary(mean=0.2, lowest=0.18, highest=0.22, deviation=0.02)
 BETTER = gain.Summary(mean=0.3, lowest=0.27, highest=0.32, deviation=0.026)

@@ -14,7 +14,7 @@ from benchmarks.gpu_runs import CPU_AP, Run, RunFailed, in_spread
 from benchmarks.gpu_setups import FULL, SMALL, TINY, Clock, Found, Part, Setting, Skipped
 from benchmarks.gpu_step_runs import by_group, distillations, kept_bytes, union_length, waits
 from benchmarks.step_time import CASES, CLOCK, Bench, make_batch
-from worker.engine.config import JobConfig
+from defeat.engine.training.config import JobConfig
 
 CPU = torch.device("cpu")
 
@@ -138,14 +138,14 @@ def test_a_run_that_fails_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("file", "places"),
     [
-        ("/x/worker/methods/defeat.py", {"method: worker/methods/defeat.py:2": 2}),
-        ("/x/worker/detectors/faster_rcnn.py", {"detector: worker/detectors/faster_rcnn.py:2": 2}),
+        ("/x/worker/methods/defeat.py", {"method: defeat/engine/methods/defeat.py:2": 2}),
+        ("/x/worker/detectors/faster_rcnn.py", {"detector: defeat/engine/detectors/faster_rcnn.py:2": 2}),
         ("/lib/torchvision/ops/poolers.py", {"detector: torchvision/ops/poolers.py:2": 2}),
         ("/lib/torch/autograd/__init__.py", {"backward": 2}),
         # Of neither: the caller's.
         (
             "/lib/torch/nn/functional.py",
-            {"engine: worker/engine/train.py:2": 1, "engine: worker/engine/train.py:3": 1},
+            {"engine: defeat/engine/training/train.py:2": 1, "engine: defeat/engine/training/train.py:3": 1},
         ),
     ],
 )
@@ -189,14 +189,16 @@ def test_batches_differ_by_a_byte_or_not_at_all():
     ("family", "beyond", "met"),
     [
         ("retinanet", {}, True),
-        ("retinanet", {"method: worker/methods/cwd.py:9": 1}, False),
+        ("retinanet", {"method: defeat/engine/methods/cwd.py:9": 1}, False),
         ("retinanet", {"detector: torchvision/ops/poolers.py:213": 4}, False),
-        ("retinanet", {"engine: worker/engine/step.py:150": 1}, False),
+        ("retinanet", {"engine: defeat/engine/training/step.py:150": 1}, False),
         ("retinanet", {"backward": 1}, False),
     ],
 )
 def test_a_step_that_waits_more_than_the_baseline_misses_the_goal(tmp_path, monkeypatch, family, beyond, met):
-    alone = Counter({"engine: worker/engine/step.py:155": 1, "detector: torchvision/models/detection/x.py:1": 5})
+    alone = Counter(
+        {"engine: defeat/engine/training/step.py:155": 1, "detector: torchvision/models/detection/x.py:1": 5}
+    )
     counts = iter([alone, *[alone + Counter(beyond)] * 100])
     monkeypatch.setattr(gpu_step_runs, "_counted", lambda *_: ((found := next(counts)), found, True))
     found = gpu_step_runs.syncs(setting_for(tmp_path), family, "float32")
@@ -206,7 +208,10 @@ def test_a_step_that_waits_more_than_the_baseline_misses_the_goal(tmp_path, monk
 
 
 def test_what_torchvisions_heads_wait_for_is_allowed_to_defeat_alone(tmp_path, monkeypatch):
-    alone, heads = Counter({"engine: worker/engine/step.py:155": 1}), Counter({"detector: torchvision/ops/x.py:2": 4})
+    alone, heads = (
+        Counter({"engine: defeat/engine/training/step.py:155": 1}),
+        Counter({"detector: torchvision/ops/x.py:2": 4}),
+    )
 
     def _counted(step, _batch):
         found = alone + heads if type(step.losses.method).__name__ == "Defeat" else alone

@@ -17,11 +17,11 @@ import compose_spec
 import pytest
 import yaml
 
-from app.processes import dies_with_parent
 from app.settings import Settings
-from tests.app.test_queue import _broker
+from app.stack.processes import dies_with_parent
+from tests.app.queue.test_messages import _broker
 from tests.conftest import REPOSITORY
-from tests.waiting import until
+from tests.support.waiting import until
 
 COMPOSE = REPOSITORY / "docker-compose.yml"
 DOCUMENT: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
@@ -155,7 +155,7 @@ def test_the_commands_run_by_hand(services: dict[str, str], tmp_path: Path) -> N
             until(lambda port=port: answers(f"http://127.0.0.1:{port}/metrics"))
             health = Image("api" if name == "api" else "worker").health
             assert _run(_command(health, port), dict(os.environ)).returncode == 0
-        doctor = _run([sys.executable, "-m", "app.doctor"], _environment("api", 9100))
+        doctor = _run([sys.executable, "-m", "app.ops.doctor"], _environment("api", 9100))
         assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     finally:
         for process in processes:

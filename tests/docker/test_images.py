@@ -53,9 +53,11 @@ def test_the_install_steps_of_an_image(target: str, torch: bool, tmp_path: Path)
         command = [venv / "bin" / "python", "-c", code]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
-    assert _python("import app.main, app.migrate, app.doctor, app.keys; print(app.main.__file__)").startswith(str(venv))
+    assert _python("import app.main, app.migrate, app.ops.doctor, app.keys; print(app.main.__file__)").startswith(
+        str(venv)
+    )
     assert _python("from importlib.util import find_spec; print(bool(find_spec('torch')))").strip() == str(torch)
     migrated = f"import app.migrate as m; m.upgrade('sqlite:///{tmp_path}/db.sqlite3')"
     assert _python(migrated) == ""
     if torch:
-        _python("import worker.main, worker.run, worker.engine.distill")
+        _python("import worker.main, defeat.engine.run, defeat.engine.training.distill")

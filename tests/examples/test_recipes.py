@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from client.specs import load_spec
-from tests.worker.support_engine import run, shapes, write_run
-from worker import detectors
-from worker.engine.config import JobConfig
-from worker.engine.distill import SERVICE_KEYS
-from worker.methods import METHODS
+from defeat.client.specs import load_spec
+from defeat.engine import detectors
+from defeat.engine.methods import METHODS
+from defeat.engine.training.config import JobConfig
+from defeat.engine.training.distill import SERVICE_KEYS
+from tests.support.training import run, shapes, write_run
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 SMALL = {"backbone": "timm/mobilenetv3_small_050", "pyramid_channels": 8, "min_size": 64, "max_size": 96}

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.specs import load_spec
-from tests.worker.support_engine import CLASSES
-from worker import detectors, methods
-from worker.detectors import DETECTORS
-from worker.engine.config import JobConfig
-from worker.engine.distill import SERVICE_KEYS
-from worker.engine.trainable import require_trainable
+from defeat.client.specs import load_spec
+from defeat.engine import detectors, methods
+from defeat.engine.detectors import DETECTORS
+from defeat.engine.training.config import JobConfig
+from defeat.engine.training.distill import SERVICE_KEYS
+from defeat.engine.training.trainable import require_trainable
+from tests.support.training import CLASSES
 
 SPECS = sorted((Path(__file__).parents[2] / "examples" / "specs").glob("*.yaml"))
 

@@ -3,9 +3,9 @@
 import sys
 
 from app.db import Database
-from app.leases import claim_next
 from app.models import Job
-from app.scheduling import Offer
+from app.queue.leases import claim_next
+from app.queue.scheduling import Offer
 
 
 def main(name: str, url: str) -> None:

@@ -18,12 +18,12 @@ import psutil
 from app.db import Database
 from app.keys.service import DEFAULT_TENANT, create_key, first_key
 from app.migrate import upgrade
-from app.processes import dies_with_parent
 from app.settings import Settings
-from app.stack import broker_binary, broker_command
-from client.sdk import Client
-from tests import postgres, s3
-from tests.waiting import until
+from app.stack.embedded import broker_binary, broker_command
+from app.stack.processes import dies_with_parent
+from defeat.client.client import Client
+from tests.support import postgres, s3
+from tests.support.waiting import until
 
 ADDRESS = "127.0.0.1"
 START_S = 60.0
@@ -110,7 +110,7 @@ def _children(pid: int) -> list[psutil.Process]:
 
 def _is_run(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return "worker.run" in process.cmdline()
+        return "defeat.engine.run" in process.cmdline()
     return False
 
 
@@ -224,7 +224,7 @@ class Cluster:
         found = {}
         for process in psutil.process_iter(["cmdline", "ppid"]):
             command = process.info["cmdline"] or []
-            if "worker.run" in command and str(self.folder) in command[-1]:
+            if "defeat.engine.run" in command and str(self.folder) in command[-1]:
                 job, _, attempt = Path(command[-1]).name.partition("-")
                 found[process.pid] = process.info["ppid"], (job, int(attempt))
         # What a run starts looks like the run until it is another program: torch's import asks `ldconfig`.

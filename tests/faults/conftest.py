@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.work import Report, Work
-from tests.postgres import NoPostgres
+from tests.support.postgres import NoPostgres
 
 _FOUND = pytest.StashKey["Found"]()
 

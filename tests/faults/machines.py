@@ -18,7 +18,7 @@ import psutil
 
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.work import EPOCHS, Work
-from tests.waiting import until
+from tests.support.waiting import until
 
 SERVICES: Final = "10.77.0.1"
 

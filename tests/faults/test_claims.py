@@ -5,8 +5,8 @@ import sys
 
 from app.db import Database
 from app.models import Job, Tenant
-from tests.app import seed
 from tests.faults.conftest import Found
+from tests.support import rows as seed
 
 CLAIMS = 1000
 

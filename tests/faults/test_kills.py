@@ -12,7 +12,7 @@ import pytest
 from tests.faults.cluster import Cluster, Worker
 from tests.faults.conftest import Found
 from tests.faults.work import EPOCHS, Work
-from tests.waiting import until
+from tests.support.waiting import until
 
 
 def _kill(process: psutil.Process | None) -> bool:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.sdk import Client
+from defeat.client.client import Client
 from examples import digits
 from tests.faults.cluster import Cluster
-from tests.tiny import TINY
-from tests.waiting import until
+from tests.support.tiny import TINY
+from tests.support.waiting import until
 
 STEPS_AN_EPOCH = 6
 EPOCHS = 24

@@ -13,8 +13,8 @@ from app.models import Job
 from app.settings import Settings
 from app.states import JOB_TERMINAL
 from tests.app.conftest import RecordingQueue
-from tests.waiting import until
-from tests.worker.support.world import World
+from tests.support.waiting import until
+from tests.support.worker_world import World
 
 SAVING = [["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]]
 BEGUN = ["event", "progress", "teacher", {"fraction": 0.1}]

@@ -16,11 +16,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.models import Job, Worker
-from app.processes import dies_with_parent
-from app.queue import BROKER_ERRORS, Answer, Queue
-from app.stack import broker_binary, broker_command
-from tests.waiting import until
-from tests.worker.support.world import World, alive
+from app.queue.messages import BROKER_ERRORS, Answer, Queue
+from app.stack.embedded import broker_binary, broker_command
+from app.stack.processes import dies_with_parent
+from tests.support.waiting import until
+from tests.support.worker_world import World, alive
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -69,7 +69,7 @@ def queue(world: World, start: Start) -> Iterator[Queue]:
 
 
 def start_worker(start: Start, name: str, **environment: str) -> "subprocess.Popen[bytes]":
-    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", name)
+    command = ("-m", "tests.support.scripted_worker", "--queues", "jobs", "--name", name)
     return start(sys.executable, *command, **environment)
 
 
@@ -199,7 +199,7 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = world.job(["finish", "succeeded", {}])
-    command = ("-m", "tests.worker.support.scripted_worker", "--queues", "jobs", "--name", "one")
+    command = ("-m", "tests.support.scripted_worker", "--queues", "jobs", "--name", "one")
     worker = start(
         "env", f"DEFEAT_METRICS_PORT={port}", f"PROMETHEUS_MULTIPROC_DIR={tmp_path}", sys.executable, *command
     )

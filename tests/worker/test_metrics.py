@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from tests.waiting import until
-from tests.worker.support.world import World
+from tests.support.waiting import until
+from tests.support.worker_world import World
 from worker.metrics import GpuCollector
 
 SMI = """#!/bin/sh

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from app.db import utcnow
 from app.models import Job, JobEvent, JobMetric
+from app.ops.sweep import sweep
 from app.states import PAUSED, PAUSING, QUEUED
-from app.sweep import sweep
 from tests.app.conftest import RecordingQueue
-from tests.waiting import until
-from tests.worker.support.world import FlakyDatabase, World, alive
+from tests.support.waiting import until
+from tests.support.worker_world import FlakyDatabase, World, alive
 from worker import hardware
 from worker.retry import pause_s
 from worker.tasks.base import Context

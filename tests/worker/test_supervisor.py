@@ -10,8 +10,8 @@ import pytest
 from app import logs
 from app.db import utcnow
 from app.models import Job, JobEvaluation, JobEvent, JobMetric
-from tests.waiting import until
-from tests.worker.support.world import World, alive
+from tests.support.waiting import until
+from tests.support.worker_world import World, alive
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from app.models import Checkpoint, Dataset, Job, Tenant
-from tests.worker.support.world import World
-from worker.report import RunError
+from defeat.engine.report import RunError
+from tests.support.worker_world import World
 from worker.tasks import ADAPTERS
 from worker.tasks.base import Request
 from worker.tasks.cache import KEPT

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from app import logs, traces
-from tests.worker.support.world import World
+from tests.support.worker_world import World
 
 Spans = Callable[[], list[ReadableSpan]]
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app import leases
 from app.models import Checkpoint, Dataset
+from app.queue import leases
 from app.states import FAILED, INVALID, READY
 from app.storage import Stored
 from worker.rundir import BadResult, RunDirectory

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Generic, Literal
 from sqlalchemy.orm import Session
 
 from app.db import Database
-from app.leases import Row
+from app.queue.leases import Row
 from app.settings import Settings
 from app.storage import ObjectMissing, Storage, Stored
-from worker.report import FailureClass, RunError
+from defeat.engine.report import FailureClass, RunError
 from worker.rundir import Event, ResultArtifact, RunDirectory
 
 Status = Literal["succeeded", "failed", "cancelled"]

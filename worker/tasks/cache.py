@@ -11,14 +11,14 @@ from typing import Final
 
 import structlog
 
-from app.processes import Locked, locked
+from app.stack.processes import Locked, locked
 from app.storage import ObjectMissing, Storage
-from worker.report import RunError
+from defeat.engine.report import RunError
 
 log = structlog.get_logger(__name__)
 
 KEPT: Final = 5
-# What `worker.data.canonical` packs; not imported: it belongs to the runs' side.
+# What `defeat.engine.data.canonical` packs; not imported: it belongs to the runs' side.
 _MEMBER = re.compile(r"dataset\.json|images/[0-9a-f]{64}\.[a-z]{3,4}")
 _CHUNK_BYTES = 1024 * 1024
 _CONTENT_HASH = re.compile(r"sha256:([0-9a-f]{64})")

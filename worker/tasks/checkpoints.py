@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from app.models import Checkpoint
 from app.storage import Stored
-from worker.report import RunError
+from defeat.engine.report import RunError
 from worker.tasks.assets import AssetAdapter
 from worker.tasks.base import Outcome, Request
 

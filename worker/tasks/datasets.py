@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from app.models import Dataset
 from app.storage import Stored
-from worker.report import RunError
+from defeat.engine.report import RunError
 from worker.rundir import RunDirectory
 from worker.tasks.assets import AssetAdapter
 from worker.tasks.base import Outcome, Request

@@ -12,14 +12,14 @@ from sqlalchemy import delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from app import leases
 from app.db import now, utcnow
 from app.ids import new_id
 from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvaluation, JobEvent, JobMetric
+from app.queue import leases
 from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
 from app.storage import Stored
+from defeat.engine.report import RunError
 from worker.process import HOST_OUT_OF_MEMORY
-from worker.report import RunError
 from worker.rundir import Evaluation, Event, Message, Metrics, Progress, ResultArtifact, RunDirectory
 from worker.tasks import memory
 from worker.tasks.base import Adapter, Context, Outcome, Request

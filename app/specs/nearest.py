@@ -1,0 +1,114 @@
+"""The nearest pair of detectors that would work, for one that does not."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, product
+from typing import Any
+
+from app.request_models import show
+from app.specs.catalog import Catalog
+from app.specs.levels import strides_of
+from app.specs.validation import check_detector
+
+Detector = dict[str, Any]
+Fits = Callable[[Detector, Detector], bool]
+
+
+def nearest(
+    catalog: Catalog,
+    keys: Sequence[str],
+    student: Detector,
+    teacher: Detector,
+    *,
+    teacher_is_free: bool,
+    fits: Fits,
+) -> str | None:
+    """Return the change of one of two detectors by which they would fit, or None where none is found.
+
+    The one with the fewest changed keys, the student's before the teacher's; then that by which most levels pair and
+    fewest do not. Where a detector's own family has none, that of another family.
+
+    Args:
+        catalog: which detectors there are.
+        keys: of a detector's spec, which may be changed.
+        student: its spec, complete.
+        teacher: likewise.
+        teacher_is_free: whether the teacher may be changed.
+        fits: whether a student and a teacher do.
+    """
+    sides: list[tuple[str, Detector, Detector]] = [("student", student, teacher)]
+    if teacher_is_free:
+        sides.append(("teacher", teacher, student))
+    for count in range(1, len(keys) + 1):
+        for whose, mine, other in sides:
+            if change := _best(catalog, keys, whose, mine, other, count=count, fits=fits):
+                return "set " + " and ".join(
+                    f"{whose}.detector.{key} to {show(value)}" for key, value in change.items()
+                )
+    for count in range(len(keys) + 1):
+        for whose, mine, other in sides:
+            for family in catalog.detectors:
+                if family == mine["architecture"]:
+                    continue
+                base = _default(catalog, family, mine.get("backbone"))
+                change = _best(catalog, keys, whose, base, other, count=count, fits=fits)
+                if change is not None:
+                    values = " and ".join(f"{key} {show(value)}" for key, value in change.items())
+                    return f"take a {whose} of {family}" + f" with {values}" * bool(change)
+    return None
+
+
+def _best(
+    catalog: Catalog,
+    keys: Sequence[str],
+    whose: str,
+    mine: Detector,
+    other: Detector,
+    *,
+    count: int,
+    fits: Fits,
+) -> Detector | None:
+    """Return the best change of just `count` of the keys that the family takes, or None."""
+    found = []
+    for change in _changes(catalog, keys, mine, other, count=count):
+        changed = mine | change
+        if fits(changed, other) if whose == "student" else fits(other, changed):
+            shared = set(strides_of(changed)) & set(strides_of(other))
+            found.append((-len(shared), len(set(strides_of(changed)) ^ set(strides_of(other))), change))
+    for *_, change in sorted(found, key=lambda one: one[:2]):
+        if not check_detector(catalog, mine | change, ()).problems:
+            return change
+    return None
+
+
+def _changes(
+    catalog: Catalog, keys: Sequence[str], mine: Detector, other: Detector, *, count: int
+) -> Iterator[dict[str, Any]]:
+    members = catalog.detectors[mine["architecture"]]["schema"]["properties"]
+    values = {
+        key: [value for value in _values(members[key], key, other) if value != mine[key]]
+        for key in keys
+        if key in members
+    }
+    for chosen in combinations(values, count):
+        for given in product(*(values[key] for key in chosen)):
+            yield dict(zip(chosen, given, strict=True))
+
+
+def _values(member: Mapping[str, Any], key: str, other: Detector) -> list[Any]:
+    """Return what a key may be set to: all that it may be, or where that is endless what the other detector has."""
+    if "enum" in member:
+        return list(member["enum"])
+    if member.get("type") == "boolean":
+        return [False, True]
+    return [other[key]] if key in other else []
+
+
+def _default(catalog: Catalog, family: str, backbone: str | None) -> Detector:
+    """Return the family's default spec, on this backbone where it takes it."""
+    backbones = catalog.detectors[family]["schema"]["properties"]["backbone"]
+    spec: Detector = {"architecture": family}
+    if "backbone" in catalog.detectors[family]["schema"].get("required", ()):
+        spec["backbone"] = backbone if backbone in backbones["enum"] else backbones["enum"][0]
+    value = check_detector(catalog, spec, ()).value
+    assert value is not None
+    return value

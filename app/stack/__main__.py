@@ -1,0 +1,7 @@
+"""`python -m app.stack`: the embedded stack, until Ctrl-C."""
+
+import sys
+
+from app.stack.embedded import main
+
+sys.exit(main())

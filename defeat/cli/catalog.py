@@ -1,0 +1,31 @@
+"""`defeat catalog`: what can be asked for."""
+
+from defeat.cli.console import JsonFlag, Output
+from defeat.client.client import Client
+
+
+def catalog(as_json: JsonFlag = False) -> None:
+    """Show the detectors, backbones, methods and dataset formats that the server offers; --json for all of it."""
+    out = Output(as_json)
+    with Client() as client:
+        offer = client.catalog()
+    out.json(offer)
+    for kind in ("detectors", "methods", "dataset_formats"):
+        out.table(
+            [kind.replace("_", " "), "summary"],
+            [(name, value.get("summary")) for name, value in offer.get(kind, {}).items()],
+        )
+        out.say("")
+    out.table(
+        ["pretrained teachers", "weights"],
+        [(name, ", ".join(value.get("weights", {}))) for name, value in offer.get("pretrained", {}).items()],
+    )
+    out.say("")
+    out.table(
+        ["backbones", "parameters"],
+        [(name, _parameters(value.get("parameters"))) for name, value in offer.get("backbones", {}).items()],
+    )
+
+
+def _parameters(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e6:.2f} M"

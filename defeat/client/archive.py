@@ -1,0 +1,58 @@
+"""A directory as one uncompressed tar: the same files give the same bytes."""
+
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from defeat.client.errors import InvalidInput
+
+
+def write_tar(directory: Path, target: BinaryIO) -> None:
+    """Write every file below `directory` to `target`, by path, in order, without times, owners or modes.
+
+    Pictures are compressed already, so the tar is not. Names that begin with a dot are left out. A symbolic link is
+    stored as the file it leads to, and only if that lies in `directory` too: an unpacked archive of somebody else's
+    must not be able to send files from elsewhere on this machine.
+
+    Raises `InvalidInput` for a link that leads outside or nowhere, for what is no file, and for an empty directory.
+    """
+    root = directory.resolve()
+    empty = True
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path in _files(root, root, frozenset({root})):
+            empty = False
+            with path.open("rb") as file:
+                entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+                entry.size = os.fstat(file.fileno()).st_size
+                tar.addfile(entry, file)
+    if empty:
+        raise InvalidInput(f"{directory} holds no files: give a directory with pictures and their annotations")
+
+
+def _files(directory: Path, root: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Yield the files below `directory` by path; `above` are the directories that it lies in, to find link loops."""
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith("."):
+            continue
+        real = _resolved(path, root)
+        if real.is_dir():
+            if real in above:
+                raise InvalidInput(f"{path} is a link to a directory that it lies in: remove it")
+            yield from _files(path, root, above | {real})
+        elif stat.S_ISREG(real.stat().st_mode):
+            yield path
+        else:
+            raise InvalidInput(f"{path} is neither a file nor a directory: remove it")
+
+
+def _resolved(path: Path, root: Path) -> Path:
+    try:
+        real = path.resolve(strict=True)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise InvalidInput(f"{path} is a link that leads nowhere: remove it") from error
+    if not real.is_relative_to(root):
+        raise InvalidInput(f"{path} is a link to {real}, outside {root}: copy what it leads to into the directory")
+    return real

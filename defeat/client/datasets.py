@@ -1,0 +1,117 @@
+"""Datasets: pictures with boxes."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+from typing import cast
+
+from defeat.client.archive import write_tar
+from defeat.client.errors import ClientError, InvalidInput
+from defeat.client.resource import Resource, wait_until
+from defeat.client.transfer import OnProgress, upload
+from defeat.client.types import ASSET_TERMINAL, Dataset, Report
+
+
+class Datasets(Resource):
+    """`/v1/datasets`."""
+
+    KIND = "datasets"
+
+    def add(
+        self,
+        path_or_uri: str | Path,
+        name: str | None = None,
+        max_dropped_fraction: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Dataset:
+        """Create a dataset and send its content; returns it as the import begins (see `wait`).
+
+        `path_or_uri` is a directory (sent as a tar), an archive (zip, tar, tar.gz: sent as it is), or a `file://` URI
+        of a directory or an archive that the *server* reads. `name` defaults to the last part of the path.
+        `max_dropped_fraction` (0 to 1, the server's default if None) is the share of boxes and pictures that may be
+        unusable before the import fails.
+
+        Raises `InvalidInput` if the path cannot be sent, `ApiError`, `ConnectionFailed`. A dataset whose upload failed
+        stays `awaiting_upload`; the error's notes name it.
+        """
+        text = str(path_or_uri)
+        body = {} if max_dropped_fraction is None else {"max_dropped_fraction": max_dropped_fraction}
+        if "://" in text:
+            source = {"kind": "reference", "uri": text}
+            default_name = text.rstrip("/").rpartition("/")[2]
+            return cast(
+                Dataset,
+                self._transport.create("/v1/datasets", {"name": name or default_name, "source": source, **body}),
+            )
+        path = Path(path_or_uri)
+        with opened(path, what="dataset") as file:
+            default_name = path.resolve().name
+            dataset = self._transport.create(
+                "/v1/datasets", {"name": name or default_name, "source": {"kind": "upload"}, **body}
+            )
+            with naming(dataset["id"]):
+                upload(
+                    self._transport,
+                    self._path(dataset["id"], "content"),
+                    file,
+                    is_awaited=lambda: self.get(dataset["id"])["status"] == "awaiting_upload",
+                    on_progress=on_progress,
+                )
+        return self.get(dataset["id"])
+
+    def get(self, dataset_id: str) -> Dataset:
+        """Return one dataset."""
+        return cast(Dataset, self._transport.get(self._path(dataset_id)))
+
+    def list(self) -> Iterator[Dataset]:
+        """Yield every dataset, newest first, as the pages are asked for."""
+        return self._pages("/v1/datasets")
+
+    def report(self, dataset_id: str) -> Report:
+        """Return what the import found."""
+        return cast(Report, self._transport.get(self._path(dataset_id, "report")))
+
+    def delete(self, dataset_id: str) -> None:
+        """Delete a dataset that no job refers to."""
+        self._transport.delete(self._path(dataset_id))
+
+    def wait(
+        self,
+        dataset_id: str,
+        *,
+        timeout_s: float | None = None,
+        poll_s: float = 1.0,
+        on_update: Callable[[Dataset], None] | None = None,
+    ) -> Dataset:
+        """Return the dataset once it is ready, invalid or failed; raises `WaitTimeout` after `timeout_s` seconds."""
+        return wait_until(
+            lambda: self.get(dataset_id), ASSET_TERMINAL, timeout_s=timeout_s, poll_s=poll_s, on_update=on_update
+        )
+
+
+@contextmanager
+def opened(path: Path, *, what: str) -> Iterator[BufferedIOBase]:
+    """Give the file at `path`, or the tar of the directory at `path`, for reading from its start."""
+    try:
+        if path.is_dir():
+            with tempfile.TemporaryFile(prefix="defeat-") as tar:
+                write_tar(path, tar)
+                tar.seek(0)
+                yield tar
+        else:
+            with path.open("rb") as file:
+                yield file
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{error.filename}: no such {what}") from error
+
+
+@contextmanager
+def naming(resource_id: str) -> Iterator[None]:
+    """Name the resource in the notes of what goes wrong: it exists, and has no content."""
+    try:
+        yield
+    except (ClientError, OSError) as error:
+        error.add_note(f"{resource_id} was created and still waits for its content: delete it, or add it again")
+        raise

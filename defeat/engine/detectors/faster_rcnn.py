@@ -1,0 +1,359 @@
+"""Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import MultiScaleRoIAlign
+
+from defeat.engine.detectors.backbones import Pyramid
+from defeat.engine.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
+from defeat.engine.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
+from defeat.engine.detectors.mobilenet import BACKBONE, STRIDE, MobileNetPyramid
+from defeat.engine.detectors.outputs import select_outputs
+from defeat.engine.detectors.precision import WideAnchors, WideRPNHead, widened
+
+ROI_SIZE = 7
+
+ProposalThreshold = Annotated[float, Field(description="Least objectness score of a proposal, 0 to 1.", ge=0, lt=1)]
+
+
+class TwoStageConfig(PyramidConfig):
+    """What the families that derive from Faster R-CNN have in common."""
+
+    pool_level: Annotated[
+        bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
+    ] = True
+    anchor_scale: Annotated[
+        float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
+    ] = 8.0
+    anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
+    pyramid_batch_norm: Annotated[bool, Field(description="Batch norm behind the pyramid's convolutions.")] = False
+    rpn_convolutions: Annotated[
+        int, Field(description="3x3 convolutions of the proposal network, before its outputs.", ge=1, le=4)
+    ] = 1
+    box_head: Annotated[
+        Literal["linear", "convolutional"],
+        Field(
+            description="`linear`: two linear layers. `convolutional`: four 3x3 convolutions with batch norm, then one "
+            "linear layer; slower and more accurate."
+        ),
+    ] = "linear"
+    head_channels: Annotated[int, Field(description="Width of the box head's linear layers.", ge=16, le=4096)] = 1024
+    train_proposals: Annotated[
+        int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
+    ] = 2000
+    test_proposals: Annotated[
+        int, Field(description="Proposals kept per picture in detection, after suppression.", ge=16, le=4000)
+    ] = 1000
+    box_samples: Annotated[
+        int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
+    ] = 512
+    proposal_threshold: ProposalThreshold = 0.0
+    score_threshold: ScoreThreshold = 0.05
+    nms_threshold: NmsThreshold = 0.5
+    max_detections: MaxDetections = 100
+
+    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
+        """Build the backbone and its pyramid, with random weights or ImageNet's."""
+        return self.build_pyramid(
+            "pool" if self.pool_level else "none", pretrained=pretrained, batch_norm=self.pyramid_batch_norm
+        )
+
+    def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return the sides of the anchors of each level in pixels."""
+        return tuple((round(self.anchor_scale * stride),) for stride in strides)
+
+
+class FasterRCNNConfig(TwoStageConfig):
+    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["faster_rcnn"] = "faster_rcnn"
+
+
+class FasterRCNNMobileNetConfig(TwoStageConfig):
+    """A Faster R-CNN on MobileNetV3. The defaults are torchvision's `fasterrcnn_mobilenet_v3_large_fpn`."""
+
+    architecture: Literal["faster_rcnn_mobilenet"] = "faster_rcnn_mobilenet"
+    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": [BACKBONE]})] = BACKBONE
+    strides: Annotated[
+        tuple[Literal[4, 8, 16, 32], ...],
+        Field(
+            description="Strides of the backbone's levels in the pyramid in pixels: its last two outputs.",
+            json_schema_extra={"enum": [[STRIDE, STRIDE]]},
+        ),
+    ] = (STRIDE, STRIDE)
+    anchor_scale: Annotated[
+        float, Field(description="Side of the smallest anchors, as a multiple of 32 px.", gt=0, le=64)
+    ] = 1.0
+    anchor_doublings: Annotated[
+        int, Field(description="Anchor sizes of every level, each twice the one before.", ge=1, le=8)
+    ] = 5
+    proposal_threshold: ProposalThreshold = 0.05
+
+    @field_validator("backbone")
+    @classmethod
+    def _check_backbone(cls, backbone: str) -> str:
+        if backbone != BACKBONE:
+            raise ValueError(f"the family's backbone is {BACKBONE}; got {backbone}")
+        return backbone
+
+    @field_validator("strides")
+    @classmethod
+    def _check_strides(cls, strides: tuple[Literal[4, 8, 16, 32], ...]) -> tuple[Literal[4, 8, 16, 32], ...]:
+        if strides != (STRIDE, STRIDE):
+            raise ValueError(f"strides are what the family has, {[STRIDE, STRIDE]}; got {list(strides)}")
+        return strides
+
+    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
+        """See `TwoStageConfig.make_pyramid`."""
+        pyramid = MobileNetPyramid(
+            self.pyramid_channels,
+            pool_level=self.pool_level,
+            pretrained=pretrained,
+            frozen_batch_norm=self.frozen_batch_norm,
+            batch_norm=self.pyramid_batch_norm,
+        )
+        if self.batch_norm_epsilon is not None:
+            overwrite_eps(pyramid, self.batch_norm_epsilon)
+        return pyramid
+
+    def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """See `TwoStageConfig.anchor_sizes`. The same on every level."""
+        sizes = tuple(round(self.anchor_scale * STRIDE * 2**doubling) for doubling in range(self.anchor_doublings))
+        return (sizes,) * len(strides)
+
+
+class FasterRCNNDetector(FasterRCNN, Detector):
+    """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
+
+    head_kind: HeadKind = "two_stage"
+    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
+    # What torchvision sets without saying the types.
+    backbone: Any
+    rpn: Any
+    roi_heads: Any
+
+    def __init__(self, config: TwoStageConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone."""
+        pyramid = config.make_pyramid(pretrained=pretrained_backbone)
+        anchors = WideAnchors(
+            sizes=config.anchor_sizes(pyramid.strides),
+            aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
+        )
+        super().__init__(
+            pyramid,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            rpn_anchor_generator=anchors,
+            rpn_post_nms_top_n_train=config.train_proposals,
+            rpn_post_nms_top_n_test=config.test_proposals,
+            rpn_pre_nms_top_n_train=config.train_proposals,
+            rpn_pre_nms_top_n_test=config.test_proposals,
+            rpn_score_thresh=config.proposal_threshold,
+            box_roi_pool=MultiScaleRoIAlign(
+                [str(level) for level in range(len(config.strides))], output_size=ROI_SIZE, sampling_ratio=2
+            ),
+            box_head=_box_head(config),
+            box_predictor=FastRCNNPredictor(config.head_channels, len(classes) + 1),
+            rpn_head=WideRPNHead(
+                config.pyramid_channels, anchors.num_anchors_per_location()[0], conv_depth=config.rpn_convolutions
+            ),
+            box_score_thresh=config.score_threshold,
+            box_nms_thresh=config.nms_threshold,
+            box_detections_per_img=config.max_detections,
+            box_batch_size_per_image=config.box_samples,
+        )
+        self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
+
+    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
+        """See `Detector.trunk`."""
+        return cast(Mapping[str, Tensor], self.backbone(images))
+
+    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.train_pass`.
+
+        torchvision's forward, step by step, so that features, sampled proposals and their logits can be seen. Random
+        numbers are drawn in its order: the losses are its losses (held by a test).
+        """
+        batch, scaled = self.transform(images, targets)
+        maps = self.maps(batch.tensors)
+        features = maps.features
+        proposals, rpn_losses, objectness, anchors = self._propose(batch, features, scaled)
+        proposals, matches, labels, regression_targets = self.select(proposals, scaled)
+        class_logits, box_regression = self._head(features, proposals, batch.image_sizes)
+        class_loss, box_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
+        return TrainPass(
+            images=batch.tensors,
+            normalization=self.normalization,
+            image_sizes=batch.image_sizes,
+            targets=scaled,
+            features=features,
+            losses={
+                "loss_classifier": class_loss,
+                "loss_box_reg": box_loss,
+                **self.further_losses(features, proposals, matches, labels, batch.image_sizes, scaled),
+                **rpn_losses,
+            },
+            proposals=proposals,
+            labels=labels,
+            class_logits=class_logits,
+            score=lambda others: self.score(features, others, batch.image_sizes),
+            backbone=maps.backbone,
+            anchors=anchors,
+            cell_logits=[level.unsqueeze(2) for level in objectness],
+        )
+
+    def select(
+        self, proposals: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Add the ground truth to each picture's proposals and sample them for training, by torchvision's sampler.
+
+        Returns:
+            For each picture the sampled proposals (P_i, 4), the index of each one's target (P_i,), its class (P_i,), 0
+            for background, and its regression target (P_i, 4).
+        """
+        sampled = self.roi_heads.select_training_samples(proposals, targets)
+        return cast(tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], sampled)
+
+    def further_losses(
+        self,
+        features: Mapping[str, Tensor],  # noqa: ARG002 - for the families that have some
+        proposals: list[Tensor],  # noqa: ARG002
+        matches: list[Tensor],  # noqa: ARG002
+        labels: list[Tensor],  # noqa: ARG002
+        image_sizes: list[tuple[int, int]],  # noqa: ARG002
+        targets: list[Target],  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return the losses of what further heads a family has, none here.
+
+        Args:
+            features: the pyramid's maps.
+            proposals: the sampled proposals of each picture, (P_i, 4).
+            matches: the index of the target that each is nearest to, (P_i,).
+            labels: the class of each, (P_i,), 0 for background.
+            image_sizes: height and width of each picture, without the padding.
+            targets: ground truth in the pixels of the batch.
+        """
+        return {}
+
+    def _propose(
+        self, batch: ImageList, features: Mapping[str, Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """torchvision's `RegionProposalNetwork.forward` in training, so that its scores and anchors can be seen.
+
+        Returns:
+            The proposals of each picture, (P_i, 4); the network's losses; and of each level the objectness logits,
+            (B, A, H, W), and the anchors, (H W A, 4).
+        """
+        rpn = self.rpn
+        levels = list(features.values())
+        objectness, deltas = rpn.head(levels)
+        anchors = rpn.anchor_generator(batch, levels)
+        counts = [level[0].numel() for level in objectness]
+        flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
+        # Proposals are given to the box head as constants.
+        boxes = rpn.box_coder.decode(flat_deltas.detach(), anchors).view(len(anchors), -1, 4)
+        proposals, _ = rpn.filter_proposals(boxes, flat_objectness, batch.image_sizes, counts)
+        labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+        objectness_loss, box_loss = rpn.compute_loss(
+            flat_objectness, flat_deltas, labels, rpn.box_coder.encode(matched, anchors)
+        )
+        losses = {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}
+        return proposals, losses, objectness, list(anchors[0].split(counts))
+
+    def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """See `Detector.cell_logits`: the proposal network's objectness."""
+        return [level.unsqueeze(2) for level in self.rpn.head(list(features.values()))[0]]
+
+    @property
+    def scores_per_cell(self) -> tuple[int, int]:
+        """See `Detector.scores_per_cell`."""
+        return self.rpn.head.cls_logits.out_channels, 1
+
+    def score(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """See `Detector.score`. In training mode too, the head's batch norm leaves its running statistics alone."""
+        with _statistics_kept(self.roi_heads.box_head):
+            scored = self._scored_features(features, proposals, image_sizes)
+        return widened(self.roi_heads.box_predictor.cls_score(scored))
+
+    def sample(
+        self,
+        features: Mapping[str, Tensor],
+        images: Tensor,
+        image_sizes: list[tuple[int, int]],
+        targets: list[Target],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Detector.sample`. As many are proposed as in training or in detection, by the detector's mode."""
+        proposals, _ = self.rpn(ImageList(images, image_sizes), features, targets)
+        proposals, _, labels, _ = self.select(proposals, targets)
+        return proposals, labels
+
+    def _head(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        predictor = self.roi_heads.box_predictor
+        class_logits, box_regression = predictor(self._scored_features(features, proposals, image_sizes))
+        return widened(class_logits), widened(box_regression)
+
+    def _scored_features(
+        self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        pooled = self.roi_heads.box_roi_pool(features, proposals, image_sizes)
+        return cast(Tensor, self.roi_heads.box_head(pooled))
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """See `Detector.detect`."""
+        return cast(list[Detections], self(images))
+
+    def select_classes(self, classes: Sequence[str]) -> None:
+        """See `Detector.select_classes`. Rows of the predictor are kept; softmax then runs over what is left."""
+        rows = torch.tensor([0] + [self.classes.index(name) + 1 for name in classes])
+        predictor = self.roi_heads.box_predictor
+        box_rows = (rows[:, None] * 4 + torch.arange(4)).flatten()
+        predictor.cls_score = select_outputs(predictor.cls_score, rows)
+        predictor.bbox_pred = select_outputs(predictor.bbox_pred, box_rows)
+        self.classes = list(classes)
+
+
+class FasterRCNNMobileNetDetector(FasterRCNNDetector):
+    """Faster R-CNN on the pyramid that torchvision builds on MobileNetV3. See `mobilenet`."""
+
+    # Two of the backbone's maps have one stride: they cannot be told apart by it.
+    provides: tuple[Part, ...] = ("anchors", "logits")
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Keep running statistics as they are: batch norm in training mode still normalises by its batch's own."""
+    norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _box_head(config: TwoStageConfig) -> nn.Module:
+    """Return the layers between pooled features (P, C, 7, 7) and predictor: (P, head_channels)."""
+    if config.box_head == "linear":
+        return cast(nn.Module, TwoMLPHead(config.pyramid_channels * ROI_SIZE**2, config.head_channels))
+    channels = config.pyramid_channels
+    head = FastRCNNConvFCHead(
+        (channels, ROI_SIZE, ROI_SIZE), [channels] * 4, [config.head_channels], norm_layer=nn.BatchNorm2d
+    )
+    return cast(nn.Module, head)

@@ -1,0 +1,93 @@
+"""RetinaNet with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Literal, cast
+
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from defeat.engine.detectors.base import Part, Target
+from defeat.engine.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, ScoreThreshold
+from defeat.engine.detectors.one_stage import OneStageConfig, SigmoidDetector
+from defeat.engine.detectors.precision import WideAnchors
+
+NORM_GROUPS = 32
+
+
+class RetinaNetConfig(OneStageConfig):
+    """A RetinaNet. The defaults are torchvision's `retinanet_resnet50_fpn`, the backbone apart."""
+
+    architecture: Literal["retinanet"] = "retinanet"
+    anchor_scale: Annotated[
+        float, Field(description="Side of a level's smallest anchors, as a multiple of its stride.", ge=0.5, le=64)
+    ] = 4.0
+    anchor_octaves: Annotated[
+        int, Field(description="Anchor sizes of a level, in equal ratios from anchor_scale to its double.", ge=1, le=6)
+    ] = 3
+    anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
+    head_norm: Annotated[
+        Literal["none", "group"],
+        Field(
+            description="`group`: group norm behind the head's convolutions, in 32 groups, or the most that divide "
+            "both 32 and the channels."
+        ),
+    ] = "none"
+    box_loss: Annotated[
+        Literal["l1", "giou"], Field(description="Loss of the boxes: `l1` on their offsets, or `giou` on themselves.")
+    ] = "l1"
+    score_threshold: ScoreThreshold = 0.05
+    nms_threshold: NmsThreshold = 0.5
+    max_detections: MaxDetections = 300
+
+
+class RetinaNetDetector(SigmoidDetector, RetinaNet):
+    """torchvision's RetinaNet (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
+
+    def __init__(self, config: RetinaNetConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone."""
+        pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
+        octaves = [2 ** (octave / config.anchor_octaves) for octave in range(config.anchor_octaves)]
+        anchors = WideAnchors(
+            # Whole pixels, cut off as torchvision does: its weights were trained on these.
+            sizes=tuple(
+                tuple(int(config.anchor_scale * stride * octave) for octave in octaves) for stride in pyramid.strides
+            ),
+            aspect_ratios=(config.anchor_ratios,) * len(pyramid.strides),
+        )
+        groups = partial(nn.GroupNorm, math.gcd(NORM_GROUPS, config.pyramid_channels))
+        head = RetinaNetHead(
+            config.pyramid_channels,
+            anchors.num_anchors_per_location()[0],
+            len(classes) + 1,
+            norm_layer=groups if config.head_norm == "group" else None,
+        )
+        head.regression_head._loss_type = config.box_loss
+        super().__init__(
+            pyramid,
+            len(classes) + 1,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            anchor_generator=anchors,
+            head=head,
+            score_thresh=config.score_threshold,
+            nms_thresh=config.nms_threshold,
+            detections_per_img=config.max_detections,
+            topk_candidates=config.candidates,
+        )
+        self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
+
+    def match_and_compare(
+        self,
+        targets: list[Target],
+        outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        levels: list[Tensor],  # noqa: ARG002 - where a level's anchors end is nothing to RetinaNet
+    ) -> dict[str, Tensor]:
+        """See `OneStageDetector.match_and_compare`: `classification` and `bbox_regression`."""
+        return cast(dict[str, Tensor], self.compute_loss(targets, outputs, anchors))

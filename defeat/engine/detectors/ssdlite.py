@@ -1,0 +1,142 @@
+"""SSDLite on MobileNetV3: torchvision's model, with its forward pass laid open for distillation.
+
+Sandler et al., "MobileNetV2", CVPR 2018, section 6.2, and Howard et al., "Searching for MobileNetV3", ICCV 2019,
+section 6.3.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+from urllib.error import URLError
+
+import torchvision
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection._utils import retrieve_out_channels
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
+
+from defeat.engine.detectors.backbones import weights_unavailable
+from defeat.engine.detectors.base import Target, TrainPass
+from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from defeat.engine.detectors.precision import WideDefaultBoxes
+from defeat.engine.detectors.ssd import Candidates, SSDFamilyConfig, SSDFamilyDetector
+from defeat.engine.report import RunError
+
+ASPECT_RATIOS = [[2, 3] for _ in range(6)]
+
+
+class SSDLiteConfig(SSDFamilyConfig):
+    """An SSDLite. The defaults are torchvision's `ssdlite320_mobilenet_v3_large`."""
+
+    architecture: Literal["ssdlite"] = "ssdlite"
+    backbone: Annotated[
+        Literal["torchvision/mobilenet_v3_large", "torchvision/mobilenet_v3_small"],
+        Field(description="Backbone by name."),
+    ] = "torchvision/mobilenet_v3_large"
+    strides: Annotated[
+        tuple[int, ...],
+        Field(
+            description="Strides of the levels in pixels.", json_schema_extra={"enum": [[16, 32, 64, 128, 256, 512]]}
+        ),
+    ] = (16, 32, 64, 128, 256, 512)
+    reduced_tail: Annotated[
+        bool,
+        Field(
+            description="Half as many channels in the backbone's last stage, as in the COCO_V1 weights. ImageNet's are "
+            "of the whole one: false with them."
+        ),
+    ] = True
+    size: Annotated[
+        int,
+        Field(
+            description="Side of the square that each picture is resized to, px; a multiple of 32. Up to 512 the "
+            "coarsest map is one cell, and its batch norm wants batches of 2 pictures or more.",
+            ge=64,
+            le=1024,
+            multiple_of=32,
+        ),
+    ] = 320
+    score_threshold: ScoreThreshold = 0.001
+    nms_threshold: NmsThreshold = 0.55
+    max_detections: MaxDetections = 300
+    candidates: Candidates = 300
+
+
+class SSDLiteDetector(SSDFamilyDetector, SSD):
+    """torchvision's SSDLite (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    def __init__(self, config: SSDLiteConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
+        """Build the detector with random weights, or with an ImageNet backbone.
+
+        Raises:
+            RunError: `reduced_tail` if ImageNet's weights are asked for with it; `weights_unavailable` if they cannot
+                be had.
+        """
+        norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+        backbone = _mobilenet(config, norm_layer, pretrained=pretrained_backbone)
+        size = (config.size, config.size)
+        channels = retrieve_out_channels(backbone, size)
+        boxes = WideDefaultBoxes(ASPECT_RATIOS, min_ratio=0.2, max_ratio=0.95)
+        super().__init__(
+            backbone,
+            boxes,
+            size,
+            len(classes) + 1,
+            head=SSDLiteHead(channels, boxes.num_anchors_per_location(), len(classes) + 1, norm_layer),
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+            score_thresh=config.score_threshold,
+            nms_thresh=config.nms_threshold,
+            detections_per_img=config.max_detections,
+            topk_candidates=config.candidates,
+        )
+        self.introduce(config, classes, strides=config.strides, channels=channels)
+
+    @property
+    def least_pictures(self) -> int:
+        """See `Detector.least_pictures`. Two where the coarsest map is one cell, as it is up to a size of 512."""
+        assert isinstance(self.config, SSDLiteConfig)
+        return 2 if self.config.size <= self.strides[-1] else 1
+
+    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.train_pass`.
+
+        Raises:
+            RunError: `batch_too_small` for one picture alone whose coarsest map is one cell: it has no variance.
+        """
+        if len(images) < self.least_pictures:
+            raise RunError(
+                "user",
+                "batch_too_small",
+                f"at size {self.transform.fixed_size[0]} SSDLite's coarsest map is one cell, and batch norm cannot "
+                "train on one value: set batch_size to 2 or more",
+            )
+        return super().train_pass(images, targets)
+
+
+def _mobilenet(config: SSDLiteConfig, norm_layer: Any, *, pretrained: bool) -> nn.Module:
+    """Return the backbone with SSDLite's further levels, initialised as torchvision does."""
+    if pretrained and config.reduced_tail:
+        raise RunError(
+            "user",
+            "reduced_tail",
+            f"the ImageNet weights of {config.backbone} are those of its whole last stage: set reduced_tail to false, "
+            "or use initial_weights: random",
+        )
+    try:
+        net = torchvision.models.get_model(
+            config.backbone.removeprefix("torchvision/"),
+            weights="DEFAULT" if pretrained else None,
+            norm_layer=norm_layer,
+            reduced_tail=config.reduced_tail,
+        )
+    except (URLError, OSError) as error:
+        if not pretrained:
+            raise
+        raise weights_unavailable(config.backbone, error) from error
+    if not pretrained:
+        _normal_init(net)
+    # C4, the second level, starts with the last block that halves the map.
+    last_strided = max(index for index, block in enumerate(net.features) if getattr(block, "_is_cn", False))
+    return SSDLiteFeatureExtractorMobileNet(net.features, last_strided, norm_layer)

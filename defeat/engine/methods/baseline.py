@@ -1,0 +1,26 @@
+"""No distillation: the student's own losses alone. What every method is measured against."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from defeat.engine.config import Config
+from defeat.engine.detectors.base import Detector, TrainPass
+from defeat.engine.methods.base import Clock, Method
+
+
+class BaselineConfig(Config):
+    """The baseline has no parameters."""
+
+    method: Literal["baseline"] = "baseline"
+
+
+class Baseline(Method):
+    """Adds nothing."""
+
+    def __init__(self, config: BaselineConfig, student: Detector, teacher: Detector | None) -> None:  # noqa: ARG002
+        super().__init__()
+
+    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+        """See `Method.forward`."""
+        return {}

@@ -1,0 +1,39 @@
+"""Several methods at once: their losses are added, and they share one pass of the teacher."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from defeat.engine.config import Config
+from defeat.engine.detectors.base import TrainPass
+from defeat.engine.methods.base import Clock, Method, TeacherPass
+
+
+class MemberConfig(Config):
+    """What a method in a combination has besides its own parameters."""
+
+    weight: Annotated[
+        float, Field(description="Factor of all losses of this method in the combination.", gt=0, le=1000)
+    ] = 1.0
+
+
+class Combined(Method):
+    """The losses of all methods, each times its weight and under its method's name: `pkd/neck`."""
+
+    def __init__(self, members: Sequence[tuple[str, float, Method]]) -> None:
+        """Combine methods, given as name, weight and method; no name twice."""
+        super().__init__()
+        self.weights = {name: weight for name, weight, _ in members}
+        self.warmup_steps = max(method.warmup_steps for _, _, method in members)
+        self.methods = nn.ModuleDict({name: method for name, _, method in members})
+
+    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+        """See `Method.losses`."""
+        losses: dict[str, Tensor] = {}
+        for name, method in self.methods.items():
+            assert isinstance(method, Method)
+            own = method.losses(student, teacher, clock)
+            losses |= {f"{name}/{part}": self.weights[name] * loss for part, loss in own.items()}
+        return losses

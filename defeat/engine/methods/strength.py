@@ -1,0 +1,35 @@
+"""How strong distillation is at a moment of training: a warm-up over the first steps times a decay by epoch."""
+
+import math
+from typing import Literal
+
+from defeat.engine.methods.base import Clock
+
+Decay = Literal["constant", "linear", "cosine", "up_down"]
+
+
+def strength(clock: Clock, *, warmup_steps: int, decay: Decay) -> float:
+    """Return the factor of all distillation weights, 0 to 1: warm-up times decay.
+
+    The warm-up is `min(1, (step + 1) / warmup_steps)`, or 1 without steps. The decay, with e the epoch from 0 and E
+    their number, is one value for a whole epoch:
+
+    - `constant`: 1;
+    - `linear`: 1 - e / E, from 1 down to 1 / E;
+    - `cosine`: (1 + cos(pi e / E)) / 2;
+    - `up_down`: min(e + 1, E - e) / ceil(E / 2), up to 1 in the middle and down again, the same both ways.
+
+    None of them is ever 0: an epoch whose weight is 0 would pay for the teacher and learn nothing from it.
+    """
+    warmup = min(1.0, (clock.step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warmup * _decay(clock.epoch, clock.epochs, decay)
+
+
+def _decay(epoch: int, epochs: int, decay: Decay) -> float:
+    if decay == "linear":
+        return 1 - epoch / epochs
+    if decay == "cosine":
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if decay == "up_down":
+        return min(epoch + 1, epochs - epoch) / math.ceil(epochs / 2)
+    return 1.0

@@ -1,0 +1,114 @@
+"""A training's images against their files: what differs or shows nothing is an error before much is trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from defeat.engine.data.loading.cache import PictureCache
+from defeat.engine.data.loading.config import AugmentationConfig
+from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.report import RunError
+from defeat.engine.training.inspection import Look, look, require_true_images
+from tests.support.training import events, run, shapes, spec, write_run
+
+EVERYTHING = AugmentationConfig(mosaic=0.3, zoom_out=0.3, iou_crop=0.3, scale_min=0.5, brightness=0.3, contrast=0.3)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    shapes(root, train=8, val=2)
+    return root / "canonical"
+
+
+@pytest.fixture(scope="module")
+def pictures(dataset, tmp_path_factory):
+    root = tmp_path_factory.mktemp("again")
+    return PictureReader(root / "canonical", shapes(root, train=8, val=2).in_split("train"))
+
+
+def batches(pictures, augmentation):
+    size = InputSize(min_size=64, max_size=96)
+    return TrainingBatches(pictures, batch_size=4, size=size, augmentation=augmentation, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("augmentation", [AugmentationConfig(), EVERYTHING], ids=["mirrored", "everything"])
+def test_true_images_are_let_pass(pictures, augmentation):
+    made = batches(pictures, augmentation)
+    for seed in (1, 2):
+        looks = [one for number, batch in enumerate(made.epoch(seed)) for one in look(batch, made, number)]
+        assert len(looks) == 8
+        assert not any(one.differs or one.constant for one in looks)
+        require_true_images(looks)
+
+
+def test_images_that_differ_are_found_and_named(pictures):
+    made = batches(pictures, AugmentationConfig())
+    first, second = made.epoch(1)
+    first.images[2].zero_()
+    second.images[0].copy_(first.images[0])
+    looks = [*look(first, made, 0), *look(second, made, 1)]
+    assert [one.differs for one in looks] == [False, False, True, False, True, False, False, False]
+    with pytest.raises(
+        RunError, match="2 of the 8 first training images are not what their files hold, 1 of"
+    ) as raised:
+        require_true_images(looks)
+    assert (raised.value.failure_class, raised.value.code) == ("infra", "images_differ_from_files")
+    assert looks[2].name in raised.value.detail
+    assert looks[4].name in raised.value.detail
+
+
+@pytest.mark.parametrize(
+    ("constant", "count", "good"), [(0, 8, True), (4, 8, True), (5, 8, False), (8, 8, False), (7, 7, True)]
+)
+def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good):
+    """Of few nothing is said: a dataset may hold a black image, and a batch may be one image."""
+    looks = [Look(f"{number}.png", differs=False, constant=number < constant) for number in range(count)]
+    if good:
+        require_true_images(looks)
+        return
+    with pytest.raises(RunError, match=f"{constant} of the 8 first training images are of one colour") as raised:
+        require_true_images(looks)
+    assert (raised.value.failure_class, raised.value.code) == ("data", "images_constant")
+
+
+def test_so_many_images_of_a_batch_are_looked_at(pictures):
+    made = batches(pictures, AugmentationConfig())
+    batch = next(made.epoch(1))
+    assert len(look(batch, made, 0, most=3)) == 3
+    assert len(look(batch, made, 0)) == 4
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_ends_when_its_images_turn_black(dataset, tmp_path, monkeypatch, epoch):
+    """As they did when loader processes wrote into memory of their own: from the second epoch on."""
+    plain, calls = PictureCache.get, []
+
+    def _get(self, index, make):
+        calls.append(index)
+        image = plain(self, index, make)
+        return image if len(calls) <= 8 * epoch else torch.zeros_like(image)
+
+    monkeypatch.setattr(PictureCache, "get", _get)
+    job = spec(teacher=None, distillation={"method": "baseline"})
+    result = run(write_run(tmp_path / "run", dataset, job))
+    assert result["status"] == "failed"
+    assert result["failure"]["code"] == "images_differ_from_files"
+    assert (
+        "4 of the 4 first training images are not what their files hold, 4 of them of one colour"
+        in (result["failure"]["detail"])
+    )
+    steps = [line["step"] for line in events(tmp_path / "run", "metrics")]
+    assert steps == [2][:epoch]
+
+
+def test_a_run_on_images_that_show_nothing_fails(tmp_path):
+    data = shapes(tmp_path, train=8, val=2)
+    for picture in data.in_split("train"):
+        Image.new("RGB", (96, 64)).save(Path(tmp_path, "canonical", picture.file))
+    job = spec(teacher=None, distillation={"method": "baseline"})
+    result = run(write_run(tmp_path / "run", tmp_path / "canonical", job))
+    assert result["failure"]["code"] == "images_constant"
