@@ -133,7 +133,7 @@ class Leased:
 
 
 class Dataset(Leased, Base):
-    """Pictures with boxes: imported, checked and kept in one canonical form."""
+    """Images with boxes: imported, checked and kept in one canonical form."""
 
     __tablename__ = "datasets"
     __table_args__ = (
@@ -277,7 +277,7 @@ class JobEvaluation(Base):
 
 
 class Artifact(Base):
-    """A file that a job left: students, metrics, log, gallery pictures."""
+    """A file that a job left: students, metrics, log, gallery images."""
 
     __tablename__ = "artifacts"
     __table_args__ = (UniqueConstraint("job_id", "name"),)

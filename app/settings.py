@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -174,10 +174,12 @@ class Settings(BaseSettings):
     worker_silent_s: float = Field(
         default=600.0, gt=0, description="A worker that is not heard of for this long is forgotten, seconds."
     )
-    picture_memory_bytes: int | None = Field(
+    image_memory_bytes: int | None = Field(
         default=None,
+        # The second is the name of 0.1; it goes with 0.3.
+        validation_alias=AliasChoices("DEFEAT_IMAGE_MEMORY_BYTES", "DEFEAT_PICTURE_MEMORY_BYTES"),
         ge=0,
-        description="Most memory in which a run keeps decoded pictures, bytes. None: 2 GiB or a quarter of what is "
+        description="Most memory in which a run keeps decoded images, bytes. None: 2 GiB or a quarter of what is "
         "free, whichever is less.",
     )
     metrics_port: int | None = Field(

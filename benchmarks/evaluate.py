@@ -2,8 +2,8 @@
 
     python -m benchmarks.evaluate [--quick]
 
-5,000 pictures (1,000 with --quick) of 80 classes, about 7 boxes and 100 detections each, made here from a seed. Both
-begin with the detections as a detector gives them, tensors by picture, and with the dataset; both must find the same
+5,000 images (1,000 with --quick) of 80 classes, about 7 boxes and 100 detections each, made here from a seed. Both
+begin with the detections as a detector gives them, tensors by image, and with the dataset; both must find the same
 numbers. The two take turns.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
 from defeat.engine.evaluation.evaluate import Seen, coco_metrics
 from tests.support.reference import STATS, coco_evaluation, to_coco, to_results
 
@@ -27,14 +27,14 @@ HEIGHT, WIDTH = 480, 640
 TOLERANCE = 1e-9
 
 
-def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Seen]:
-    """Return one picture's truth and detections: several near each box, of its class or another, and false ones."""
+def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, Seen]:
+    """Return one image's truth and detections: several near each box, of its class or another, and false ones."""
     count = int(rng.poisson(BOXES))
     corner = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
     side = np.minimum(np.exp(rng.uniform(np.log(10), np.log(300), (count, 2))), (WIDTH, HEIGHT) - corner)
     boxes = np.concatenate([corner, corner + side], axis=1)
     classes = rng.integers(CLASSES, size=count)
-    picture = Picture(
+    image = AnnotatedImage(
         id=number,
         file=f"images/{number:064x}.jpg",
         name=f"{number}.jpg",
@@ -58,24 +58,24 @@ def scene(rng: np.random.Generator, number: int) -> tuple[Picture, Seen]:
         labels=torch.from_numpy(labels).long(),
         scores=torch.from_numpy(scores).float(),
     )
-    return picture, found
+    return image, found
 
 
-def case(pictures: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, Seen]]:
-    """Return a dataset of one split, `val`, and detections by picture id."""
+def case(images: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, Seen]]:
+    """Return a dataset of one split, `val`, and detections by image id."""
     rng = np.random.default_rng(seed)
-    scenes = [scene(rng, number) for number in range(1, pictures + 1)]
+    scenes = [scene(rng, number) for number in range(1, images + 1)]
     dataset = CanonicalDataset(tuple(f"class {index}" for index in range(CLASSES)), tuple(one for one, _ in scenes))
-    return dataset, {picture.id: found for picture, found in scenes}
+    return dataset, {image.id: found for image, found in scenes}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and return the result."""
     parser = argparse.ArgumentParser(description="Evaluation against pycocotools.")
-    parser.add_argument("--quick", action="store_true", help="1,000 pictures and one turn instead of 5,000 and three")
+    parser.add_argument("--quick", action="store_true", help="1,000 images and one turn instead of 5,000 and three")
     quick = parser.parse_args(arguments).quick
-    pictures, turns = (1000, 1) if quick else (5000, 3)
-    dataset, found = case(pictures)
+    images, turns = (1000, 1) if quick else (5000, 3)
+    dataset, found = case(images)
     ours_s, theirs_s = [], []
     for turn in range(turns):
         start = time.perf_counter()
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "ratio": round(ratio, 2),
         "goal": GOAL,
         "ok": bool(ratio >= GOAL and difference <= TOLERANCE),
-        "pictures": pictures,
+        "images": images,
         "detections": ours["detections"],
         "ours_s": round(statistics.median(ours_s), 3),
         "pycocotools_s": round(statistics.median(theirs_s), 3),

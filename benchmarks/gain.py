@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     chosen = _choose(options.methods, methods(trained))
     seeds = options.seeds[:1] if options.quick else options.seeds
     out = directory.resolve() / f"{options.data}{'-quick' if options.quick else ''}"
-    whole, part = prepare_data(out, options.data, student_pictures=trained.student_pictures, tiny=options.quick)
+    whole, part = prepare_data(out, options.data, student_images=trained.student_images, tiny=options.quick)
     runs = out / options.detector
     weights, teacher = train_teacher(runs, trained, whole)
     found: dict[str, list[float]] = {name: [] for name in chosen}

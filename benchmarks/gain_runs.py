@@ -59,7 +59,7 @@ def _succeeded(result_file: Path) -> bool:
 
 
 def blood_cells() -> Path:
-    """Return where the BCCD pictures are: `$DEFEAT_TEST_DATA/bccd`, or `shared/data/bccd` beside the checkout.
+    """Return where the BCCD images are: `$DEFEAT_TEST_DATA/bccd`, or `shared/data/bccd` beside the checkout.
 
     Raises `RunFailed` if they are in neither place.
     """
@@ -70,10 +70,10 @@ def blood_cells() -> Path:
     return directory
 
 
-def prepare_data(out: Path, data: Data, *, student_pictures: int | None, tiny: bool) -> tuple[Path, Path]:
+def prepare_data(out: Path, data: Data, *, student_images: int | None, tiny: bool) -> tuple[Path, Path]:
     """Return the teacher's and the students' canonical datasets, made in `out` unless they stand there.
 
-    The students' has the first `student_pictures` of the training split (None: all) and the same other splits.
+    The students' has the first `student_images` of the training split (None: all) and the same other splits.
     """
     imported = out / "import"
 
@@ -83,17 +83,17 @@ def prepare_data(out: Path, data: Data, *, student_pictures: int | None, tiny: b
         canonical.unpack(imported / "artifacts" / "dataset.tar", directory)
 
     whole = _made(out / "whole", _unpack_whole)
-    if student_pictures is None:
+    if student_images is None:
         return whole, whole
 
     def _write_part(directory: Path) -> None:
         dataset = canonical.read(whole)
-        kept = dataset.in_split("train")[:student_pictures]
+        kept = dataset.in_split("train")[:student_images]
         images = tuple(image for image in dataset.images if image.split != "train" or image in kept)
         sources = {image.file: whole / image.file for image in images}
         canonical.write(directory, replace(dataset, images=images), sources)
 
-    return whole, _made(out / f"first-{student_pictures}", _write_part)
+    return whole, _made(out / f"first-{student_images}", _write_part)
 
 
 def _made(directory: Path, make: Callable[[Path], None]) -> Path:
@@ -131,7 +131,7 @@ def train_student(
 ) -> dict[str, Any]:
     """Train the setup's student with a method and a seed, and return its metrics, as `coco_metrics` has them.
 
-    The initial weights and the order of the pictures follow from the seed alone: they are the same for every method.
+    The initial weights and the order of the images follow from the seed alone: they are the same for every method.
     """
     without = method["method"] == "baseline"
     job = _job(
@@ -167,5 +167,5 @@ def _job(setup: Setup, *, teacher: Spec | None, student: Spec, method: Spec, see
 
 
 def _inputs(dataset: Path, *, teacher: str | None) -> dict[str, Any]:
-    others = {"student": None, "teacher_initial": None, "resume": None, "picture_memory_bytes": None}
+    others = {"student": None, "teacher_initial": None, "resume": None, "image_memory_bytes": None}
     return {"dataset": str(dataset), "teacher": teacher, **others, "device": "cpu"}

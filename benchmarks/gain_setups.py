@@ -21,8 +21,8 @@ class Setup:
         student: the student's; its pyramid has the teacher's channels, for PKD compares channel by channel.
         teacher_schedule: how the teacher is trained, once, on the whole training split.
         student_schedule: how each student is trained.
-        student_pictures: how many pictures of the training split the students see; None: all.
-        horizontal_flip: probability of mirroring a training picture; 0 for digits, which do not read mirrored.
+        student_images: how many images of the training split the students see; None: all.
+        horizontal_flip: probability of mirroring a training image; 0 for digits, which do not read mirrored.
         split: what AP is measured on.
     """
 
@@ -30,7 +30,7 @@ class Setup:
     student: Spec
     teacher_schedule: Spec
     student_schedule: Spec
-    student_pictures: int | None
+    student_images: int | None
     horizontal_flip: float
     split: str
 
@@ -85,7 +85,7 @@ def setup(data: Data, architecture: Architecture) -> Setup:
         student={**common, "backbone": "timm/mobilenetv3_small_050"},
         teacher_schedule={**schedule, "epochs": teacher_epochs},
         student_schedule={**schedule, "epochs": student_epochs},
-        student_pictures=200 if data == "digits" else None,
+        student_images=200 if data == "digits" else None,
         horizontal_flip=0.0 if data == "digits" else 0.5,
         split="val" if data == "digits" else "test",
     )
@@ -100,7 +100,7 @@ def quick(full: Setup) -> Setup:
         student={**full.student, **small},
         teacher_schedule={**full.teacher_schedule, "epochs": 1},
         student_schedule={**full.student_schedule, "epochs": 1},
-        student_pictures=8,
+        student_images=8,
     )
 
 

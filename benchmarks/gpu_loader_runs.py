@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu` that load pictures: whether batches are what they should be, and who waits for them."""
+"""The parts of `benchmarks.gpu` that load images: whether batches are what they should be, and who waits for them."""
 
 import time
 from collections.abc import Iterator
@@ -13,31 +13,31 @@ from benchmarks.loader import write
 from benchmarks.step_time import CASES, CLOCK, Bench
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.numerics import numerics
 
 EPOCHS = 3
 WAIT_GOAL = 0.01  # of a step
-FILES, COPIES = 48, 6  # pictures that are made, and records of each in the split
+FILES, COPIES = 48, 6  # images that are made, and records of each in the split
 _CHANGES = AugmentationConfig(mosaic=0.3, zoom_out=0.2, iou_crop=0.3, scale_min=0.8, scale_max=1.1, hue=0.1)
 
 
 @lru_cache(maxsize=1)
-def _pictures(home: Path, count: int) -> PictureReader:
+def _images(home: Path, count: int) -> ImageReader:
     """Return JPEG files of 1280x960, made in `home` once."""
-    root = home / "pictures"
+    root = home / "images"
     root.mkdir()
     return write(root, count)
 
 
 def loading(setting: Setting) -> Found:
     """Compare batches for the device, with loader processes where it has them, with those that this process makes."""
-    pictures = _pictures(setting.home, 6 if setting.small else FILES)
+    reader = _images(setting.home, 6 if setting.small else FILES)
     batch_size = 2 if setting.small else 8
     size = InputSize(min_size=64, max_size=96) if setting.small else InputSize(min_size=400, max_size=666)
     ours, plain = (
-        TrainingBatches(pictures, batch_size=batch_size, size=size, augmentation=_CHANGES, device=device)
+        TrainingBatches(reader, batch_size=batch_size, size=size, augmentation=_CHANGES, device=device)
         for device in (setting.device, torch.device("cpu"))
     )
     compared, unequal, pinned = 0, 0, 0
@@ -73,18 +73,16 @@ def data_wait(setting: Setting) -> Found:
     """Train from JPEG files with DeFeat's step, and say which share of the time goes into waiting for a batch.
 
     Files of 1280x960 become images of 800x1066: less work for a step than 800x1333, and as much for the loader. Epoch 1
-    decodes every picture, epoch 2 takes them from memory. `share` leaves out an epoch's first batch, which nothing
+    decodes every image, epoch 2 takes them from memory. `share` leaves out an epoch's first batch, which nothing
     could have loaded ahead, and `with_first` does not. The files have just been written, so no disk is measured.
     """
-    pictures = _pictures(setting.home, 6 if setting.small else FILES)
+    reader = _images(setting.home, 6 if setting.small else FILES)
     copies = 2 if setting.small else COPIES
-    records = [
-        replace(image, id=copy * len(pictures) + image.id) for copy in range(copies) for image in pictures.images
-    ]
+    records = [replace(image, id=copy * len(reader) + image.id) for copy in range(copies) for image in reader.images]
     bench = Bench(CASES["faster_rcnn, student's proposals"], setting.size, setting.device)
     batches = TrainingBatches(
-        PictureReader(pictures.root, records),
-        batch_size=setting.size.pictures,
+        ImageReader(reader.root, records),
+        batch_size=setting.size.images,
         size=InputSize.taken_from(bench.ours.losses.detector),
         augmentation=AugmentationConfig(),
         device=setting.device,
@@ -99,7 +97,7 @@ def data_wait(setting: Setting) -> Found:
                 "step_ms": round(1000 * sum(whole for _, whole in times[1:]) / len(times[1:]), 1),
             }
     return Found(
-        measured={**rows, "processes": batches.ahead.processes, "pictures": len(records)},
+        measured={**rows, "processes": batches.ahead.processes, "images": len(records)},
         goal={"share": WAIT_GOAL},
         met=all(row["share"] < WAIT_GOAL for row in rows.values()),
     )

@@ -19,7 +19,7 @@ TINY_DETECTOR = "timm/mobilenetv3_small_050"
 SYNC = Size(
     teacher="torchvision/resnet18",
     student="torchvision/resnet18",
-    pictures=4,
+    images=4,
     height=256,
     width=320,
     detector={},
@@ -30,7 +30,7 @@ SYNC = Size(
 SMALL = Size(
     teacher=TINY_DETECTOR,
     student=TINY_DETECTOR,
-    pictures=2,
+    images=2,
     height=64,
     width=96,
     detector={"pyramid_channels": 16},
@@ -87,7 +87,7 @@ TINY = Example(
 )
 
 
-class Clock:
+class StepInfo:
     """Says how much of the program's time is left, counted from the start of its process, imports included."""
 
     def __init__(self, minutes: float, *, started: float | None = None) -> None:
@@ -120,7 +120,7 @@ class Setting:
     device: torch.device
     small: bool
     home: Path
-    clock: Clock
+    step_info: StepInfo
 
     @property
     def judged(self) -> bool:

@@ -33,7 +33,7 @@ from benchmarks.step_time import (
 )
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.methods import METHODS
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 from defeat.engine.numerics import PRECISIONS, Precision, numerics
 from defeat.engine.training.step import Step
 
@@ -54,7 +54,7 @@ _PLACES = {
     "worker/data/": "engine",
 }
 _HEADS = "detector: torchvision/"
-MEASURED, ORDINARY = (Clock(step=step, steps=1000, epoch=0, epochs=1) for step in (100, 101))
+MEASURED, ORDINARY = (StepInfo(step=step, steps=1000, epoch=0, epochs=1) for step in (100, 101))
 
 
 def _place(frame: FrameType | None) -> str:
@@ -119,11 +119,11 @@ def _counted(step: Step, batch: Batch) -> tuple[Counter[str], Counter[str], bool
     """
     values: list[Mapping[str, float]] = []
     counts = []
-    for clock, measured in ((ORDINARY, False), (MEASURED, True)):
+    for step_info, measured in ((ORDINARY, False), (MEASURED, True)):
 
-        def _take(clock: Clock = clock, measured: bool = measured) -> None:
+        def _take(step_info: StepInfo = step_info, measured: bool = measured) -> None:
             torch.manual_seed(0)
-            values.append(step(batch, clock, measured=measured).values)
+            values.append(step(batch, step_info, measured=measured).values)
 
         _take()
         counts.append(waits(_take, step.device))
@@ -231,7 +231,7 @@ def step_against_bound(setting: Setting, name: str) -> Found:
         # None: the profiler saw no kernel, as where a container may not ask the driver for them.
         "waiting_share": round(1 - busy / wall, 4) if busy else None,
         "busy_ms": round(1000 * busy, 1),
-        "images_per_s": round(setting.size.pictures / wall, 2),
+        "images_per_s": round(setting.size.images / wall, 2),
         "memory": memory,
     }
     return Found(measured=measured, goal={"ratio": case.goal}, met=found["ok"])

@@ -1,14 +1,14 @@
-"""Loading training pictures from JPEG files: ours against a plain torchvision dataset with the same transforms.
+"""Loading training images from JPEG files: ours against a plain torchvision dataset with the same transforms.
 
     python -m benchmarks.loader [--quick]
 
-Photograph-like pictures, 1280x960, JPEG quality 90, mirrored half of the time and brought to a detector's usual size,
+Photograph-like images, 1280x960, JPEG quality 90, mirrored half of the time and brought to a detector's usual size,
 800x1333 at most. The other side is what people write: a `Dataset` that opens each file with Pillow, and torchvision's
 v2 transforms on `tv_tensors`, in a `DataLoader`. Both end with floats 0 to 1 in lists, in this process: loader
 processes would multiply either side. The two take turns, epoch by epoch; the first epoch fills our memory.
 
-`ratio` is that of a whole training of the default length, in pictures a second: one first epoch and the later ones.
-`wait` is the share of a training step that goes into waiting for pictures, a small detector's on this machine's CPU.
+`ratio` is that of a whole training of the default length, in images a second: one first epoch and the later ones.
+`wait` is the share of a training step that goes into waiting for images, a small detector's on this machine's CPU.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from defeat.engine import detectors
-from defeat.engine.data.canonical import Box, Picture
+from defeat.engine.data.canonical import AnnotatedImage, Box
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.training.config import ScheduleConfig
 
@@ -46,7 +46,7 @@ STUDENT = {"architecture": "faster_rcnn", "backbone": "timm/mobilenetv3_small_05
 
 
 def photograph(rng: np.random.Generator, boxes: tuple[Box, ...]) -> Image.Image:
-    """Return a smooth, grainy picture with a rectangle in each box: about as many bytes as a photograph's."""
+    """Return a smooth, grainy image with a rectangle in each box: about as many bytes as a photograph's."""
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
         (WIDTH, HEIGHT), Image.Resampling.BICUBIC
     )
@@ -57,11 +57,11 @@ def photograph(rng: np.random.Generator, boxes: tuple[Box, ...]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write(root: Path, count: int) -> PictureReader:
+def write(root: Path, count: int) -> ImageReader:
     """Write a training split under `root` and return its reader."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
-    pictures = []
+    images = []
     for number in range(1, count + 1):
         corners = rng.integers(0, (WIDTH - 400, HEIGHT - 400), (7, 2))
         sides = rng.integers(20, 400, (7, 2))
@@ -71,15 +71,15 @@ def write(root: Path, count: int) -> PictureReader:
         )
         file = f"images/{number:064x}.jpg"
         photograph(rng, boxes).save(root / file, quality=90)
-        pictures.append(Picture(number, file, f"{number}.jpg", WIDTH, HEIGHT, "train", boxes))
-    return PictureReader(root, pictures)
+        images.append(AnnotatedImage(number, file, f"{number}.jpg", WIDTH, HEIGHT, "train", boxes))
+    return ImageReader(root, images)
 
 
 class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
     """The dataset that people write."""
 
-    def __init__(self, pictures: PictureReader) -> None:
-        self.pictures = pictures
+    def __init__(self, images: ImageReader) -> None:
+        self.images = images
         self.transform = v2.Compose(
             [
                 v2.ToImage(),
@@ -90,11 +90,11 @@ class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        record = self.pictures.images[index]
-        image = Image.open(self.pictures.root / record.file).convert("RGB")
+        record = self.images.images[index]
+        image = Image.open(self.images.root / record.file).convert("RGB")
         boxes = tv_tensors.BoundingBoxes(
             [[box.x1, box.y1, box.x2, box.y2] for box in record.boxes],
             format="XYXY",
@@ -106,7 +106,7 @@ class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def plain_epoch(loader: Iterable[tuple[tuple[Tensor, ...], Any]]) -> float:
-    """Return pictures a second of one epoch of theirs."""
+    """Return images a second of one epoch of theirs."""
     start, count = time.perf_counter(), 0
     for images, _ in loader:
         count += len(images)
@@ -114,7 +114,7 @@ def plain_epoch(loader: Iterable[tuple[tuple[Tensor, ...], Any]]) -> float:
 
 
 def our_epoch(batches: TrainingBatches, seed: int) -> float:
-    """Return pictures a second of one epoch of ours, as training takes them: floats on its device."""
+    """Return images a second of one epoch of ours, as training takes them: floats on its device."""
     start, count = time.perf_counter(), 0
     for batch in batches.epoch(seed):
         count += len(batch.floats())
@@ -122,7 +122,7 @@ def our_epoch(batches: TrainingBatches, seed: int) -> float:
 
 
 def waiting(batches: TrainingBatches, steps: int) -> float:
-    """Return the share of training steps, forward and backward, that is spent waiting for their pictures."""
+    """Return the share of training steps, forward and backward, that is spent waiting for their images."""
     torch.manual_seed(0)
     detector = detectors.build(STUDENT, [f"class {index}" for index in range(80)]).train()
     InputSize.taken_from(detector)
@@ -131,7 +131,7 @@ def waiting(batches: TrainingBatches, steps: int) -> float:
         start = time.perf_counter()
         batch: Batch = next(epoch)
         waited += time.perf_counter() - start
-        losses = detector.train_pass(batch.floats(), batch.targets).losses
+        losses = detector.forward_train(batch.floats(), batch.targets).losses
         torch.stack(list(losses.values())).sum().backward()
         whole += time.perf_counter() - start
     return waited / whole
@@ -139,15 +139,15 @@ def waiting(batches: TrainingBatches, steps: int) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print and return the result."""
-    parser = argparse.ArgumentParser(description="Loading training pictures.")
-    parser.add_argument("--quick", action="store_true", help="32 pictures and three turns instead of 128 and five")
+    parser = argparse.ArgumentParser(description="Loading training images.")
+    parser.add_argument("--quick", action="store_true", help="32 images and three turns instead of 128 and five")
     quick = parser.parse_args(arguments).quick
-    pictures, turns, later_epochs, steps = (32, 3, 2, 2) if quick else (128, 5, 3, 8)
+    images, turns, later_epochs, steps = (32, 3, 2, 2) if quick else (128, 5, 3, 8)
     theirs: list[float] = []
     first: list[float] = []
     later: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        reader = write(Path(folder), pictures)
+        reader = write(Path(folder), images)
         loader = DataLoader(
             Plain(reader),
             batch_size=BATCH,
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "later_epochs_images_per_s": round(later_rate, 1),
         "first_epoch_ratio": round(first_rate / plain_rate, 2),
         "later_epochs_ratio": round(later_rate / plain_rate, 2),
-        "pictures": pictures,
+        "images": images,
         "kept": kept,
         "wait_first_epoch": round(wait_first, 3),
         "wait_later_epochs": round(wait_later, 3),

@@ -41,9 +41,9 @@ BASE_SIZE = 56.0
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A batch: pictures of height x width px, with channels on each pyramid level, measured so many times."""
+    """A batch: images of height x width px, with channels on each pyramid level, measured so many times."""
 
-    pictures: int
+    images: int
     channels: int
     height: int
     width: int
@@ -51,10 +51,10 @@ class Size:
     repeats: int
 
 
-FULL = Size(pictures=2, channels=256, height=800, width=1024, boxes=12, repeats=9)
-QUICK = Size(pictures=1, channels=256, height=800, width=1024, boxes=12, repeats=7)
-CARD = Size(pictures=8, channels=256, height=800, width=1024, boxes=12, repeats=9)
-QUICK_CARD = Size(pictures=2, channels=256, height=800, width=1024, boxes=12, repeats=5)
+FULL = Size(images=2, channels=256, height=800, width=1024, boxes=12, repeats=9)
+QUICK = Size(images=1, channels=256, height=800, width=1024, boxes=12, repeats=7)
+CARD = Size(images=8, channels=256, height=800, width=1024, boxes=12, repeats=9)
+QUICK_CARD = Size(images=2, channels=256, height=800, width=1024, boxes=12, repeats=5)
 COPIED_BYTES = 2**30
 CALLS = 10  # between two looks at the clock: a GPU is given work ahead
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -81,15 +81,15 @@ class Case:
 
 
 def make_case(size: Size, *, seed: int = 0) -> Case:
-    """Return random maps and boxes of 8 px to the whole picture."""
+    """Return random maps and boxes of 8 px to the whole image."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [
-        (size.pictures, size.channels, math.ceil(size.height / stride), math.ceil(size.width / stride))
+        (size.images, size.channels, math.ceil(size.height / stride), math.ceil(size.width / stride))
         for stride in STRIDES
     ]
     limit = torch.tensor([size.width, size.height])
     boxes = []
-    for _ in range(size.pictures):
+    for _ in range(size.images):
         sides = 8 * (limit / 8) ** torch.rand(size.boxes, 2, generator=generator)
         corner = torch.rand(size.boxes, 2, generator=generator) * (limit - sides)
         boxes.append(torch.cat([corner, corner + sides], dim=1))
@@ -140,16 +140,16 @@ def plain(case: Case) -> Tensor:
 def _plain_mask(boxes: Sequence[Tensor], level: int, features: Tensor) -> Tensor:
     batch, channels, height, width = features.shape
     mask = torch.zeros(batch, height, width)
-    for picture, of_picture in enumerate(boxes):
-        for x1, y1, x2, y2 in of_picture.tolist():
+    for image, of_image in enumerate(boxes):
+        for x1, y1, x2, y2 in of_image.tolist():
             fitting = math.floor(math.log2(math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1)) / BASE_SIZE + 1e-6))
             if min(max(fitting, 0), len(STRIDES) - 1) != level:
                 continue
             left, top, right, bottom = (int(value / STRIDES[level]) for value in (x1, y1, x2, y2))
             if left >= right or top >= bottom:
-                mask[picture, min(top, height - 1), min(left, width - 1)] = 1
+                mask[image, min(top, height - 1), min(left, width - 1)] = 1
             else:
-                mask[picture, top:bottom, left:right] = 1
+                mask[image, top:bottom, left:right] = 1
     return mask[:, None].repeat(1, channels, 1, 1)
 
 
@@ -316,7 +316,7 @@ def measure_device(size: Size, device: torch.device, *, copied_bytes: int) -> di
         "ok": all(one["ok"] for one in cases),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "copy_bytes_per_second": round(bandwidth),
-        "pictures": size.pictures,
+        "images": size.images,
         "repeats": size.repeats,
         "cases": cases,
     }

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     sizes = coco_like(1000 if parser.parse_args(arguments).quick else 5000)
     cases = {}
     for batch_size in BATCH_SIZES:
-        grouped = BatchOrder(sizes, batch_size=batch_size, rank=0, world=1).batches()
+        grouped = BatchOrder(sizes, batch_size=batch_size, rank=0, world_size=1).batches()
         shuffled = np.random.default_rng(1).permutation(list(itertools.chain(*grouped))).reshape(-1, batch_size)
         cases[batch_size] = {
             "any": round(padded_share(sizes, shuffled.tolist()), 3),

@@ -31,7 +31,7 @@ from PIL import Image
 
 from app.models import Job
 from defeat.engine.data import canonical
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
 from tests.support.worker_world import World
 from worker.supervisor import Supervisor
 from worker.tasks import ADAPTERS
@@ -88,7 +88,7 @@ os._exit(0)
 def make_dataset(directory: Path) -> tuple[Path, str]:
     """Write a canonical dataset as a tar; return it and its content hash."""
     rng = np.random.default_rng(0)
-    pictures, sources = [], {}
+    images, sources = [], {}
     counts: dict[canonical.Split, int] = {"train": BATCH, "val": VAL, "test": TEST}
     for number, split in enumerate(split for split, count in counts.items() for _ in range(count)):
         pixels = rng.integers(0, 80, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -101,8 +101,8 @@ def make_dataset(directory: Path) -> tuple[Path, str]:
         Image.fromarray(pixels).save(path, quality=90)
         file = f"images/{hashlib.sha256(path.read_bytes()).hexdigest()}.jpg"
         sources[file] = path
-        pictures.append(Picture(number + 1, file, path.name, WIDTH, HEIGHT, split, tuple(boxes)))
-    dataset = CanonicalDataset(CLASSES, tuple(pictures))
+        images.append(AnnotatedImage(number + 1, file, path.name, WIDTH, HEIGHT, split, tuple(boxes)))
+    dataset = CanonicalDataset(CLASSES, tuple(images))
     tar = directory / "dataset.tar"
     canonical.pack(tar, dataset, sources, tick=lambda _: None)
     return tar, canonical.content_hash(dataset)

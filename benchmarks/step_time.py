@@ -6,7 +6,7 @@
 Both run in turn in one process, on the same batch, and the medians are compared. What is measured for DeFeat is the
 engine's own step, weights updated; to it is added the share of the step that measures gradients, which comes once in
 so many. Both run inside the engine's `numerics`, as the training loop does: cuDNN searches for the fastest algorithms
-of the batch's one shape. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 pictures of 800x1333, bfloat16,
+of the batch's one shape. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 images of 800x1333, bfloat16,
 channels_last. The last line is one JSON object; the exit code is 1 if a goal is missed.
 """
 
@@ -28,15 +28,15 @@ from defeat.engine import detectors, methods
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.detectors import Detector, Target
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 from defeat.engine.numerics import PRECISIONS, numerics
 from defeat.engine.training.config import ScheduleConfig
 from defeat.engine.training.health import MEASURE_EVERY
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 
 CLASSES = [f"class {number}" for number in range(80)]
-CLOCK = Clock(step=100, steps=1000, epoch=0, epochs=1)
+CLOCK = StepInfo(step=100, steps=1000, epoch=0, epochs=1)
 WARM_UP = 2
 NECK_ONLY = {"head_object_weight": 0, "head_background_weight": 0}
 
@@ -63,11 +63,11 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained on: `pictures` of height x width px; the two backbones; what else the detectors' specs say."""
+    """What is trained on: `images` of height x width px; the two backbones; what else the detectors' specs say."""
 
     teacher: str
     student: str
-    pictures: int
+    images: int
     height: int
     width: int
     detector: Mapping[str, Any]
@@ -85,7 +85,7 @@ class Size:
 GPU = Size(
     teacher="torchvision/resnet152",
     student="torchvision/resnet50",
-    pictures=8,
+    images=8,
     height=800,
     width=1333,
     detector={},
@@ -96,10 +96,10 @@ GPU = Size(
 CPU = Size(
     teacher="torchvision/resnet50",
     student="torchvision/resnet18",
-    pictures=2,
+    images=2,
     height=192,
     width=256,
-    # As the examples for a CPU: narrow pyramids, and as many proposals for a picture's area as the paper's have.
+    # As the examples for a CPU: narrow pyramids, and as many proposals for an image's area as the paper's have.
     detector={"pyramid_channels": 64},
     two_stage={"box_samples": 32, "train_proposals": 200, "test_proposals": 100},
     schedule={},
@@ -108,10 +108,10 @@ CPU = Size(
 
 
 def make_batch(size: Size) -> Batch:
-    """Return random pictures with ten boxes each."""
+    """Return random images with ten boxes each."""
     generator = torch.Generator().manual_seed(0)
     images, targets = [], []
-    for _ in range(size.pictures):
+    for _ in range(size.images):
         images.append(torch.randint(0, 256, (3, size.height, size.width), generator=generator, dtype=torch.uint8))
         corner = torch.rand(10, 2, generator=generator) * torch.tensor([size.width, size.height]) * 0.6
         extent = 10 + torch.rand(10, 2, generator=generator) * torch.tensor([size.width, size.height]) * 0.35
@@ -183,9 +183,9 @@ def make_step(student: Detector, teacher: Detector | None, distillation: Mapping
     device = next(student.parameters()).device
     InputSize.taken_from(student)
     method = methods.build(distillation, student, teacher).to(device)
-    # A rate that moves nothing: with random weights and pictures a real one would soon lead anywhere.
-    schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.pictures, **size.schedule)
-    step = Step(student, method=method, teacher=teacher, schedule=schedule, world=World(), device=device)
+    # A rate that moves nothing: with random weights and images a real one would soon lead anywhere.
+    schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.images, **size.schedule)
+    step = Step(student, method=method, teacher=teacher, schedule=schedule, group=ProcessGroup(), device=device)
     step.losses.train()
     return step
 

@@ -83,10 +83,10 @@ def run(out: Output) -> dict[str, Any]:
         show_results(out, job)
 
         student = client.jobs.download(job["id"], "student-best.safetensors", HOME / "student.safetensors")
-        picture = _a_picture(client, job["id"])
+        image = _a_image(client, job["id"])
         detected = HOME / "detected.png"
-        found = detect(student, picture, output=detected, least_score=0.5)
-        out.say(f"the student finds {len(found)} digits in {picture}: " + " ".join(one["class"] for one in found))
+        found = detect(student, image, output=detected, least_score=0.5)
+        out.say(f"the student finds {len(found)} digits in {image}: " + " ".join(one["class"] for one in found))
         out.say(f"with boxes: {detected}")
         out.say(f"the job's page was {address['dashboard'].rstrip('/')}/jobs/{job['id']}; the stack ends now")
         out.say(f"to look around: `.venv/bin/defeat up --home {HOME} --new-key`, then open the address it prints")
@@ -102,8 +102,8 @@ def run(out: Output) -> dict[str, Any]:
     }
 
 
-def _a_picture(client: Client, job_id: str) -> Path:
-    """Download a validation picture: the first of the job's gallery."""
+def _a_image(client: Client, job_id: str) -> Path:
+    """Download a validation image: the first of the job's gallery."""
     name = min(one["name"] for one in client.jobs.artifacts(job_id) if one["name"].startswith("gallery/"))
     return client.jobs.download(job_id, name, HOME / Path(name).name)
 

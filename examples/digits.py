@@ -82,22 +82,22 @@ def _scans(rng: np.random.Generator) -> tuple[list[Scan], list[Scan]]:
 def _scenes(
     rng: np.random.Generator, scans: list[Scan], count: int, width: int, height: int
 ) -> Iterator[tuple[Gray, list[tuple[int, Box]]]]:
-    """Yield `count` scenes: a picture (height, width), 0 to 255, and a label with a box for each digit."""
+    """Yield `count` scenes: an image (height, width), 0 to 255, and a label with a box for each digit."""
     for _ in range(count):
-        picture = _background(rng, width, height)
+        image = _background(rng, width, height)
         objects: list[tuple[int, Box]] = []
         for _ in range(int(rng.integers(FEWEST, MOST + 1))):
             scan = scans[int(rng.integers(len(scans)))]
             ink = _scaled(scan, int(rng.integers(SMALLEST, LARGEST + 1)))
             box = _free_place(rng, ink, [other for _, other in objects], width, height)
             if box is not None:
-                _draw(rng, picture, ink, box)
+                _draw(rng, image, ink, box)
                 objects.append((scan.label, box))
-        yield picture, objects
+        yield image, objects
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Gray:
-    """Return a grey picture (height, width) with a slope of light and noise."""
+    """Return a grey image (height, width) with a slope of light and noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     level, across, down = rng.uniform(30, 100), rng.uniform(-30, 30), rng.uniform(-30, 30)
     slope = across * (x / width - 0.5) + down * (y / height - 0.5)
@@ -131,9 +131,9 @@ def _shared(a: Box, b: Box) -> float:
     return max(wide, 0) * max(tall, 0) / smaller
 
 
-def _draw(rng: np.random.Generator, picture: Gray, ink: Gray, box: Box) -> None:
+def _draw(rng: np.random.Generator, image: Gray, ink: Gray, box: Box) -> None:
     left, top, right, bottom = box
-    region = picture[top:bottom, left:right]
+    region = image[top:bottom, left:right]
     # From the place's own grey up, so that every digit stands out from what is behind it.
     region += ink * rng.uniform(70, 130)
 
@@ -142,9 +142,9 @@ def _write_split(directory: Path, split: str, scenes: Iterator[tuple[Gray, list[
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (directory / "images" / split).mkdir(parents=True)
-    for number, (picture, objects) in enumerate(scenes, start=1):
+    for number, (image, objects) in enumerate(scenes, start=1):
         name = f"{number:06d}.png"
-        pixels = Image.fromarray(np.clip(np.rint(picture), 0, 255).astype(np.uint8))
+        pixels = Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
         pixels.save(directory / "images" / split / name, compress_level=1)
         images.append({"id": number, "file_name": name, "width": pixels.width, "height": pixels.height})
         for label, (left, top, right, bottom) in objects:
@@ -168,11 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Build a data set as the command line says and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.digits", description="Scenes of digits in COCO's layout.")
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where to write the data set")
-    parser.add_argument("--train-scenes", type=int, default=400, help="pictures to train on (default: %(default)s)")
-    parser.add_argument("--val-scenes", type=int, default=100, help="pictures to evaluate on (default: %(default)s)")
+    parser.add_argument("--train-scenes", type=int, default=400, help="images to train on (default: %(default)s)")
+    parser.add_argument("--val-scenes", type=int, default=100, help="images to evaluate on (default: %(default)s)")
     parser.add_argument("--width", type=int, default=160, help="pixels (default: %(default)s)")
     parser.add_argument("--height", type=int, default=128, help="pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
     options = parser.parse_args(arguments)
     try:
         directory = build(**vars(options))

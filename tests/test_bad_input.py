@@ -275,9 +275,9 @@ def test_a_hostile_archive_is_an_invalid_dataset(
 
 @ONE_DATABASE
 @pytest.mark.parametrize(("fraction", "status"), [(0.0, "invalid"), (0.9, "ready")])
-def test_a_picture_that_does_not_decode_is_named(front: Front, tmp_path: Path, fraction: float, status: str) -> None:
+def test_a_image_that_does_not_decode_is_named(front: Front, tmp_path: Path, fraction: float, status: str) -> None:
     root = voc(tmp_path / "voc")
-    put(root / "JPEGImages/two.png", b"no picture at all")
+    put(root / "JPEGImages/two.png", b"no image at all")
     body = {"name": "cells", "source": {"kind": "upload"}, "max_dropped_fraction": fraction}
     dataset = front.upload("datasets", body, zip_of(root, tmp_path / "x.zip").read_bytes())
     assert dataset["status"] == status

@@ -20,7 +20,7 @@ import yaml
 
 from app.stack.embedded import broker_binary
 from defeat.engine.data.loading.batch import to_float
-from defeat.engine.data.loading.loader import read_picture
+from defeat.engine.data.loading.loader import read_image
 from defeat.engine.detectors import load
 from examples import digits
 from tests.support.postgres import driver_url
@@ -74,13 +74,13 @@ def service(tmp_path_factory):
         yield running
 
 
-def average_precision(truth: dict[str, Any], student: Path, pictures: dict[int, Path]) -> float:
+def average_precision(truth: dict[str, Any], student: Path, paths: dict[int, Path]) -> float:
     """Return pycocotools' AP of the student file's own detections; nothing of the service's evaluation is used."""
     detector = load(student)
-    results, ids = [], sorted(pictures, key=lambda image_id: pictures[image_id].name)
+    results, ids = [], sorted(paths, key=lambda image_id: paths[image_id].name)
     for start in range(0, len(ids), 8):
         batch = ids[start : start + 8]
-        images = [to_float(read_picture(pictures[image_id]), torch.device("cpu")) for image_id in batch]
+        images = [to_float(read_image(paths[image_id]), torch.device("cpu")) for image_id in batch]
         for image_id, found in zip(batch, detector.detect(images), strict=True):
             for (x1, y1, x2, y2), label, score in zip(
                 found["boxes"].double().tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
@@ -125,8 +125,8 @@ def test_a_job_from_a_zip_to_a_student_whose_map_pycocotools_confirms(service, s
     (line,) = service.run("jobs", "download", job["id"], "--output", str(directory))
     student = Path(line["files"][0]["path"])
     truth = json.loads((scenes / "annotations" / "instances_val.json").read_text())
-    pictures = {image["id"]: scenes / "images" / "val" / image["file_name"] for image in truth["images"]}
-    assert job["results"]["student"]["ap"] == pytest.approx(average_precision(truth, student, pictures), abs=1e-6)
+    paths = {image["id"]: scenes / "images" / "val" / image["file_name"] for image in truth["images"]}
+    assert job["results"]["student"]["ap"] == pytest.approx(average_precision(truth, student, paths), abs=1e-6)
 
 
 def test_metrics_and_evaluations_are_whole(service, finished):
@@ -214,7 +214,7 @@ def test_services_of_ones_own_are_used_instead_of_embedded_ones(empty_postgres_u
 
 @pytest.mark.slow
 def test_blood_cells(service, tmp_path, bccd):
-    """Real pictures with real blemishes: the report names them, and the mAP in the database is pycocotools'."""
+    """Real images with real blemishes: the report names them, and the mAP in the database is pycocotools'."""
     archive = shutil.make_archive(str(tmp_path / "bccd"), "zip", bccd)
     dataset = service.run("datasets", "add", archive, "--name", "bccd", "--wait")[-1]
     (report,) = service.run("datasets", "report", dataset["id"])
@@ -228,8 +228,8 @@ def test_blood_cells(service, tmp_path, bccd):
     changes = ["--set", f"dataset={dataset['id']}"]
     job = service.run("jobs", "submit", str(tmp_path / "spec.yaml"), *changes, "--wait")[-1]
     (line,) = service.run("jobs", "download", job["id"], "--output", str(tmp_path))
-    pictures, truth = voc_truth(bccd, "test", ["Platelets", "RBC", "WBC"])
-    found = average_precision(truth, Path(line["files"][0]["path"]), pictures)
+    paths, truth = voc_truth(bccd, "test", ["Platelets", "RBC", "WBC"])
+    found = average_precision(truth, Path(line["files"][0]["path"]), paths)
     assert found > 0.2  # it has learnt something
     assert job["results"]["student"]["ap"] == pytest.approx(found, abs=1e-6)
 
@@ -237,9 +237,9 @@ def test_blood_cells(service, tmp_path, bccd):
 def voc_truth(root: Path, split: str, classes: list[str]) -> tuple[dict[int, Path], dict[str, Any]]:
     """Read a VOC split into COCO's ground truth, by hand: boxes as they stand, those without area left out."""
     names = (root / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
-    pictures = {number: root / "JPEGImages" / f"{name}.jpg" for number, name in enumerate(names, start=1)}
+    paths = {number: root / "JPEGImages" / f"{name}.jpg" for number, name in enumerate(names, start=1)}
     annotations = []
-    for number, path in pictures.items():
+    for number, path in paths.items():
         tree = ElementTree.parse(root / "Annotations" / f"{path.stem}.xml")
         width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
         for thing in tree.findall("object"):
@@ -253,8 +253,8 @@ def voc_truth(root: Path, split: str, classes: list[str]) -> tuple[dict[int, Pat
                      "area": box[2] * box[3], "iscrowd": 0}
                 )  # fmt: skip
     categories = [{"id": index, "name": name} for index, name in enumerate(classes, start=1)]
-    return pictures, {
-        "images": [{"id": number} for number in pictures],
+    return paths, {
+        "images": [{"id": number} for number in paths],
         "annotations": annotations,
         "categories": categories,
     }

@@ -50,7 +50,7 @@ DATABASE_ERRORS: Final = Counter("defeat_database_errors", "Exchanges with the d
 STORAGE_RETRIES: Final = Counter("defeat_storage_retries", "Transfers that failed and were tried again.")
 WORKING: Final = Gauge("defeat_working", "Rows that are worked on now.", ["kind"], multiprocess_mode="livesum")
 IMAGES_PER_S: Final = Gauge(
-    "defeat_images_per_second", "Training pictures a second of the run now; 0: none.", multiprocess_mode="livesum"
+    "defeat_images_per_second", "Training images a second of the run now; 0: none.", multiprocess_mode="livesum"
 )
 
 

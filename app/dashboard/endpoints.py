@@ -28,7 +28,7 @@ PageQueryDep = Annotated[PageQuery, Depends(page_query)]
 
 @router.get("/assets/{version}/{name}", responses=problems(NotFound))
 def get_asset(version: str, name: str, accept_encoding: Annotated[str, Header()] = "") -> Response:
-    """Serve a style sheet, a script or a picture. Its address changes with its content, so browsers keep it."""
+    """Serve a style sheet, a script or an image. Its address changes with its content, so browsers keep it."""
     return assets.respond(version, name, accept_encoding)
 
 

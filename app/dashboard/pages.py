@@ -16,7 +16,7 @@ from app.errors import ServiceError, Unauthorized
 from app.http.auth import SESSION_COOKIE
 from app.http.problems import as_service_error
 
-# No inline script or style at all. Pictures are artifacts of this origin.
+# No inline script or style at all. Images are artifacts of this origin.
 CONTENT_SECURITY_POLICY: Final = "; ".join(
     (
         "default-src 'none'",

@@ -33,7 +33,7 @@ class DatasetCreate(Body):
     source: Source
     max_dropped_fraction: Annotated[
         float,
-        Field(ge=0, le=1, description="Share of bad annotations and pictures above which the dataset is invalid."),
+        Field(ge=0, le=1, description="Share of bad annotations and images above which the dataset is invalid."),
     ] = 0.05
 
 

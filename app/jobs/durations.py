@@ -1,9 +1,9 @@
 """How long a job will take, learned from those before it.
 
-Jobs are alike if student and teacher have the same architecture, backbone and picture size, and the methods and the
+Jobs are alike if student and teacher have the same architecture, backbone and image size, and the methods and the
 number of GPUs are the same: their `recipe` is then equal. Their time is taken as proportional to the `workload`: how
-many pictures pass through training, of the student and, where the job trains one, of the teacher. So what is learned
-is seconds by picture, of the newest jobs of that recipe that succeeded at the first attempt, whosever they were; the
+many images pass through training, of the student and, where the job trains one, of the teacher. So what is learned
+is seconds by image, of the newest jobs of that recipe that succeeded at the first attempt, whosever they were; the
 median and the quartiles say how long another workload will take, and how sure that is.
 """
 
@@ -46,7 +46,7 @@ def _detector(side: Mapping[str, Any]) -> Any:
 
 
 def workload_of(spec: Mapping[str, Any], splits: Mapping[str, Any] | None) -> float | None:
-    """Return how many pictures pass through training, over all epochs; None for a dataset that does not say."""
+    """Return how many images pass through training, over all epochs; None for a dataset that does not say."""
     images = ((splits or {}).get("train") or {}).get("images")
     if not images:
         return None

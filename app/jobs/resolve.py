@@ -316,7 +316,7 @@ class Resolver:
             schedule,
             initial_weights=self._given((*who, "initial_weights")),
             gpus=resources["gpus"],
-            pictures=splits["train"]["images"] if "train" in splits else None,
+            images=splits["train"]["images"] if "train" in splits else None,
             augmentation=parts["augmentation"],
             who=who,
             where=where,

@@ -28,8 +28,8 @@ class Level:
         channels: of its map.
         anchors: of each of its cells, sides in pixels and ratios of height over width; None where no logits of cells
             are handed out.
-        side: cells along one side of its map, of the square that the student resizes every picture to; None where
-            pictures keep their shape: maps then have one shape whatever the backbone.
+        side: cells along one side of its map, of the square that the student resizes every image to; None where
+            images keep their shape: maps then have one shape whatever the backbone.
     """
 
     stride: int
@@ -60,7 +60,7 @@ def backbone_strides_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[i
 
 
 def levels_of(catalog: Catalog, detector: Mapping[str, Any], *, size: int | None) -> list[Level]:
-    """Return the levels of a complete detector spec, finest first; `size`: of the student's pictures, see `Level`."""
+    """Return the levels of a complete detector spec, finest first; `size`: of the student's images, see `Level`."""
     strides = strides_of(detector)
     has_logits = "logits" in catalog.detectors[detector["architecture"]]["provides"]
     return [

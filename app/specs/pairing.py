@@ -112,7 +112,7 @@ def _pyramid_misfits(
         yield Misfit(
             path=_at(student, "size"),
             code="maps_do_not_pair",
-            reason=f"the student resizes pictures to {size} x {size} px, of which its map at stride {uneven[0].stride} "
+            reason=f"the student resizes images to {size} x {size} px, of which its map at stride {uneven[0].stride} "
             f"is {uneven[0].side} cells wide, that of the teacher's {teacher['backbone']} {uneven[1].side}",
             keys=("size", *_LEVELS),
         )

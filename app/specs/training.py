@@ -8,7 +8,7 @@ from app.specs.catalog import Catalog
 from app.specs.levels import strides_of
 from app.specs.validation import Path
 
-# Families with batch norm on their coarsest map, which is one cell where pictures are no larger than its stride.
+# Families with batch norm on their coarsest map, which is one cell where images are no larger than its stride.
 _NORMALISED = frozenset({"ssdlite"})
 
 
@@ -19,7 +19,7 @@ def training_problems(
     *,
     initial_weights: object,
     gpus: int,
-    pictures: int | None,
+    images: int | None,
     augmentation: Mapping[str, Any] | None,
     who: Path,
     where: Path,
@@ -32,8 +32,8 @@ def training_problems(
         schedule: likewise.
         initial_weights: as the job names them.
         gpus: how many processes share a batch.
-        pictures: how many the training split has; None where that is not known.
-        augmentation: of its pictures, complete; None where it has mistakes of its own.
+        images: how many the training split has; None where that is not known.
+        augmentation: of its images, complete; None where it has mistakes of its own.
         who: the place of the student or teacher in the body.
         where: that of the schedule.
     """
@@ -52,18 +52,18 @@ def training_problems(
             "stages_cannot_freeze",
             f"{family} has no stages that could be frozen: leave it at 0, or take one of {able}",
         )
-    if pictures is not None and pictures < schedule["batch_size"]:
+    if images is not None and images < schedule["batch_size"]:
         yield problem(
             pointer((*where, "batch_size")),
             "too_few_images",
-            f"the training split has {pictures} pictures: set it to that at most; got {schedule['batch_size']}",
+            f"the training split has {images} images: set it to that at most; got {schedule['batch_size']}",
         )
     scale = (augmentation["scale_min"], augmentation["scale_max"]) if augmentation else (1, 1)
     if "size" in detector and scale != (1, 1):
         yield problem(
             pointer(("augmentation", "scale_max" if scale[0] == 1 else "scale_min")),
             "fixed_input_size",
-            f"the {who[0]} ({family}) sees every picture at {detector['size']} x {detector['size']} px, whatever its "
+            f"the {who[0]} ({family}) sees every image at {detector['size']} x {detector['size']} px, whatever its "
             "scale: leave scale_min and scale_max at 1, or use zoom_out and iou_crop",
         )
     parts = gpus * schedule["accumulation"]
@@ -71,6 +71,6 @@ def training_problems(
         yield problem(
             pointer((*where, "batch_size")),
             "batch_too_small",
-            f"each process gets one picture at a time, and at size {detector['size']} {family}'s coarsest map is one "
+            f"each process gets one image at a time, and at size {detector['size']} {family}'s coarsest map is one "
             f"cell, of which batch norm cannot train on one alone: set batch_size to {2 * parts} or more",
         )

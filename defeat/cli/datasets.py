@@ -10,7 +10,7 @@ from defeat.client.client import Client
 from defeat.client.errors import ApiError
 from defeat.client.types import Dataset, Report
 
-app = typer.Typer(no_args_is_help=True, help="Pictures with boxes.")
+app = typer.Typer(no_args_is_help=True, help="Images with boxes.")
 
 DatasetId = Annotated[str, typer.Argument(metavar="ID", help="ds_…")]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, the newest.")]

@@ -13,7 +13,7 @@ from defeat.client.errors import InvalidInput
 def write_tar(directory: Path, target: BinaryIO) -> None:
     """Write every file below `directory` to `target`, by path, in order, without times, owners or modes.
 
-    Pictures are compressed already, so the tar is not. Names that begin with a dot are left out. A symbolic link is
+    Images are compressed already, so the tar is not. Names that begin with a dot are left out. A symbolic link is
     stored as the file it leads to, and only if that lies in `directory` too: an unpacked archive of somebody else's
     must not be able to send files from elsewhere on this machine.
 
@@ -29,7 +29,7 @@ def write_tar(directory: Path, target: BinaryIO) -> None:
                 entry.size = os.fstat(file.fileno()).st_size
                 tar.addfile(entry, file)
     if empty:
-        raise InvalidInput(f"{directory} holds no files: give a directory with pictures and their annotations")
+        raise InvalidInput(f"{directory} holds no files: give a directory with images and their annotations")
 
 
 def _files(directory: Path, root: Path, above: frozenset[Path]) -> Iterator[Path]:

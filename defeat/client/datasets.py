@@ -1,4 +1,4 @@
-"""Datasets: pictures with boxes."""
+"""Datasets: images with boxes."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Datasets(Resource):
 
         `path_or_uri` is a directory (sent as a tar), an archive (zip, tar, tar.gz: sent as it is), or a `file://` URI
         of a directory or an archive that the *server* reads. `name` defaults to the last part of the path.
-        `max_dropped_fraction` (0 to 1, the server's default if None) is the share of boxes and pictures that may be
+        `max_dropped_fraction` (0 to 1, the server's default if None) is the share of boxes and images that may be
         unusable before the import fails.
 
         Raises `InvalidInput` if the path cannot be sent, `ApiError`, `ConnectionFailed`. A dataset whose upload failed

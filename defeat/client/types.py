@@ -33,7 +33,7 @@ class Counts(TypedDict):
 
 
 class Dataset(TypedDict):
-    """Pictures with boxes; usable by jobs once `status` is ready."""
+    """Images with boxes; usable by jobs once `status` is ready."""
 
     id: str
     object: Literal["dataset"]

@@ -80,7 +80,7 @@ def _channels(family: Family) -> list[dict[str, Any]]:
 def catalog() -> dict[str, Any]:
     """Return the catalog: JSON Schemas of every config, backbones with their sizes, pretrained detectors, formats.
 
-    A backbone `rounds` the sides of its maps up or down, where the picture's are no multiples of 32. Two of them have
+    A backbone `rounds` the sides of its maps up or down, where the image's are no multiples of 32. Two of them have
     the same parameters up to a stride where their `layouts` are the same for it.
     """
     return {

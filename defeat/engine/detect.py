@@ -1,6 +1,6 @@
-"""Detect with a downloaded student: `python -m defeat.engine.detect STUDENT.safetensors PICTURE [--output PICTURE]`.
+"""Detect with a downloaded student: `python -m defeat.engine.detect STUDENT.safetensors IMAGE [--output IMAGE]`.
 
-Prints one JSON object: the classes, boxes in the picture's pixels, and scores.
+Prints one JSON object: the classes, boxes in the image's pixels, and scores.
 """
 
 import argparse
@@ -15,26 +15,26 @@ from torchvision.utils import draw_bounding_boxes
 
 from defeat.engine import detectors
 from defeat.engine.data.loading.batch import to_float
-from defeat.engine.data.loading.loader import read_picture
+from defeat.engine.data.loading.loader import read_image
 from defeat.engine.report import RunError
 
-READABLE = 640  # pixels of the longer side below which a picture is enlarged before boxes are drawn
+READABLE = 640  # pixels of the longer side below which an image is enlarged before boxes are drawn
 
 
-def detect(weights: Path, picture: Path, *, output: Path | None, least_score: float) -> list[dict[str, Any]]:
-    """Return the detections in a picture as `{"class", "box": [x1, y1, x2, y2], "score"}`, best first.
+def detect(weights: Path, image: Path, *, output: Path | None, least_score: float) -> list[dict[str, Any]]:
+    """Return the detections in an image as `{"class", "box": [x1, y1, x2, y2], "score"}`, best first.
 
-    With `output`, the picture is saved there as PNG with the boxes drawn, a small one enlarged. Raises `RunError` as
+    With `output`, the image is saved there as PNG with the boxes drawn, a small one enlarged. Raises `RunError` as
     `detectors.load`.
     """
     detector = detectors.load(weights)
-    pixels = read_picture(picture)
+    pixels = read_image(image)
     found = detector.detect([to_float(pixels, torch.device("cpu"))])[0]
     keep = found["scores"] >= least_score
     names = [detector.classes[label - 1] for label in found["labels"][keep].tolist()]
     boxes, scores = found["boxes"][keep], found["scores"][keep].tolist()
     if output is not None:
-        # Small pictures are enlarged, so that boxes leave room for their labels.
+        # Small images are enlarged, so that boxes leave room for their labels.
         factor = max(1, READABLE // max(pixels.shape[-2:]))
         pixels = pixels.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
         labels = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
@@ -53,15 +53,15 @@ def main() -> None:
     """Read the command line, detect, print."""
     parser = argparse.ArgumentParser(prog="python -m defeat.engine.detect", description=__doc__)
     parser.add_argument("weights", type=Path, help="a student, as downloaded")
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--output", type=Path, help="save the picture with its boxes here, as PNG")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--output", type=Path, help="save the image with its boxes here, as PNG")
     parser.add_argument("--score", type=float, default=0.5, help="least score, 0 to 1 (default 0.5)")
     arguments = parser.parse_args()
     try:
-        found = detect(arguments.weights, arguments.picture, output=arguments.output, least_score=arguments.score)
+        found = detect(arguments.weights, arguments.image, output=arguments.output, least_score=arguments.score)
     except (RunError, OSError) as error:
         sys.exit(f"{error}")
-    print(json.dumps({"picture": str(arguments.picture), "detections": found}))
+    print(json.dumps({"image": str(arguments.image), "detections": found}))
 
 
 if __name__ == "__main__":

@@ -71,18 +71,18 @@ def test_a_method_that_cannot_be_is_refused(asked, message, tmp_path, capsys):
 
 
 def test_data_is_made_once_and_the_students_have_a_part_of_it(tmp_path):
-    whole, part = prepare_data(tmp_path, "digits", student_pictures=5, tiny=True)
+    whole, part = prepare_data(tmp_path, "digits", student_images=5, tiny=True)
     counts = [canonical.read(directory).counts() for directory in (whole, part)]
     assert [count["train"]["images"] for count in counts] == [16, 5]
     assert counts[0]["val"] == counts[1]["val"]
     written = (part / "dataset.json").stat().st_mtime_ns
-    assert prepare_data(tmp_path, "digits", student_pictures=5, tiny=True) == (whole, part)
+    assert prepare_data(tmp_path, "digits", student_images=5, tiny=True) == (whole, part)
     assert (part / "dataset.json").stat().st_mtime_ns == written
-    assert prepare_data(tmp_path, "digits", student_pictures=None, tiny=True) == (whole, whole)
+    assert prepare_data(tmp_path, "digits", student_images=None, tiny=True) == (whole, whole)
 
 
 def test_a_finished_run_is_kept_and_another_takes_its_place(tmp_path):
-    whole, _ = prepare_data(tmp_path, "digits", student_pictures=None, tiny=True)
+    whole, _ = prepare_data(tmp_path, "digits", student_images=None, tiny=True)
     imported = tmp_path / "import"
     request = json.loads((imported / "run.json").read_text())
     before = (imported / "result.json").stat().st_mtime_ns

@@ -27,13 +27,13 @@ def load(directory, split):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 10)])
-def test_every_scene_has_its_picture_and_at_least_one_digit(scenes, split, count):
+def test_every_scene_has_its_image_and_at_least_one_digit(scenes, split, count):
     document = load(scenes, split)
     assert len(document["images"]) == count
     assert [(c["id"], c["name"]) for c in document["categories"]] == [(i + 1, str(i)) for i in range(10)]
     for image in document["images"]:
-        with Image.open(scenes / "images" / split / image["file_name"]) as picture:
-            assert picture.size == (image["width"], image["height"]) == (160, 128)
+        with Image.open(scenes / "images" / split / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"]) == (160, 128)
     assert {a["image_id"] for a in document["annotations"]} == {i["id"] for i in document["images"]}
 
 
@@ -65,7 +65,7 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
 def test_no_scan_is_in_both_splits():
     train, val = digits._scans(np.random.default_rng(0))
     assert len(train) + len(val) == 1797
-    # The scans themselves are distinct pictures, so sharing bytes would mean sharing a scan.
+    # The scans themselves are distinct images, so sharing bytes would mean sharing a scan.
     assert not {scan.pixels.tobytes() for scan in train} & {scan.pixels.tobytes() for scan in val}
 
 

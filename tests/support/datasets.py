@@ -14,8 +14,8 @@ WIDTH, HEIGHT = 64, 48
 VocBox = tuple[str, float, float, float, float]
 
 
-def picture_bytes(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT), kind: str = "PNG") -> bytes:
-    """Return a picture whose bytes depend on `seed`."""
+def image_bytes(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT), kind: str = "PNG") -> bytes:
+    """Return an image whose bytes depend on `seed`."""
     image = Image.new("RGB", size, (seed * 7 % 256, seed * 31 % 256, seed % 256))
     buffer = io.BytesIO()
     image.save(buffer, kind)
@@ -46,17 +46,17 @@ GOOD_BOX: VocBox = ("cell", 4, 5, 20, 30)
 
 
 def voc(root: Path, splits: Mapping[str, Mapping[str, Sequence[VocBox]]] | None = None) -> Path:
-    """Write a VOC dataset: two training pictures and one for validation, unless `splits` says otherwise."""
+    """Write a VOC dataset: two training images and one for validation, unless `splits` says otherwise."""
     splits = splits or {
         "train": {"one": [GOOD_BOX, ("blob", 1, 1, 9, 9)], "two": [("cell", 10, 10, 40, 40)]},
         "val": {"three": [("cell", 0, 0, WIDTH, HEIGHT)]},
     }
     seed = 0
-    for split, pictures in splits.items():
-        put(root / "ImageSets/Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in pictures))
-        for stem, boxes in pictures.items():
+    for split, images in splits.items():
+        put(root / "ImageSets/Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in images))
+        for stem, boxes in images.items():
             seed += 1
-            put(root / "JPEGImages" / f"{stem}.png", picture_bytes(seed))
+            put(root / "JPEGImages" / f"{stem}.png", image_bytes(seed))
             put(root / "Annotations" / f"{stem}.xml", voc_xml(boxes, name=f"{stem}.png"))
     return root
 
@@ -77,7 +77,7 @@ def coco_document(files: Sequence[str], **changes: Any) -> dict[str, Any]:
 
 
 def coco(root: Path, **train_changes: Any) -> Path:
-    """Write a COCO dataset: two training pictures and one for validation."""
+    """Write a COCO dataset: two training images and one for validation."""
     files = {"train2017": ["a.png", "b.png"], "val2017": ["c.png"]}
     seed = 0
     for tag, names in files.items():
@@ -85,7 +85,7 @@ def coco(root: Path, **train_changes: Any) -> Path:
         put(root / "annotations" / f"instances_{tag}.json", json.dumps(coco_document(names, **changes)))
         for name in names:
             seed += 1
-            put(root / tag / name, picture_bytes(seed))
+            put(root / tag / name, image_bytes(seed))
     return root
 
 

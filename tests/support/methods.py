@@ -1,4 +1,4 @@
-"""A tiny student and teacher, and one training pass over a few pictures."""
+"""A tiny student and teacher, and one training pass over a few images."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch import distributed
 
 from defeat.engine import detectors
 from defeat.engine.detectors.base import Detector, TrainPass
-from defeat.engine.methods import Clock
+from defeat.engine.methods import StepInfo
 from tests.support.training import CLASSES, TINY, images_and_targets
 
-START = Clock(step=0, steps=10, epoch=0, epochs=1)
+START = StepInfo(step=0, steps=10, epoch=0, epochs=1)
 
 
 def pair(
@@ -30,7 +30,7 @@ def one_pass(student: Detector, seed: int = 0) -> TrainPass:
     """Return a training pass whose random numbers start from `seed`."""
     images, targets = images_and_targets(seed=seed)
     torch.manual_seed(seed)
-    return student.train_pass(images, targets)
+    return student.forward_train(images, targets)
 
 
 def on_two_processes(work: Callable[[int], Any], directory: Path) -> list[Any]:

@@ -38,8 +38,8 @@ def build(family: str, classes: tuple[str, ...] = CLASSES, **changes: Any) -> De
     return detectors.build({**FAMILIES[family], **changes}, classes)
 
 
-def with_an_empty_picture(seed: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Return random pictures with their targets, the last without a box."""
+def with_an_empty_image(seed: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Return random images with their targets, the last without a box."""
     images, targets = images_and_targets(seed=seed)
     targets[-1] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
     return images, targets

@@ -31,26 +31,25 @@ STATS = (
 def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
     """Return one split as COCO ground truth for evaluation.
 
-    Image ids are the pictures' own, category ids the class index + 1, annotation ids count from 1; `bbox` is
+    Image ids are the images' own, category ids the class index + 1, annotation ids count from 1; `bbox` is
     `[x, y, width, height]` in pixels and `area` its product.
     """
-    pictures = dataset.in_split(split)
+    images = dataset.in_split(split)
     annotations = [
         {
-            "image_id": picture.id,
+            "image_id": image.id,
             "category_id": box.class_index + 1,
             "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
             "area": (box.x2 - box.x1) * (box.y2 - box.y1),
             "iscrowd": int(box.crowd),
         }
-        for picture in pictures
-        for box in picture.boxes
+        for image in images
+        for box in image.boxes
     ]
     return {
         "info": {"description": f"{split} split"},
         "images": [
-            {"id": picture.id, "file_name": picture.file, "width": picture.width, "height": picture.height}
-            for picture in pictures
+            {"id": image.id, "file_name": image.file, "width": image.width, "height": image.height} for image in images
         ],
         "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
         "categories": [{"id": index, "name": name} for index, name in enumerate(dataset.classes, start=1)],

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture, write
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset, write
 from defeat.engine.report import Reporter
 from defeat.engine.run import main
 from tests.support.tiny import TINY
@@ -26,7 +26,7 @@ CLASSES = ("square", "disc")
 def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0, masks: bool = False) -> CanonicalDataset:
     """Write a canonical dataset of bright squares and discs, 96x64, with their masks if wanted, and return it."""
     rng = np.random.default_rng(seed)
-    pictures, sources = [], {}
+    records, sources = [], {}
     for number in range(train + val):
         pixels = rng.integers(0, 60, (64, 96, 3), dtype=np.uint8)
         boxes = []
@@ -46,8 +46,8 @@ def shapes(directory: Path, *, train: int = 16, val: int = 6, seed: int = 0, mas
         file = f"images/{hashlib.sha256(path.read_bytes()).hexdigest()}.png"
         sources[file] = path
         split = "train" if number < train else "val"
-        pictures.append(Picture(number + 1, file, path.name, 96, 64, split, tuple(boxes)))  # type: ignore[arg-type]
-    dataset = CanonicalDataset(CLASSES, tuple(pictures))
+        records.append(AnnotatedImage(number + 1, file, path.name, 96, 64, split, tuple(boxes)))  # type: ignore[arg-type]
+    dataset = CanonicalDataset(CLASSES, tuple(records))
     write(directory / "canonical", dataset, sources)
     return dataset
 
@@ -58,7 +58,7 @@ def text_of(bitmap: np.ndarray) -> str:
 
 
 def images_and_targets(count: int = 3, seed: int = 0) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Return random pictures of unequal sizes with one to three boxes each."""
+    """Return random images of unequal sizes with one to three boxes each."""
     generator = torch.Generator().manual_seed(seed)
     images, targets = [], []
     for index in range(count):
@@ -95,7 +95,7 @@ def write_run(directory: Path, dataset: Path, job: dict[str, Any], **inputs: Any
         "id": "job_x",
         "attempt": 1,
         "spec": job,
-        "inputs": {**given, "device": "cpu", "picture_memory_bytes": None, **inputs},
+        "inputs": {**given, "device": "cpu", "image_memory_bytes": None, **inputs},
     }
     (directory / "run.json").write_text(json.dumps(request))
     return directory

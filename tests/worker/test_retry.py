@@ -154,7 +154,7 @@ def test_a_job_that_is_due_is_sent_by_the_sweep(world: World) -> None:
 
 # ---- memory ----
 
-OOM = ["fail", "oom", "out_of_memory", "8 pictures at a time do not fit"]
+OOM = ["fail", "oom", "out_of_memory", "8 images at a time do not fit"]
 
 
 def memory_job(world: World, phase: str, *, gpus: int = 1, teacher: Any = None, **schedule: int) -> Job:
@@ -199,7 +199,7 @@ def test_memory_is_saved_once(world: World) -> None:
     row = world.now(job)
     assert (row.status, row.failure["class"], row.adjustments) == ("failed", "oom", {"schedule": {"accumulation": 2}})
     assert row.failure["detail"] == (
-        "8 pictures at a time do not fit; schedule.accumulation 2 was tried and is too much, too; it was while "
+        "8 images at a time do not fit; schedule.accumulation 2 was tried and is too much, too; it was while "
         "training the student: set schedule.accumulation to one of 4, 8, or lower the detectors' min_size and "
         "max_size, or take smaller ones"
     )
@@ -208,7 +208,7 @@ def test_memory_is_saved_once(world: World) -> None:
 @pytest.mark.parametrize(
     ("phase", "gpus", "schedule", "hint"),
     [
-        ("distillation", 4, {"accumulation": 2}, "it was while training the student, one picture at a time: lower"),
+        ("distillation", 4, {"accumulation": 2}, "it was while training the student, one image at a time: lower"),
         ("preparing", 1, {}, "lower the detectors' min_size"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_run_that_the_kernel_killed_for_memory_takes_less(world: World, kernel
     assert (row.status, row.failure["class"], row.failure["code"]) == ("failed", "oom", "host_out_of_memory")
     told = row.failure["detail"]
     assert "give the worker more, or let the run take less; schedule.accumulation 2 was tried" in told
-    assert told.endswith("fewer decoded pictures kept in memory (the worker's DEFEAT_PICTURE_MEMORY_BYTES)")
+    assert told.endswith("fewer decoded images kept in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)")
 
 
 def test_a_run_that_somebody_killed_is_tried_again_as_it_was(world: World, kernel: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_run_that_succeeds(each_world: World) -> None:
         progress("distillation", 0.5),
         ["print", "hello"],
         ["artifact", "student-best.safetensors", "student", "weights", {"epoch": 3}],
-        ["artifact", "gallery/0.jpg", "gallery", "picture", {}],
+        ["artifact", "gallery/0.jpg", "gallery", "image", {}],
         ["finish", "succeeded", {"student": {"ap": 0.25, "epoch": 3}}],
         history_swept_at=utcnow(),  # of an earlier end
     )

@@ -69,7 +69,7 @@ def test_a_jobs_inputs(world: World, tmp_path: Path) -> None:
     assert (Path(inputs["dataset"]) / "dataset.json").read_text() == '{"a": 1}'
     contents = {name: Path(inputs[name]).read_bytes() for name in ("teacher", "student", "resume")}
     assert contents == {"teacher": b"teacher", "student": b"student", "resume": b"resume"}
-    assert (inputs["teacher_initial"], inputs["device"], inputs["picture_memory_bytes"]) == (None, "auto", None)
+    assert (inputs["teacher_initial"], inputs["device"], inputs["image_memory_bytes"]) == (None, "auto", None)
 
 
 @pytest.mark.parametrize(

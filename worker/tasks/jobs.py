@@ -50,7 +50,7 @@ class JobAdapter(Adapter[Job]):
             "dataset": str(self._cache.use(content_hash, key, resources)),
             "resume": None,
             "device": self.settings.device,
-            "picture_memory_bytes": self.settings.picture_memory_bytes,
+            "image_memory_bytes": self.settings.image_memory_bytes,
         }
         spec = memory.adjusted(row.spec, row.adjustments)
         for name, checkpoint_id in initial_checkpoints(spec).items():
@@ -115,7 +115,7 @@ class JobAdapter(Adapter[Job]):
         """Say what of the spec to change, what the service has tried, and what of the machine's memory to save."""
         advice = memory.hint(memory.adjusted(row.spec, row.adjustments), _phase(row))
         if code == HOST_OUT_OF_MEMORY:
-            advice += "; or have fewer decoded pictures kept in memory (the worker's DEFEAT_PICTURE_MEMORY_BYTES)"
+            advice += "; or have fewer decoded images kept in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)"
         tried = f"{memory.describe(row.adjustments)} was tried and is too much, too; " if row.adjustments else ""
         return tried + advice
 

@@ -1,6 +1,6 @@
 """What a job may do to need less memory: take its batches in smaller parts, one after the other.
 
-The optimiser still sees the whole batch, as the mean over its parts. What is a mean over pictures does not change. What
+The optimiser still sees the whole batch, as the mean over its parts. What is a mean over images does not change. What
 is divided by a number of objects, cells or proposals is divided by that of each part, and batch norm that is trained
 has the statistics of each part: results then differ as they do between batch sizes.
 """
@@ -24,7 +24,7 @@ def adjusted(spec: Spec, adjustments: Spec | None) -> dict[str, Any]:
 def lighter(spec: Spec, phase: str | None) -> dict[str, Any] | None:
     """Return what to adjust so that the phase in which memory ran out needs about half as much of it.
 
-    None if the phase does not hang on a batch's size, or takes one picture at a time already.
+    None if the phase does not hang on a batch's size, or takes one image at a time already.
     """
     if phase == "evaluation":
         size = spec["evaluation"]["batch_size"]
@@ -54,7 +54,7 @@ def hint(spec: Spec, phase: str | None) -> str:
     whose, where = ("teacher" if path[0] == "teacher" else "student"), ".".join(path)
     choices = _accumulations(spec, path)
     if not choices:
-        return f"it was while training the {whose}, one picture at a time: {smaller}"
+        return f"it was while training the {whose}, one image at a time: {smaller}"
     listed = ", ".join(map(str, choices))
     return f"it was while training the {whose}: set {where}.accumulation to one of {listed}, or {smaller}"
 

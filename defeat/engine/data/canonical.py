@@ -1,7 +1,7 @@
 """The one form in which datasets are kept and trained on; docs/architecture.md has the format.
 
 A canonical dataset is a directory (or an uncompressed tar of it) of `dataset.json` and `images/`. Boxes are continuous
-pixel coordinates of the picture as stored: an EXIF orientation is not applied.
+pixel coordinates of the image as stored: an EXIF orientation is not applied.
 """
 
 import hashlib
@@ -56,17 +56,17 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture of one split.
+class AnnotatedImage:
+    """One image of one split.
 
     Attributes:
         id: from 1, unique in the dataset.
-        file: `images/<sha256 of the bytes>.<extension>`, relative to the dataset's directory. Two pictures with the
+        file: `images/<sha256 of the bytes>.<extension>`, relative to the dataset's directory. Two images with the
             same bytes share a file.
         name: the file's name in the source, relative to the folder of images there.
         width, height: pixels, as stored.
         split: train, val or test.
-        boxes: may be empty: the picture is all background.
+        boxes: may be empty: the image is all background.
     """
 
     id: int
@@ -80,27 +80,27 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class CanonicalDataset:
-    """Classes, by index, and pictures, sorted by split and name."""
+    """Classes, by index, and images, sorted by split and name."""
 
     classes: tuple[str, ...]
-    images: tuple[Picture, ...]
+    images: tuple[AnnotatedImage, ...]
 
-    def in_split(self, split: Split) -> tuple[Picture, ...]:
-        """Return the pictures of one split."""
-        return tuple(picture for picture in self.images if picture.split == split)
+    def in_split(self, split: Split) -> tuple[AnnotatedImage, ...]:
+        """Return the images of one split."""
+        return tuple(image for image in self.images if image.split == split)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return images and boxes of every split that has images: `{"train": {"images": 205, "boxes": 2000}}`."""
         counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
-            if pictures := self.in_split(split):
-                counts[split] = {"images": len(pictures), "boxes": sum(len(picture.boxes) for picture in pictures)}
+            if images := self.in_split(split):
+                counts[split] = {"images": len(images), "boxes": sum(len(image.boxes) for image in images)}
         return counts
 
     @property
     def masks(self) -> int:
         """How many boxes have a mask."""
-        return sum(box.mask is not None for picture in self.images for box in picture.boxes)
+        return sum(box.mask is not None for image in self.images for box in image.boxes)
 
     @property
     def format_version(self) -> int:
@@ -108,15 +108,15 @@ class CanonicalDataset:
         return MASKS_FORMAT_VERSION if self.masks else FORMAT_VERSION
 
 
-def _picture_as_json(picture: Picture) -> dict[str, Any]:
+def _image_as_json(image: AnnotatedImage) -> dict[str, Any]:
     return {
-        "id": picture.id,
-        "file": picture.file,
-        "name": picture.name,
-        "width": picture.width,
-        "height": picture.height,
-        "split": picture.split,
-        "boxes": [_box_as_json(box) for box in picture.boxes],
+        "id": image.id,
+        "file": image.file,
+        "name": image.name,
+        "width": image.width,
+        "height": image.height,
+        "split": image.split,
+        "boxes": [_box_as_json(box) for box in image.boxes],
     }
 
 
@@ -132,7 +132,7 @@ def _box_as_json(box: Box) -> dict[str, Any]:
 
 
 def _content_as_json(dataset: CanonicalDataset) -> dict[str, Any]:
-    return {"classes": list(dataset.classes), "images": [_picture_as_json(picture) for picture in dataset.images]}
+    return {"classes": list(dataset.classes), "images": [_image_as_json(image) for image in dataset.images]}
 
 
 def _hash(content: dict[str, Any]) -> str:
@@ -141,7 +141,7 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def content_hash(dataset: CanonicalDataset) -> str:
-    """Return `sha256:<hex>` over classes, boxes and pictures: equal for equal data, however it was packed."""
+    """Return `sha256:<hex>` over classes, boxes and images: equal for equal data, however it was packed."""
     return _hash(_content_as_json(dataset))
 
 
@@ -154,10 +154,10 @@ def _document(dataset: CanonicalDataset) -> bytes:
 def write(directory: Path, dataset: CanonicalDataset, sources: Mapping[str, Path]) -> None:
     """Write the canonical form into `directory`, which must not hold one yet.
 
-    `sources` maps every picture's `file` to where its bytes are now.
+    `sources` maps every image's `file` to where its bytes are now.
     """
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    for file in sorted({picture.file for picture in dataset.images}):
+    for file in sorted({image.file for image in dataset.images}):
         shutil.copyfile(sources[file], directory / file)
     with (directory / _DOCUMENT).open("xb") as document:
         document.write(_document(dataset))
@@ -166,12 +166,12 @@ def write(directory: Path, dataset: CanonicalDataset, sources: Mapping[str, Path
 def pack(tar: Path, dataset: CanonicalDataset, sources: Mapping[str, Path], *, tick: Callable[[float], None]) -> None:
     """Write the canonical form as a tar: the same bytes for the same dataset, always.
 
-    `sources` maps every picture's `file` to where its bytes are now; `tick` is called with the fraction done, and may
+    `sources` maps every image's `file` to where its bytes are now; `tick` is called with the fraction done, and may
     raise.
 
-    Raises `RunError("data", "source_changed", …)` if a picture no longer has the bytes that its name promises.
+    Raises `RunError("data", "source_changed", …)` if an image no longer has the bytes that its name promises.
     """
-    files = sorted({picture.file for picture in dataset.images})
+    files = sorted({image.file for image in dataset.images})
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
         document = _document(dataset)
         archive.addfile(_member(_DOCUMENT, len(document)), io.BytesIO(document))
@@ -223,7 +223,7 @@ def unpack(tar: Path, directory: Path) -> CanonicalDataset:
 
 
 def read(directory: Path) -> CanonicalDataset:
-    """Read and validate a canonical dataset's `dataset.json`. Pictures are not opened.
+    """Read and validate a canonical dataset's `dataset.json`. Images are not opened.
 
     Raises `RunError("infra", "broken_dataset", …)` if the file is missing or damaged, has another format version, or
     does not hold what its content hash says.
@@ -259,13 +259,13 @@ def _from_json(document: dict[str, Any]) -> CanonicalDataset:
     classes = tuple(document["classes"])
     if not all(isinstance(name, str) for name in classes):
         raise TypeError("a class is not a string")
-    return CanonicalDataset(classes, tuple(_picture(entry, len(classes)) for entry in document["images"]))
+    return CanonicalDataset(classes, tuple(_image(entry, len(classes)) for entry in document["images"]))
 
 
-def _picture(entry: dict[str, Any], classes: int) -> Picture:
+def _image(entry: dict[str, Any], classes: int) -> AnnotatedImage:
     width, height = int(entry["width"]), int(entry["height"])
     if not _FILE.fullmatch(entry["file"]):
-        raise ValueError(f"{entry['file']!r} is no picture's path")
+        raise ValueError(f"{entry['file']!r} is no image's path")
     if entry["split"] not in SPLITS:
         raise ValueError(f"{entry['split']!r} is no split; known: {', '.join(SPLITS)}")
     boxes = []
@@ -279,4 +279,4 @@ def _picture(entry: dict[str, Any], classes: int) -> Picture:
         if not (mask is None or isinstance(mask, str)):
             raise TypeError(f"the mask {mask!r} is no text")
         boxes.append(Box(box["class"], x1, y1, x2, y2, crowd=box["crowd"], difficult=box["difficult"], mask=mask))
-    return Picture(entry["id"], entry["file"], entry["name"], width, height, entry["split"], tuple(boxes))
+    return AnnotatedImage(entry["id"], entry["file"], entry["name"], width, height, entry["split"], tuple(boxes))

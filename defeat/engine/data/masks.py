@@ -1,7 +1,7 @@
 """Instance masks as runs, as COCO keeps them: from polygons, to and from text, and to bitmaps.
 
 Runs go down the columns, from the left one on: the first counts pixels outside the object (it may be 0), the next
-pixels of the object, and so in turns; together they are the picture's pixels. As text they are COCO's compressed
+pixels of the object, and so in turns; together they are the image's pixels. As text they are COCO's compressed
 `counts`, which its tools read.
 """
 
@@ -23,7 +23,7 @@ _BITS, _MORE, _SIGN, _ZERO = 5, 0x20, 0x10, 48
 
 
 def runs_of(segmentation: Segmentation, height: int, width: int) -> Runs:
-    """Return the runs of an object in its picture of `height` and `width` pixels.
+    """Return the runs of an object in its image of `height` and `width` pixels.
 
     Raises:
         BadMask: runs that are of another size or cannot be; polygons with too many crossings.
@@ -32,20 +32,20 @@ def runs_of(segmentation: Segmentation, height: int, width: int) -> Runs:
         return rasterise([np.array(part).reshape(-1, 2) for part in segmentation.parts], height, width)
     if segmentation.size != (height, width):
         stated = f"{segmentation.size[1]}x{segmentation.size[0]}"
-        raise BadMask(f"is of a picture of {stated}, and this is one of {width}x{height}")
+        raise BadMask(f"is of an image of {stated}, and this is one of {width}x{height}")
     counts = segmentation.counts
     runs = from_text(counts) if isinstance(counts, str) else np.array(counts, np.int64)
     return check_runs(runs, height * width)
 
 
 def rasterise(polygons: Sequence[Points], height: int, width: int) -> Runs:
-    """Return the runs of the union of polygons in a picture of `height` and `width`.
+    """Return the runs of the union of polygons in an image of `height` and `width`.
 
     A pixel belongs to a polygon if its centre lies inside by the even-odd rule, exactly. COCO's own tool moves the
     corners to fifths of a pixel first: the two differ in pixels whose centre is within a fifth of an edge, no others.
 
     Args:
-        polygons: each (P, 2), x and y in continuous pixel coordinates, finite; they may reach out of the picture.
+        polygons: each (P, 2), x and y in continuous pixel coordinates, finite; they may reach out of the image.
         height: pixels.
         width: pixels.
 

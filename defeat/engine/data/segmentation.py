@@ -14,7 +14,7 @@ MAX_POINTS = 20_000
 MAX_RUNS = 1_000_000
 MAX_CHARACTERS = 7  # of a number in the compressed text: 35 bits
 
-# Farther out no picture reaches, and what is computed with such numbers stays finite.
+# Farther out no image reaches, and what is computed with such numbers stays finite.
 _MOST_COORDINATE = 1e7
 _MOST_COUNT = 2**31
 _LEAST_POINTS = 3
@@ -28,7 +28,7 @@ class BadMask(ValueError):
 class Polygons:
     """The parts of an object, each x1, y1, x2, y2, … in continuous pixel coordinates.
 
-    They are finite, may reach out of the picture, and have three points or more.
+    They are finite, may reach out of the image, and have three points or more.
     """
 
     parts: "tuple[array[float], ...]"  # an array is generic to type checkers only

@@ -18,10 +18,10 @@ Part = Literal["backbone", "anchors", "logits"]
 
 
 class Target(TypedDict):
-    """Ground truth of one picture: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1.
+    """Ground truth of one image: boxes (N, 4) float, x1 y1 x2 y2 in its pixels; labels (N,) int64, from 1.
 
     For detectors that train on masks, where the data has some, also masks (N, H, W) uint8, 1 on the object. One that is
-    all 0 is none: its box has no mask, or nothing of it is left in the picture.
+    all 0 is none: its box has no mask, or nothing of it is left in the image.
     """
 
     boxes: Tensor
@@ -30,7 +30,7 @@ class Target(TypedDict):
 
 
 class Detections(TypedDict):
-    """Detections in one picture: boxes (N, 4) in its pixels, labels (N,) from 1, scores (N,) 0 to 1, descending.
+    """Detections in one image: boxes (N, 4) in its pixels, labels (N,) from 1, scores (N,) 0 to 1, descending.
 
     Those of `detect_with_masks` also have masks, (N, M, M): how likely each point of a grid over its box is the object.
     """
@@ -63,18 +63,18 @@ class TrainPass:
         images: (B, 3, H, W), normalised, resized and padded: what the trunk saw, and, normalised as it is used to, what
             a teacher's trunk is fed.
         normalization: how they were normalised.
-        image_sizes: height and width of each picture in `images`, without the padding.
+        image_sizes: height and width of each image in `images`, without the padding.
         targets: ground truth in the pixels of `images`.
         features: the pyramid's maps by level name, finest first.
         losses: the detector's own losses, exactly torchvision's.
-        proposals: the sampled proposals of each picture, (P_i, 4); None for one-stage detectors.
+        proposals: the sampled proposals of each image, (P_i, 4); None for one-stage detectors.
         labels: the class of each sampled proposal, (P_i,), 0 for background; None likewise.
         class_logits: (sum of P_i, classes + 1), column 0 is background; None likewise.
-        score: the same head on the same features, for other proposals: their class logits, with gradients; None
-            likewise.
+        score_proposals: the same head on the same features, for other proposals: their class logits, with gradients;
+            None likewise.
         backbone: the backbone's maps by stride, see `Maps`; None where the detector does not provide "backbone".
         anchors: the anchors of each pyramid level, (H W A, 4) in the pixels of `images`, cell by cell in rows, the same
-            for every picture; None where the detector does not provide "anchors".
+            for every image; None where the detector does not provide "anchors".
         cell_logits: what the dense head scores in each cell, see `Detector.cell_logits`; None where the detector does
             not provide "logits".
     """
@@ -88,7 +88,7 @@ class TrainPass:
     proposals: list[Tensor] | None = None
     labels: list[Tensor] | None = None
     class_logits: Tensor | None = None
-    score: Callable[[list[Tensor]], Tensor] | None = None
+    score_proposals: Callable[[list[Tensor]], Tensor] | None = None
     backbone: Mapping[int, Tensor] | None = None
     anchors: list[Tensor] | None = None
     cell_logits: list[Tensor] | None = None
@@ -108,7 +108,7 @@ class Detector(nn.Module):
         config: the spec that rebuilds it.
         classes: the names of the labels 1, 2, ….
         head_kind: two-stage heads score proposals, one-stage heads every cell of the pyramid.
-        strides: the stride of each pyramid level in pixels, finest first, as `trunk` returns them.
+        strides: the stride of each pyramid level in pixels, finest first, as `features` returns them.
         channels: the channels of each pyramid level, likewise.
         transform: torchvision's: it resizes, normalises and pads.
         trains_masks: whether targets' masks are of any use to it.
@@ -147,12 +147,12 @@ class Detector(nn.Module):
 
     @property
     def normalization(self) -> Normalization:
-        """How `trunk` expects its pictures to be normalised."""
+        """How `features` expects its images to be normalised."""
         return Normalization(mean=tuple(self.transform.image_mean), std=tuple(self.transform.image_std))
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that each picture is resized to, or None where they keep their shape."""
+        """Height and width in pixels that each image is resized to, or None where they keep their shape."""
         if self.transform.fixed_size is None:
             return None
         width, height = self.transform.fixed_size
@@ -212,15 +212,15 @@ class Detector(nn.Module):
         nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
     @property
-    def least_pictures(self) -> int:
-        """How many pictures a training pass needs at least; a normalisation may have none to take the variance of."""
+    def least_images(self) -> int:
+        """How many images a training pass needs at least; a normalisation may have none to take the variance of."""
         return 1
 
     def compile_trunk(self) -> None:
         """Let `maps`, which a training step calls, run compiled by torch.compile, from the next call on.
 
-        Nothing else does: `trunk`, `detect` and a plain call stay as they are, and so do the names of parameters. The
-        backbone's weights are put into channels_last order, see `Compiled`. If compilation fails, `maps` goes on
+        Nothing else does: `features`, `detect` and a plain call stay as they are, and so do the names of parameters.
+        The backbone's weights are put into channels_last order, see `Compiled`. If compilation fails, `maps` goes on
         without it, and `compilation_failure` says why.
         """
         pyramid = self.backbone
@@ -234,12 +234,12 @@ class Detector(nn.Module):
         """Why `maps` no longer runs compiled, in one line; None if it does, or was never to."""
         return next((one.failure for one in self._compiled if one.failure is not None), None)
 
-    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
+    def features(self, images: Tensor) -> Mapping[str, Tensor]:
         """(B, 3, H, W), normalised and padded -> the pyramid's maps."""
         raise NotImplementedError
 
     def maps(self, images: Tensor) -> Maps:
-        """Return what `trunk` does and the backbone's maps besides, of one and the same pass."""
+        """Return what `features` does and the backbone's maps besides, of one and the same pass."""
         pyramid = self.backbone
         if not isinstance(pyramid, Pyramid):
             (whole,) = self._compiled or (pyramid,)
@@ -272,11 +272,11 @@ class Detector(nn.Module):
         """A and K of `cell_logits`; likewise."""
         raise NotImplementedError
 
-    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
-        """Run forward in training mode on pictures (3, H, W), float, 0 to 1; the losses are those of a plain call."""
+    def forward_train(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """Run forward in training mode on images (3, H, W), float, 0 to 1; the losses are those of a plain call."""
         raise NotImplementedError
 
-    def score(
+    def score_proposals(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
         """Class logits (sum of P_i, classes + 1) of proposals, by this detector's head on its own features.
@@ -285,7 +285,7 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
-    def sample(
+    def sample_proposals(
         self,
         features: Mapping[str, Tensor],
         images: Tensor,
@@ -297,18 +297,18 @@ class Detector(nn.Module):
         Draws from the global generator.
 
         Args:
-            features: what `trunk` made of `images`.
+            features: what `features` made of `images`.
             images: (B, 3, H, W), normalised and padded.
-            image_sizes: height and width of each picture in `images`, without the padding.
+            image_sizes: height and width of each image in `images`, without the padding.
             targets: ground truth in the pixels of `images`.
 
         Returns:
-            The sampled proposals of each picture, (P_i, 4), and their classes, (P_i,), 0 for background.
+            The sampled proposals of each image, (P_i, 4), and their classes, (P_i,), 0 for background.
         """
         raise NotImplementedError
 
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """Detect in pictures (3, H, W), float, 0 to 1; in eval mode, without gradients."""
+        """Detect in images (3, H, W), float, 0 to 1; in eval mode, without gradients."""
         raise NotImplementedError
 
     def detect_with_masks(self, images: list[Tensor]) -> list[Detections]:

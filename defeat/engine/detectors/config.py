@@ -1,4 +1,4 @@
-"""What the configs of all families share: the pyramid, the size of pictures, and how detections are kept."""
+"""What the configs of all families share: the pyramid, the size of images, and how detections are kept."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +26,7 @@ AnchorRatios = Annotated[
 ]
 ScoreThreshold = Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)]
 NmsThreshold = Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)]
-MaxDetections = Annotated[int, Field(description="Most detections per picture.", ge=1, le=1000)]
+MaxDetections = Annotated[int, Field(description="Most detections per image.", ge=1, le=1000)]
 
 
 class PyramidConfig(Config):
@@ -37,7 +37,7 @@ class PyramidConfig(Config):
     backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
     strides: Strides = (4, 8, 16, 32)
     pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
-    min_size: Annotated[int, Field(description="Shorter side of a resized picture, px.", ge=32, le=4096)] = 800
+    min_size: Annotated[int, Field(description="Shorter side of a resized image, px.", ge=32, le=4096)] = 800
     max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
     frozen_batch_norm: Annotated[
         bool,

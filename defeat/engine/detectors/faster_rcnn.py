@@ -50,13 +50,13 @@ class TwoStageConfig(PyramidConfig):
     ] = "linear"
     head_channels: Annotated[int, Field(description="Width of the box head's linear layers.", ge=16, le=4096)] = 1024
     train_proposals: Annotated[
-        int, Field(description="Proposals kept per picture in training, after suppression.", ge=16, le=4000)
+        int, Field(description="Proposals kept per image in training, after suppression.", ge=16, le=4000)
     ] = 2000
     test_proposals: Annotated[
-        int, Field(description="Proposals kept per picture in detection, after suppression.", ge=16, le=4000)
+        int, Field(description="Proposals kept per image in detection, after suppression.", ge=16, le=4000)
     ] = 1000
     box_samples: Annotated[
-        int, Field(description="Proposals per picture that the box head is trained on.", ge=8, le=2048)
+        int, Field(description="Proposals per image that the box head is trained on.", ge=8, le=2048)
     ] = 512
     proposal_threshold: ProposalThreshold = 0.0
     score_threshold: ScoreThreshold = 0.05
@@ -175,12 +175,12 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         )
         self.introduce(config, classes, strides=pyramid.strides, channels=pyramid.channels)
 
-    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
-        """See `Detector.trunk`."""
+    def features(self, images: Tensor) -> Mapping[str, Tensor]:
+        """See `Detector.features`."""
         return cast(Mapping[str, Tensor], self.backbone(images))
 
-    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
-        """See `Detector.train_pass`.
+    def forward_train(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.forward_train`.
 
         torchvision's forward, step by step, so that features, sampled proposals and their logits can be seen. Random
         numbers are drawn in its order: the losses are its losses (held by a test).
@@ -207,7 +207,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
             proposals=proposals,
             labels=labels,
             class_logits=class_logits,
-            score=lambda others: self.score(features, others, batch.image_sizes),
+            score_proposals=lambda others: self.score_proposals(features, others, batch.image_sizes),
             backbone=maps.backbone,
             anchors=anchors,
             cell_logits=[level.unsqueeze(2) for level in objectness],
@@ -216,10 +216,10 @@ class FasterRCNNDetector(FasterRCNN, Detector):
     def select(
         self, proposals: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Add the ground truth to each picture's proposals and sample them for training, by torchvision's sampler.
+        """Add the ground truth to each image's proposals and sample them for training, by torchvision's sampler.
 
         Returns:
-            For each picture the sampled proposals (P_i, 4), the index of each one's target (P_i,), its class (P_i,), 0
+            For each image the sampled proposals (P_i, 4), the index of each one's target (P_i,), its class (P_i,), 0
             for background, and its regression target (P_i, 4).
         """
         sampled = self.roi_heads.select_training_samples(proposals, targets)
@@ -238,10 +238,10 @@ class FasterRCNNDetector(FasterRCNN, Detector):
 
         Args:
             features: the pyramid's maps.
-            proposals: the sampled proposals of each picture, (P_i, 4).
+            proposals: the sampled proposals of each image, (P_i, 4).
             matches: the index of the target that each is nearest to, (P_i,).
             labels: the class of each, (P_i,), 0 for background.
-            image_sizes: height and width of each picture, without the padding.
+            image_sizes: height and width of each image, without the padding.
             targets: ground truth in the pixels of the batch.
         """
         return {}
@@ -252,7 +252,7 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         """torchvision's `RegionProposalNetwork.forward` in training, so that its scores and anchors can be seen.
 
         Returns:
-            The proposals of each picture, (P_i, 4); the network's losses; and of each level the objectness logits,
+            The proposals of each image, (P_i, 4); the network's losses; and of each level the objectness logits,
             (B, A, H, W), and the anchors, (H W A, 4).
         """
         rpn = self.rpn
@@ -280,22 +280,22 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         """See `Detector.scores_per_cell`."""
         return self.rpn.head.cls_logits.out_channels, 1
 
-    def score(
+    def score_proposals(
         self, features: Mapping[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """See `Detector.score`. In training mode too, the head's batch norm leaves its running statistics alone."""
+        """See `Detector.score_proposals`. In training mode too, the head's batch norm keeps its running statistics."""
         with _statistics_kept(self.roi_heads.box_head):
             scored = self._scored_features(features, proposals, image_sizes)
         return widened(self.roi_heads.box_predictor.cls_score(scored))
 
-    def sample(
+    def sample_proposals(
         self,
         features: Mapping[str, Tensor],
         images: Tensor,
         image_sizes: list[tuple[int, int]],
         targets: list[Target],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `Detector.sample`. As many are proposed as in training or in detection, by the detector's mode."""
+        """See `Detector.sample_proposals`. The detector's mode decides how many are proposed."""
         proposals, _ = self.rpn(ImageList(images, image_sizes), features, targets)
         proposals, _, labels, _ = self.select(proposals, targets)
         return proposals, labels

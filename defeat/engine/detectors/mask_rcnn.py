@@ -56,7 +56,7 @@ class MaskRCNNDetector(FasterRCNNDetector):
     def synchronise_batch_norm(self) -> None:
         """See `Detector.synchronise_batch_norm`. The mask head's stays each process's own.
 
-        A process whose pictures have no positive proposals leaves that head out, and the others would wait for it.
+        A process whose images have no positive proposals leaves that head out, and the others would wait for it.
         """
         head, self.roi_heads.mask_head = self.roi_heads.mask_head, nn.Identity()
         super().synchronise_batch_norm()
@@ -111,12 +111,12 @@ class MaskRCNNDetector(FasterRCNNDetector):
 
     @torch.no_grad()
     def detect_with_masks(self, images: list[Tensor]) -> list[Detections]:
-        """See `Detector.detect_with_masks`. A plain call's, before they are spread over whole pictures."""
+        """See `Detector.detect_with_masks`. A plain call's, before they are spread over whole images."""
         return self._detect(images, with_masks=True)
 
     def _detect(self, images: list[Tensor], *, with_masks: bool) -> list[Detections]:
         batch, _ = self.transform(images)
-        features = self.trunk(batch.tensors)
+        features = self.features(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         logits, regression = self._head(features, proposals, batch.image_sizes)
         found = self.roi_heads.postprocess_detections(logits, regression, proposals, batch.image_sizes)
@@ -134,7 +134,7 @@ class MaskRCNNDetector(FasterRCNNDetector):
     def _masks(
         self, features: Mapping[str, Tensor], detections: list[dict[str, Any]], sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """Return the masks of each picture's detections, of their classes, 0 to 1: (N, 28, 28)."""
+        """Return the masks of each image's detections, of their classes, 0 to 1: (N, 28, 28)."""
         heads = self.roi_heads
         boxes, labels = ([one[name] for one in detections] for name in ("boxes", "labels"))
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
@@ -149,7 +149,7 @@ class MaskRCNNDetector(FasterRCNNDetector):
 
 
 def _with_masks(labels: Tensor, matches: Tensor, target: Target) -> Tensor:
-    """Return the rows of a picture's positive proposals whose targets have masks."""
+    """Return the rows of an image's positive proposals whose targets have masks."""
     rows = torch.where(labels > 0)[0]
     present = target["masks"].flatten(1).any(dim=1).bool()
     return rows[present[matches[rows]]]

@@ -1,4 +1,4 @@
-"""How pictures are normalised, and from one detector's way to another's."""
+"""How images are normalised, and from one detector's way to another's."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation by channel (R, G, B) of pictures whose values lie from 0 to 1."""
+    """Mean and standard deviation by channel (R, G, B) of images whose values lie from 0 to 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -25,7 +25,7 @@ def renormalize(
 
     Args:
         images: (B, 3, H, W).
-        image_sizes: height and width of each picture in `images`, without the padding.
+        image_sizes: height and width of each image in `images`, without the padding.
         given: how `images` were normalised.
         wanted: how they shall be.
     """

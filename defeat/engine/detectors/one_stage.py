@@ -33,7 +33,7 @@ class OneStageConfig(PyramidConfig):
         ),
     ] = "p6p7"
     candidates: Annotated[
-        int, Field(description="Boxes kept per level and picture in detection, before suppression.", ge=1, le=10_000)
+        int, Field(description="Boxes kept per level and image in detection, before suppression.", ge=1, le=10_000)
     ] = 1000
 
 
@@ -47,12 +47,12 @@ class OneStageDetector(Detector):
     anchor_generator: Any
     compute_loss: Any
 
-    def trunk(self, images: Tensor) -> Mapping[str, Tensor]:
-        """See `Detector.trunk`."""
+    def features(self, images: Tensor) -> Mapping[str, Tensor]:
+        """See `Detector.features`."""
         return cast(Mapping[str, Tensor], self.backbone(images))
 
-    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
-        """See `Detector.train_pass`.
+    def forward_train(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.forward_train`.
 
         torchvision's forward, step by step, so that features can be seen: the losses are its losses (held by a test).
         """
@@ -77,7 +77,7 @@ class OneStageDetector(Detector):
     def match_and_compare(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor], levels: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Match each picture's anchors (A, 4) with its targets; return the losses of the head's outputs (B, A, …)."""
+        """Match each image's anchors (A, 4) with its targets; return the losses of the head's outputs (B, A, …)."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ class WideAnchors(AnchorGenerator):
     """torchvision's anchors, in float32 whatever the features are in."""
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Return the anchors (A, 4) of each picture."""
+        """Return the anchors (A, 4) of each image."""
         return list(super().forward(image_list, _shapes(feature_maps)))
 
 
@@ -39,7 +39,7 @@ class WideDefaultBoxes(DefaultBoxGenerator):
     _made: tuple[Any, Tensor] | None = None  # for what, and the boxes
 
     def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Return the boxes (A, 4) of each picture: one and the same tensor."""
+        """Return the boxes (A, 4) of each image: one and the same tensor."""
         shapes = _shapes(feature_maps)
         wanted = (image_list.tensors.shape[-2:], [(one.shape[-2:], one.dtype, one.device) for one in shapes])
         if self._made is None or self._made[0] != wanted:

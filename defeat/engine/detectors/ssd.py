@@ -24,7 +24,7 @@ from defeat.engine.detectors.one_stage import OneStageDetector
 from defeat.engine.detectors.outputs import select_outputs
 from defeat.engine.detectors.precision import WideDefaultBoxes
 
-# Section 3.1 and the authors' SSD300 for COCO: box sides as shares of the picture's, and aspect ratios beside 1.
+# Section 3.1 and the authors' SSD300 for COCO: box sides as shares of the image's, and aspect ratios beside 1.
 SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
 ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
 VGG_CHANNELS = (512, 1024, 512, 256, 256, 256)
@@ -32,12 +32,12 @@ VGG_CHANNELS = (512, 1024, 512, 256, 256, 256)
 FIRST_UNPADDED, LEAST_CELLS = 3, 3
 
 Candidates = Annotated[
-    int, Field(description="Boxes kept per class and picture in detection, before suppression.", ge=1, le=10_000)
+    int, Field(description="Boxes kept per class and image in detection, before suppression.", ge=1, le=10_000)
 ]
 
 
 class SSDFamilyConfig(Config):
-    """What SSD and SSDLite have in common. They resize each picture to a square, whatever its shape."""
+    """What SSD and SSDLite have in common. They resize each image to a square, whatever its shape."""
 
     strides: tuple[int, ...]
 
@@ -65,7 +65,7 @@ class SSDConfig(SSDFamilyConfig):
     size: Annotated[
         Literal[288, 300, 320],
         Field(
-            description="Side of the square that each picture is resized to, px. At 300, the paper's, its maps have "
+            description="Side of the square that each image is resized to, px. At 300, the paper's, its maps have "
             "the shapes of backbones that round up, as ResNets do; at 288 and 320 those of all."
         ),
     ] = 300
@@ -122,7 +122,7 @@ class SSDDetector(SSDFamilyDetector, SSD):
 
     def __init__(self, config: SSDConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone."""
-        # The last two levels have 3 and 1 cells a side, spread over the picture: 100 and 300 px at the paper's size.
+        # The last two levels have 3 and 1 cells a side, spread over the image: 100 and 300 px at the paper's size.
         strides = (*config.strides, config.size / 3, config.size)
         super().__init__(
             VGGPyramid(_vgg16(pretrained=pretrained_backbone), highres=False),
@@ -141,7 +141,7 @@ class SSDDetector(SSDFamilyDetector, SSD):
 
 
 class VGGPyramid(SSDFeatureExtractorVGG):
-    """torchvision's VGG-16 with SSD's further levels, on pictures of any size.
+    """torchvision's VGG-16 with SSD's further levels, on images of any size.
 
     As a teacher it may be fed small ones, of which the last two levels have no cell: they are left out then. No other
     family has levels of their strides.

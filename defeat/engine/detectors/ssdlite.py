@@ -50,8 +50,8 @@ class SSDLiteConfig(SSDFamilyConfig):
     size: Annotated[
         int,
         Field(
-            description="Side of the square that each picture is resized to, px; a multiple of 32. Up to 512 the "
-            "coarsest map is one cell, and its batch norm wants batches of 2 pictures or more.",
+            description="Side of the square that each image is resized to, px; a multiple of 32. Up to 512 the "
+            "coarsest map is one cell, and its batch norm wants batches of 2 images or more.",
             ge=64,
             le=1024,
             multiple_of=32,
@@ -94,25 +94,25 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
         self.introduce(config, classes, strides=config.strides, channels=channels)
 
     @property
-    def least_pictures(self) -> int:
-        """See `Detector.least_pictures`. Two where the coarsest map is one cell, as it is up to a size of 512."""
+    def least_images(self) -> int:
+        """See `Detector.least_images`. Two where the coarsest map is one cell, as it is up to a size of 512."""
         assert isinstance(self.config, SSDLiteConfig)
         return 2 if self.config.size <= self.strides[-1] else 1
 
-    def train_pass(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
-        """See `Detector.train_pass`.
+    def forward_train(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
+        """See `Detector.forward_train`.
 
         Raises:
-            RunError: `batch_too_small` for one picture alone whose coarsest map is one cell: it has no variance.
+            RunError: `batch_too_small` for one image alone whose coarsest map is one cell: it has no variance.
         """
-        if len(images) < self.least_pictures:
+        if len(images) < self.least_images:
             raise RunError(
                 "user",
                 "batch_too_small",
                 f"at size {self.transform.fixed_size[0]} SSDLite's coarsest map is one cell, and batch norm cannot "
                 "train on one value: set batch_size to 2 or more",
             )
-        return super().train_pass(images, targets)
+        return super().forward_train(images, targets)
 
 
 def _mobilenet(config: SSDLiteConfig, norm_layer: Any, *, pretrained: bool) -> nn.Module:

@@ -49,10 +49,10 @@ class UnblockedTransform(GeneralizedRCNNTransform):
         """(3, H, W), floating point -> less the mean, over the deviation of each channel.
 
         Raises:
-            TypeError: the picture is of whole numbers.
+            TypeError: the image is of whole numbers.
         """
         if not image.is_floating_point():
-            raise TypeError(f"a picture must be of floating point numbers from 0 to 1; got {image.dtype}")
+            raise TypeError(f"an image must be of floating point numbers from 0 to 1; got {image.dtype}")
         mean, std = (
             _constant(tuple(values), image.dtype, image.device) for values in (self.image_mean, self.image_std)
         )
@@ -64,7 +64,7 @@ class UnblockedTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Bring detections from the pixels of the resized pictures to those of the originals, in eval mode."""
+        """Bring detections from the pixels of the resized images to those of the originals, in eval mode."""
         if self.training:
             return result
         for one, old, new in zip(result, image_shapes, original_image_sizes, strict=True):

@@ -1,10 +1,10 @@
 """COCO's metrics of boxes and masks, on arrays: pycocotools' numbers to the last digits, without its loops.
 
 The procedure is that of pycocotools (`COCOeval`; Lin et al., "Microsoft COCO", ECCV 2014, and its evaluation page). In
-each picture and class the detections, best first and 100 at most, take the ground truth with which they overlap most;
+each image and class the detections, best first and 100 at most, take the ground truth with which they overlap most;
 then all of a class's detections, best first, give precision as a function of recall. What makes it fast: only pairs
 that overlap by 0.5 at least can match, so everything past the overlaps is done for those alone, for all thresholds,
-areas and pictures at once; every other detection is a false positive, and is only counted.
+areas and images at once; every other detection is a false positive, and is only counted.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,15 @@ THRESHOLDS: Final[Floats] = np.linspace(0.5, 0.95, 10)  # of overlap (intersecti
 RECALLS: Final[Floats] = np.linspace(0.0, 1.0, 101)
 # Boxes outside a range are neither asked for nor counted as false, in square pixels: all, small, medium, large.
 AREAS: Final[Floats] = np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])
-MOST_DETECTIONS: Final = (1, 10, 100)  # per picture and class
+MOST_DETECTIONS: Final = (1, 10, 100)  # per image and class
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Boxes of many pictures, in a row, or objects with masks.
+    """Boxes of many images, in a row, or objects with masks.
 
     Attributes:
-        image: (N,) which picture, from 0.
+        image: (N,) which image, from 0.
         label: (N,) which class, from 0.
         corner: (N, 2) x and y of the upper left corner, pixels.
         side: (N, 2) width and height, pixels.
@@ -87,7 +87,7 @@ def curves(
         scores: (len(found),); equal ones keep their order.
         classes: how many there are.
         common: how many pixels the masks of detections and of ground truth share, both by their place in `found` and
-            `truth`: called with pairs of one picture and class. None: what their boxes share counts.
+            `truth`: called with pairs of one image and class. None: what their boxes share counts.
     """
     assert not len(found) or (found.label.min() >= 0 and found.label.max() < classes), "a detection of no known class"
     order = np.lexsort((-scores, found.image * classes + found.label))
@@ -120,7 +120,7 @@ def _outside(area: Floats) -> Bools:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pairs:
-    """Detections and ground truth of one picture and class that may match, by detection, then overlap, then truth."""
+    """Detections and ground truth of one image and class that may match, by detection, then overlap, then truth."""
 
     found: Ints
     truth: Ints
@@ -128,7 +128,7 @@ class _Pairs:
 
 
 def _pairs(truth: Boxes, crowd: Bools, found: Boxes, classes: int, common: Common) -> _Pairs:
-    """Return all pairs of one picture and class that overlap by the least threshold; `found` is sorted by these two."""
+    """Return all pairs of one image and class that overlap by the least threshold; `found` is sorted by these two."""
     key = truth.image * classes + truth.label
     by_key = np.argsort(key, kind="stable")
     wanted = found.image * classes + found.label
@@ -175,7 +175,7 @@ def _match(pairs: _Pairs, crowd: Bools, ignored: Bools, rank: Ints) -> tuple[Int
     matched, excused = np.zeros((*shape, len(candidates)), bool), np.zeros((*shape, len(candidates)), bool)
     taken = np.zeros((*shape, ignored.shape[1]), bool)
     areas = np.arange(len(AREAS))[:, None, None]
-    # A picture's detections of a class wait for each other, those of different ones do not: all of one rank together.
+    # An image's detections of a class wait for each other, those of different ones do not: all of one rank together.
     by_rank = np.argsort(rank[candidates], kind="stable")
     for turn in np.split(by_rank, np.flatnonzero(np.diff(rank[candidates][by_rank])) + 1) if len(candidates) else []:
         lengths = ends[turn] - starts[turn]
@@ -201,7 +201,7 @@ class _Tally:
 
     Attributes:
         labels: (C,) classes of the detections that overlap anything.
-        rank: (C,) their rank in picture and class.
+        rank: (C,) their rank in image and class.
         true: (4 areas, 10 thresholds, C) whether each is a true positive.
         before: (4, 10, C) how many false positives there are up to each, since its class began.
     """

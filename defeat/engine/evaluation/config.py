@@ -12,5 +12,5 @@ class EvaluationConfig(Config):
 
     split: Annotated[Literal["val", "test", "train"], Field(description="Split to measure on.")] = "val"
     every_epochs: Annotated[int, Field(description="Epochs between two measurements.", ge=1, le=1000)] = 1
-    batch_size: Annotated[int, Field(description="Pictures per forward pass.", ge=1, le=256)] = 8
-    gallery_images: Annotated[int, Field(description="Pictures kept for the gallery.", ge=0, le=100)] = 12
+    batch_size: Annotated[int, Field(description="Images per forward pass.", ge=1, le=256)] = 8
+    gallery_images: Annotated[int, Field(description="Images kept for the gallery.", ge=0, le=100)] = 12

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defeat.engine.data.canonical import CanonicalDataset, Picture, Split
+from defeat.engine.data.canonical import AnnotatedImage, CanonicalDataset, Split
 from defeat.engine.data.loading.batch import Batch
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.base import Detections, Detector, Target
 from defeat.engine.evaluation.coco import MOST_DETECTIONS, Boxes, Common, Curves, curves
 from defeat.engine.evaluation.mask_overlaps import MaskOverlaps, mask_overlaps, object_pixels
@@ -23,7 +23,7 @@ _NOTHING = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int
 
 
 class Seen(TypedDict):
-    """Detections in one picture, see `Detections`, and what their masks share with its objects."""
+    """Detections in one image, see `Detections`, and what their masks share with its objects."""
 
     boxes: Tensor
     labels: Tensor
@@ -33,40 +33,40 @@ class Seen(TypedDict):
 
 def detect_split(
     detector: Detector,
-    pictures: PictureReader,
+    reader: ImageReader,
     *,
     batch_size: int,
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> dict[int, Seen]:
-    """Detect in every picture of a split; return the detections by picture id, on the CPU.
+    """Detect in every image of a split; return the detections by image id, on the CPU.
 
     Masks are looked at where the detector has them and any object of the split is outlined.
 
-    Of `world` processes, number `rank` does its share: every `world`-th picture.
+    Of `world_size` processes, number `rank` does its share: every `world_size`-th image.
 
-    `on_batch` is called with the number of pictures after each batch; it may raise to stop.
+    `on_batch` is called with the number of images after each batch; it may raise to stop.
     """
     detector.eval()
-    with_masks = detector.trains_masks and any(box.mask for image in pictures.images for box in image.boxes)
+    with_masks = detector.trains_masks and any(box.mask for image in reader.images for box in image.boxes)
     detect = detector.detect_with_masks if with_masks else detector.detect
     on_gpu = device.type == "cuda"
     found: dict[int, Seen] = {}
-    mine = range(rank, len(pictures), world)
-    decoded = pictures.read_all(mine, ahead=2 * batch_size if on_gpu else 0)
+    mine = range(rank, len(reader), world_size)
+    decoded = reader.read_all(mine, ahead=2 * batch_size if on_gpu else 0)
     # What is measured is what will be exported: exact float32, whatever the training computed in.
     with numerics(device, "float32"):
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             batch = Batch.of([(image, _NOTHING) for image in itertools.islice(decoded, len(indices))])
             detections = detect((batch.pin_memory() if on_gpu else batch).to(device).floats())
-            shown = [pictures.images[index] for index in indices]
-            for picture, its, seen in zip(shown, detections, _on_cpu(detections), strict=True):
-                found[picture.id] = seen
+            shown = [reader.images[index] for index in indices]
+            for record, its, seen in zip(shown, detections, _on_cpu(detections), strict=True):
+                found[record.id] = seen
                 if with_masks:
-                    seen["overlaps"] = mask_overlaps(its, picture)
+                    seen["overlaps"] = mask_overlaps(its, record)
             on_batch(len(indices))
     return found
 
@@ -74,7 +74,7 @@ def detect_split(
 def _on_cpu(detections: Sequence[Detections]) -> list[Seen]:
     """Return the boxes, labels and scores of a batch on the CPU, by one copy of each kind.
 
-    Each picture's own memory: a view would take the whole batch's along when it goes to another process.
+    Each image's own memory: a view would take the whole batch's along when it goes to another process.
     """
     counts = [len(one["labels"]) for one in detections]
     boxes, labels, scores = (
@@ -95,16 +95,16 @@ def coco_metrics(dataset: CanonicalDataset, split: Split, found: Mapping[int, Se
     same of them: an object that the dataset does not outline counts as a crowd there, which need not be found, with its
     box for a mask.
     """
-    pictures, classes = dataset.in_split(split), dataset.classes
-    truth, crowd = _truth(pictures)
-    guesses, scores = _guesses(pictures, found)
+    records, classes = dataset.in_split(split), dataset.classes
+    truth, crowd = _truth(records)
+    guesses, scores = _guesses(records, found)
     metrics = _numbers(curves(truth, crowd, guesses, scores, classes=len(classes)), classes)
     if any("overlaps" in seen for seen in found.values()):
-        pixels, common = _shared(pictures, found)
-        outlined = np.array([box.mask is not None for picture in pictures for box in picture.boxes], bool)
+        pixels, common = _shared(records, found)
+        outlined = np.array([box.mask is not None for record in records for box in record.boxes], bool)
         metrics["masks"] = _numbers(
             curves(
-                replace(truth, pixels=object_pixels(pictures)),
+                replace(truth, pixels=object_pixels(records)),
                 crowd | ~outlined,
                 replace(guesses, pixels=pixels),
                 scores,
@@ -132,37 +132,37 @@ def _numbers(result: Curves, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _shared(pictures: Sequence[Picture], found: Mapping[int, Seen]) -> tuple[np.ndarray, Common]:
+def _shared(records: Sequence[AnnotatedImage], found: Mapping[int, Seen]) -> tuple[np.ndarray, Common]:
     """Return how many pixels each detection's mask has, and what `curves` asks for of pairs of masks."""
     pixels, tables = [np.zeros(0)], [np.zeros(0)]
-    # Of each detection, where its row of shared pixels begins; of each object, its place in its picture's rows.
+    # Of each detection, where its row of shared pixels begins; of each object, its place in its image's rows.
     rows, columns, begin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-    for picture in pictures:
-        columns.append(np.arange(len(picture.boxes)))
-        if picture.id in found:
-            overlaps = found[picture.id]["overlaps"]
+    for record in records:
+        columns.append(np.arange(len(record.boxes)))
+        if record.id in found:
+            overlaps = found[record.id]["overlaps"]
             pixels.append(overlaps.pixels.numpy())
             tables.append(overlaps.common.numpy().ravel())
-            rows.append(begin + len(picture.boxes) * np.arange(len(overlaps.pixels)))
+            rows.append(begin + len(record.boxes) * np.arange(len(overlaps.pixels)))
             begin += overlaps.common.numel()
     table, row, column = np.concatenate(tables), np.concatenate(rows), np.concatenate(columns)
     return np.concatenate(pixels), lambda left, right: table[row[left] + column[right]]
 
 
-def _truth(pictures: Sequence[Picture]) -> tuple[Boxes, np.ndarray]:
+def _truth(records: Sequence[AnnotatedImage]) -> tuple[Boxes, np.ndarray]:
     """Return a split's boxes and which of them are crowds."""
     rows = [
         (image, box.class_index, box.x1, box.y1, box.x2, box.y2, box.crowd)
-        for image, picture in enumerate(pictures)
-        for box in picture.boxes
+        for image, record in enumerate(records)
+        for box in record.boxes
     ]
     table = np.array(rows, np.float64).reshape(-1, 7)
     return _boxes(table[:, 0], table[:, 1], table[:, 2:6]), table[:, 6] > 0
 
 
-def _guesses(pictures: Sequence[Picture], found: Mapping[int, Seen]) -> tuple[Boxes, np.ndarray]:
-    """Return all detections of a split and their scores, picture by picture."""
-    there = [(image, found[picture.id]) for image, picture in enumerate(pictures) if picture.id in found]
+def _guesses(records: Sequence[AnnotatedImage], found: Mapping[int, Seen]) -> tuple[Boxes, np.ndarray]:
+    """Return all detections of a split and their scores, image by image."""
+    there = [(image, found[record.id]) for image, record in enumerate(records) if record.id in found]
     if not there:
         return _boxes(np.zeros(0), np.zeros(0), np.zeros((0, 4))), np.zeros(0)
     boxes = torch.cat([seen["boxes"] for _, seen in there]).numpy()

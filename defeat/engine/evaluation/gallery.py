@@ -1,4 +1,4 @@
-"""A few pictures of the evaluation split with truth, teacher's and student's boxes, for people to look at."""
+"""A few images of the evaluation split with truth, teacher's and student's boxes, for people to look at."""
 
 import json
 import shutil
@@ -7,41 +7,41 @@ from typing import Any
 
 import torch
 
-from defeat.engine.data.canonical import Picture
+from defeat.engine.data.canonical import AnnotatedImage
 from defeat.engine.data.loading.batch import to_float
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.base import Detections, Detector
 from defeat.engine.report import Reporter
 
-# Below this, boxes hide the picture more than they tell; the page's slider goes up from here.
+# Below this, boxes hide the image more than they tell; the page's slider goes up from here.
 LEAST_SCORE = 0.2
 
 
 def write_gallery(
     reporter: Reporter,
-    pictures: PictureReader,
+    reader: ImageReader,
     detectors: Mapping[str, Detector | None],
     *,
     classes: Sequence[str],
     count: int,
     device: torch.device,
 ) -> None:
-    """Write `gallery.json` and copies of up to `count` pictures, spread evenly over the split, as artifacts.
+    """Write `gallery.json` and copies of up to `count` images, spread evenly over the split, as artifacts.
 
     `detectors` maps `teacher` and `student` to detectors; one that is None has no boxes.
     """
-    count = min(count, len(pictures))
+    count = min(count, len(reader))
     if not count:
         return
     shown = []
     for number in range(count):
-        index = number * len(pictures) // count
-        record = pictures.images[index]
-        source = pictures.root / record.file
+        index = number * len(reader) // count
+        record = reader.images[index]
+        source = reader.root / record.file
         name = f"gallery/{number}{source.suffix}"
         content_type = "image/png" if source.suffix == ".png" else "image/jpeg"
         shutil.copyfile(source, reporter.artifact(name, kind="gallery", content_type=content_type))
-        image = to_float(pictures.read(index), device)
+        image = to_float(reader.read(index), device)
         entry: dict[str, Any] = {
             "file": name,
             "name": record.name,
@@ -56,7 +56,7 @@ def write_gallery(
     path.write_text(json.dumps({"classes": list(classes), "images": shown}))
 
 
-def _truth(record: Picture) -> list[dict[str, Any]]:
+def _truth(record: AnnotatedImage) -> list[dict[str, Any]]:
     return [{"class": box.class_index, "box": [box.x1, box.y1, box.x2, box.y2]} for box in record.boxes]
 
 

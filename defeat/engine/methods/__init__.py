@@ -6,7 +6,7 @@ from typing import Any
 
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector
-from defeat.engine.methods.base import Clock, Method
+from defeat.engine.methods.base import Method, StepInfo
 from defeat.engine.methods.baseline import Baseline, BaselineConfig
 from defeat.engine.methods.combined import Combined, MemberConfig
 from defeat.engine.methods.cwd import CWD, CWDConfig
@@ -19,7 +19,7 @@ from defeat.engine.methods.mgd import MGD, MGDConfig
 from defeat.engine.methods.pkd import PKD, PKDConfig
 from defeat.engine.report import RunError
 
-__all__ = ["METHODS", "Clock", "Method", "build"]
+__all__ = ["METHODS", "Method", "StepInfo", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)

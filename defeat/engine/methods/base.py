@@ -16,7 +16,7 @@ from defeat.engine.report import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class StepInfo:
     """Where training is: `step` counts optimiser steps from 0, `epoch` from 0, out of `steps` and `epochs`."""
 
     step: int
@@ -64,15 +64,15 @@ class TeacherPass:
 
     @cached_property
     def samples(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Its own sampled proposals and their labels, see `Detector.sample`; two-stage teachers only."""
+        """Its own sampled proposals and their labels, see `Detector.sample_proposals`; two-stage teachers only."""
         student = self._student
         with torch.no_grad():
-            return self._teacher.sample(self.features, student.images, student.image_sizes, student.targets)
+            return self._teacher.sample_proposals(self.features, student.images, student.image_sizes, student.targets)
 
     @torch.no_grad()
-    def score(self, proposals: list[Tensor]) -> Tensor:
-        """Class logits of proposals, see `Detector.score`; two-stage teachers only."""
-        return self._teacher.score(self.features, proposals, self._student.image_sizes)
+    def score_proposals(self, proposals: list[Tensor]) -> Tensor:
+        """Class logits of proposals, see `Detector.score_proposals`; two-stage teachers only."""
+        return self._teacher.score_proposals(self.features, proposals, self._student.image_sizes)
 
 
 class Method(nn.Module):
@@ -86,12 +86,12 @@ class Method(nn.Module):
 
     warmup_steps: int = 0
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: TrainPass, teacher: Detector | None, step_info: StepInfo) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""
         assert teacher is not None, "a method that needs no teacher overrides `forward`"
-        return self.losses(student, TeacherPass(teacher, student), clock)
+        return self.losses(student, TeacherPass(teacher, student), step_info)
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:
         """Return what `forward` does, from a pass of the teacher that other methods may share."""
         raise NotImplementedError
 
@@ -143,9 +143,9 @@ def paper_value(given: float | None, student: Detector, *, two_stage: float, one
 
 
 def _map_shapes(detector: Detector, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return height and width of each of the detector's maps of a picture of this size, without computing them."""
+    """Return height and width of each of the detector's maps of an image of this size, without computing them."""
     shapes = copy.deepcopy(detector).to("meta").eval()
-    maps = shapes.trunk(torch.zeros(1, 3, *size, device="meta"))
+    maps = shapes.features(torch.zeros(1, 3, *size, device="meta"))
     return [(features.shape[-2], features.shape[-1]) for features in maps.values()]
 
 
@@ -163,7 +163,7 @@ def _require_equal_maps(
             raise RunError(
                 "user",
                 "maps_do_not_pair",
-                f"of a picture of {size[0]} x {size[1]} px the student's map at stride {student.strides[mine]} is "
+                f"of an image of {size[0]} x {size[1]} px the student's map at stride {student.strides[mine]} is "
                 f"{ours[mine][0]} x {ours[mine][1]}, the teacher's {theirs[other][0]} x {theirs[other][1]}: give the "
                 "student a size that is a multiple of 32, or take a teacher with another backbone",
             )
@@ -196,7 +196,7 @@ class NeckMethod(Method):
 
     Raises:
         RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride; `maps_do_not_pair` if
-            the maps of a shared stride are of unlike shapes at the size that the student gives every picture.
+            the maps of a shared stride are of unlike shapes at the size that the student gives every image.
     """
 
     def __init__(

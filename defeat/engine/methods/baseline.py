@@ -6,7 +6,7 @@ from torch import Tensor
 
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
-from defeat.engine.methods.base import Clock, Method
+from defeat.engine.methods.base import Method, StepInfo
 
 
 class BaselineConfig(Config):
@@ -21,6 +21,6 @@ class Baseline(Method):
     def __init__(self, config: BaselineConfig, student: Detector, teacher: Detector | None) -> None:  # noqa: ARG002
         super().__init__()
 
-    def forward(self, student: TrainPass, teacher: Detector | None, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, student: TrainPass, teacher: Detector | None, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.forward`."""
         return {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import TrainPass
-from defeat.engine.methods.base import Clock, Method, TeacherPass
+from defeat.engine.methods.base import Method, StepInfo, TeacherPass
 
 
 class MemberConfig(Config):
@@ -29,11 +29,11 @@ class Combined(Method):
         self.warmup_steps = max(method.warmup_steps for _, _, method in members)
         self.methods = nn.ModuleDict({name: method for name, _, method in members})
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:
         """See `Method.losses`."""
         losses: dict[str, Tensor] = {}
         for name, method in self.methods.items():
             assert isinstance(method, Method)
-            own = method.losses(student, teacher, clock)
+            own = method.losses(student, teacher, step_info)
             losses |= {f"{name}/{part}": self.weights[name] * loss for part, loss in own.items()}
         return losses

@@ -1,4 +1,4 @@
-"""CWD: where in the picture each of the teacher's channels looks, as a distribution that the student's imitates.
+"""CWD: where in the image each of the teacher's channels looks, as a distribution that the student's imitates.
 
 Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv 2011.13256.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, pointwise_if_needed
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, pointwise_if_needed
 
 
 class CWDConfig(Config):
@@ -26,9 +26,9 @@ class CWDConfig(Config):
 
 
 def cwd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, temperature: float) -> Tensor:
-    """Return the sum over levels of `T^2 / (B C) * sum over pictures and channels of KL(teacher || student)`.
+    """Return the sum over levels of `T^2 / (B C) * sum over images and channels of KL(teacher || student)`.
 
-    Each distribution is a softmax over the cells of one channel of one picture, of features / T.
+    Each distribution is a softmax over the cells of one channel of one image, of features / T.
 
     Args:
         student: adapted features of each level, (B, C, H, W).
@@ -56,7 +56,7 @@ class CWD(NeckMethod):
         super().__init__("cwd", student, teacher, pointwise_if_needed)
         self.config = config
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         return {"neck": self.config.neck_weight * cwd_loss(ours, theirs, temperature=self.config.temperature)}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.methods.balance import Balance
-from defeat.engine.methods.base import Clock, NearZero, NeckMethod, TeacherPass, image_cells, unadapted
+from defeat.engine.methods.base import NearZero, NeckMethod, StepInfo, TeacherPass, image_cells, unadapted
 from defeat.engine.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from defeat.engine.methods.masks import MaskMode, cell_kinds, object_masks
 from defeat.engine.methods.strength import Decay, strength
@@ -147,7 +147,7 @@ class Defeat(NeckMethod):
             for stride in self.backbone_strides
         )
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:
         """See `Method.losses`: `neck_object`, `neck_background`, of `backbone`, of `head`; what has a weight."""
         losses: dict[str, Tensor] = {}
         if self.config.parts("neck"):
@@ -157,8 +157,8 @@ class Defeat(NeckMethod):
         if self.config.parts("head"):
             losses |= self._head(student, teacher)
         if self.balance is not None:
-            losses = self.balance(student, losses, clock.step)
-        factor = strength(clock, warmup_steps=self.warmup_steps, decay=self.config.decay)
+            losses = self.balance(student, losses, step_info.step)
+        factor = strength(step_info, warmup_steps=self.warmup_steps, decay=self.config.decay)
         weighed = self.config.parts("neck", "backbone", "head")
         return {name: factor * losses[name] for name in weighed}
 
@@ -207,9 +207,9 @@ class Defeat(NeckMethod):
             assert student.class_logits is not None
             parts.append(self._logits(teacher, student.class_logits, student.proposals, student.labels))
         if self.config.proposals != "student":
-            assert student.score is not None
+            assert student.score_proposals is not None
             proposals, labels = teacher.samples
-            parts.append(self._logits(teacher, student.score(proposals), proposals, labels))
+            parts.append(self._logits(teacher, student.score_proposals(proposals), proposals, labels))
         return {
             "head_object": self.config.head_object_weight * torch.stack([part[0] for part in parts]).sum(),
             "head_background": self.config.head_background_weight * torch.stack([part[1] for part in parts]).sum(),
@@ -221,7 +221,7 @@ class Defeat(NeckMethod):
         """Return both parts of the head loss on one set of proposals with its own labels."""
         return decoupled_logit_loss(
             class_logits,
-            teacher.score(proposals),
+            teacher.score_proposals(proposals),
             torch.cat(labels),
             object_temperature=self.config.head_object_temperature,
             background_temperature=self.config.head_background_temperature,

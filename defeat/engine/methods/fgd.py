@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, image_cells, paper_value, pointwise_if_needed
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, image_cells, paper_value, pointwise_if_needed
 from defeat.engine.methods.masks import focal_weights
 
 Weight = Annotated[float | None, Field(ge=0, le=1e6)]
@@ -137,7 +137,7 @@ class FGD(NeckMethod):
         self.student_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in related)
         self.teacher_relations = nn.ModuleList(Relation(teacher.channels[theirs]) for _, theirs in related)
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck_object`, `neck_background`, `neck_attention`, `neck_relation`; with a weight."""
         ours, theirs = self.maps(student, teacher)
         boxes = [target["boxes"] for target in student.targets]

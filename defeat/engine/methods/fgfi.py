@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NearZero, NeckMethod, TeacherPass
+from defeat.engine.methods.base import NearZero, NeckMethod, StepInfo, TeacherPass
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.report import RunError
 
@@ -48,7 +48,7 @@ def imitation_masks(
     paper has one map; on a pyramid the best is that of all levels, so that a box marks the levels that fit its size.
 
     Args:
-        boxes: for each picture (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        boxes: for each image (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
         anchors: the anchors of each level, (H W A, 4) likewise, cell by cell in rows.
         sizes: height and width of each level's map.
         threshold: psi, 0 to 1; 0.5 in the paper.
@@ -59,10 +59,10 @@ def imitation_masks(
     counts = [len(level) for level in anchors]
     flat = torch.cat(list(anchors))
     near = torch.zeros(len(boxes), len(flat), dtype=torch.bool, device=flat.device)
-    # A loop over pictures: the overlaps of all boxes of a batch with all anchors at once would be large.
-    for row, of_picture in zip(near, boxes, strict=True):
-        if len(of_picture):
-            overlap = box_iou(of_picture.to(flat.dtype), flat)  # (N_i, anchors)
+    # A loop over images: the overlaps of all boxes of a batch with all anchors at once would be large.
+    for row, of_image in zip(near, boxes, strict=True):
+        if len(of_image):
+            overlap = box_iou(of_image.to(flat.dtype), flat)  # (N_i, anchors)
             row.copy_((overlap > threshold * overlap.amax(dim=1, keepdim=True)).any(dim=0))
     levels = near.split(counts, dim=1)
     return [level.unflatten(1, (*size, -1)).any(dim=3) for level, size in zip(levels, sizes, strict=True)]
@@ -106,7 +106,7 @@ class FGFI(NeckMethod):
                 "faster_rcnn or retinanet, or another method",
             )
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         assert student.anchors is not None
         ours, theirs = self.maps(student, teacher)

@@ -13,7 +13,7 @@ from torch import Tensor
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, image_cells, pointwise
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, image_cells, pointwise
 from defeat.engine.methods.losses import mean_over_ranks
 
 
@@ -49,7 +49,7 @@ class FitNet(NeckMethod):
         super().__init__("fitnet", student, teacher, pointwise)
         self.config = config
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         inside = image_cells(student, ours, self.strides)

@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, paper_value, unadapted
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, unadapted
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.methods.strength import strength
 from defeat.engine.report import RunError
@@ -116,11 +116,11 @@ class FRS(NeckMethod):
         self.warmup_steps = config.warmup_steps
         _require_logits(self.logits_weight, student, teacher, self.pairs)
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:
         """See `Method.losses`: `neck`, `logits`; what has a weight."""
         theirs = [teacher.cell_logits[index] for _, index in self.pairs]
         scores = [richness(level) for level in theirs]
-        factor = strength(clock, warmup_steps=self.warmup_steps, decay="constant")
+        factor = strength(step_info, warmup_steps=self.warmup_steps, decay="constant")
         losses = {}
         if self.neck_weight > 0:
             losses["neck"] = factor * self.neck_weight * frs_neck_loss(*self.maps(student, teacher), scores)

@@ -24,7 +24,7 @@ def mean_over_ranks(sums: Tensor) -> tuple[Tensor, float]:
     """Return the mean of each sum or count over the processes that train together, and what a count of 1 comes to.
 
     A loss that each process divides by such a mean of counts has gradients whose average over processes is the gradient
-    of one process with all their pictures. So has a loss that is made of such means alone, the same in all processes:
+    of one process with all their images. So has a loss that is made of such means alone, the same in all processes:
     each mean's gradient goes to this process's sum whole, the average over processes does the division. Nothing is
     exchanged on the way back, where processes need not come in the same order. In a process of its own the sums come
     back as they are, with 1.
@@ -89,13 +89,13 @@ class _SquaredDifferences(torch.autograd.Function):
             return sums
         dtype = torch.promote_types(student.dtype, torch.float32)
         summed = torch.zeros(kinds.shape, dtype=dtype, device=student.device)
-        for pictures, channels in _blocks(student):
-            ours, theirs = student[pictures, channels], teacher[pictures, channels]
+        for images, channels in _blocks(student):
+            ours, theirs = student[images, channels], teacher[images, channels]
             difference = ours.to(dtype) - theirs
             # Summed over channels first: the mask then weighs one map instead of C of them. Under autocast it would be
             # in half precision, where such sums overflow.
             with torch.autocast(difference.device.type, enabled=False):
-                summed[pictures] += torch.linalg.vecdot(difference, difference, dim=1)
+                summed[images] += torch.linalg.vecdot(difference, difference, dim=1)
         return torch.stack([torch.where(kinds == kind, summed, 0.0).sum() for kind in (OBJECT, BACKGROUND)])
 
     @staticmethod
@@ -108,12 +108,12 @@ class _SquaredDifferences(torch.autograd.Function):
         weights = torch.where(kinds == OBJECT, gradient[0], gradient[1]).mul_(kinds != PADDING).mul_(2)
         weights = weights[:, None]  # (B, 1, H, W)
         result = torch.empty_like(student)
-        for pictures, channels in _blocks(student):
-            block, ours, theirs = (each[pictures, channels] for each in (result, student, teacher))
+        for images, channels in _blocks(student):
+            block, ours, theirs = (each[images, channels] for each in (result, student, teacher))
             if student.dtype == teacher.dtype == weights.dtype:
-                torch.sub(ours, theirs, out=block).mul_(weights[pictures])
+                torch.sub(ours, theirs, out=block).mul_(weights[images])
             else:
-                block.copy_((ours.to(weights.dtype) - theirs).mul_(weights[pictures]))
+                block.copy_((ours.to(weights.dtype) - theirs).mul_(weights[images]))
         return result, None, None
 
 
@@ -137,14 +137,14 @@ def _checked_kernels(device: torch.device) -> ModuleType | None:
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, C, H, W) into blocks of pictures and channels of about `BLOCK` values."""
+    """Cut (B, C, H, W) into blocks of images and channels of about `BLOCK` values."""
     batch, channels, height, width = features.shape
     size = BLOCK["cuda" if features.is_cuda else "cpu"]
-    pictures = max(1, size // (channels * height * width))
-    step = channels if pictures > 1 else max(1, size // (height * width))
-    for first in range(0, batch, pictures):
+    images = max(1, size // (channels * height * width))
+    step = channels if images > 1 else max(1, size // (height * width))
+    for first in range(0, batch, images):
         for channel in range(0, channels, step):
-            yield slice(first, first + pictures), slice(channel, channel + step)
+            yield slice(first, first + images), slice(channel, channel + step)
 
 
 def decoupled_logit_loss(

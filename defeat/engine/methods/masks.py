@@ -84,7 +84,7 @@ def object_masks(
     """Return the object mask of each level; a box marks its own level only and is background on the others.
 
     Args:
-        boxes: for each picture (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
+        boxes: for each image (N_i, 4), x1 y1 x2 y2 in pixels of the padded batch.
         sizes: height and width of each level's map, finest first.
         strides: stride of each level in pixels.
         mode: how a box is turned into cells, see `cell_ranges`.
@@ -95,7 +95,7 @@ def object_masks(
     """
     device = boxes[0].device
     flat = torch.cat(list(boxes))
-    # (B, N): the boxes of each picture. One comparison over all boxes instead of a loop over them, which would wait for
+    # (B, N): the boxes of each image. One comparison over all boxes instead of a loop over them, which would wait for
     # the device once a box; and filled there, for a copy to the device would be waited for as well.
     owner = torch.cat([torch.full((len(one),), index, device=device) for index, one in enumerate(boxes)])
     owned = torch.arange(len(boxes), device=device)[:, None] == owner
@@ -179,10 +179,10 @@ def focal_weights(
     """
     height, width = size
     foreground = torch.zeros(len(boxes), height, width, device=boxes[0].device)
-    # A loop over pictures, not over boxes: a level's maps of all boxes of a batch at once would be large.
-    for weights, of_picture in zip(foreground, boxes, strict=True):
-        if len(of_picture):
-            ranges = cell_ranges(of_picture, stride=stride, height=height, width=width, mode="cover")
+    # A loop over images, not over boxes: a level's maps of all boxes of a batch at once would be large.
+    for weights, of_image in zip(foreground, boxes, strict=True):
+        if len(of_image):
+            ranges = cell_ranges(of_image, stride=stride, height=height, width=width, mode="cover")
             cells = (ranges[:, 2:] - ranges[:, :2]).prod(dim=1)  # (N_i,)
             in_box = _inside(ranges, height=height, width=width)
             weights.copy_((in_box / cells[:, None, None]).amax(dim=0))

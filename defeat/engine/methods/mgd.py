@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, paper_value, pointwise_if_needed
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, pointwise_if_needed
 
 
 class MGDConfig(Config):
@@ -89,7 +89,7 @@ class MGD(NeckMethod):
         self.masked_fraction = paper_value(config.masked_fraction, student, two_stage=0.45, one_stage=0.65)
         self.generations = nn.ModuleList(Generation(teacher.channels[theirs]) for _, theirs in self.pairs)
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         generated = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
-from defeat.engine.methods.base import Clock, NeckMethod, TeacherPass, paper_value, unadapted
+from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, unadapted
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.report import RunError
 
@@ -40,9 +40,9 @@ class PKDConfig(Config):
 def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return the sum over levels of half the mean of (z(student) - z(teacher))^2.
 
-    z subtracts each channel's mean over pictures and cells and divides by its (population) standard deviation: a
+    z subtracts each channel's mean over images and cells and divides by its (population) standard deviation: a
     level's loss is then 1 - r, r the mean over channels of the correlation of student and teacher. It is made from
-    sums over the cells alone, so that several processes that train together have the loss of all their pictures, each
+    sums over the cells alone, so that several processes that train together have the loss of all their images, each
     the same value, see `mean_over_ranks`.
 
     Args:
@@ -60,7 +60,7 @@ def pkd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def _sums(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the sums over pictures and cells of s, t, s^2, t^2 and s t, (5, C) float64, of maps (B, C, H, W)."""
+    """Return the sums over images and cells of s, t, s^2, t^2 and s t, (5, C) float64, of maps (B, C, H, W)."""
     count = student.numel() // student.shape[1]
     # From the moments about the mean: a mean that is large beside the deviation would cost the squares their digits.
     (varies, mean), (others_vary, others_mean) = (
@@ -113,7 +113,7 @@ class PKD(NeckMethod):
                 )
         self.weight = paper_value(config.neck_weight, student, two_stage=6.0, one_stage=10.0)
 
-    def losses(self, student: TrainPass, teacher: TeacherPass, clock: Clock) -> dict[str, Tensor]:  # noqa: ARG002
+    def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         return {"neck": self.weight * pkd_loss(ours[:LEVELS], theirs[:LEVELS])}

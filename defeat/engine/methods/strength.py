@@ -3,12 +3,12 @@
 import math
 from typing import Literal
 
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 
 Decay = Literal["constant", "linear", "cosine", "up_down"]
 
 
-def strength(clock: Clock, *, warmup_steps: int, decay: Decay) -> float:
+def strength(step_info: StepInfo, *, warmup_steps: int, decay: Decay) -> float:
     """Return the factor of all distillation weights, 0 to 1: warm-up times decay.
 
     The warm-up is `min(1, (step + 1) / warmup_steps)`, or 1 without steps. The decay, with e the epoch from 0 and E
@@ -21,8 +21,8 @@ def strength(clock: Clock, *, warmup_steps: int, decay: Decay) -> float:
 
     None of them is ever 0: an epoch whose weight is 0 would pay for the teacher and learn nothing from it.
     """
-    warmup = min(1.0, (clock.step + 1) / warmup_steps) if warmup_steps else 1.0
-    return warmup * _decay(clock.epoch, clock.epochs, decay)
+    warmup = min(1.0, (step_info.step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warmup * _decay(step_info.epoch, step_info.epochs, decay)
 
 
 def _decay(epoch: int, epochs: int, decay: Decay) -> float:

@@ -20,9 +20,7 @@ class ScheduleConfig(Config):
     )
 
     epochs: Annotated[int, Field(description="Passes over the training split.", ge=1, le=1000)] = 12
-    batch_size: Annotated[
-        int, Field(description="Pictures per optimiser step, on all GPUs together.", ge=1, le=1024)
-    ] = 8
+    batch_size: Annotated[int, Field(description="Images per optimiser step, on all GPUs together.", ge=1, le=1024)] = 8
     accumulation: Annotated[
         int,
         Field(

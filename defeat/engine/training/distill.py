@@ -12,7 +12,7 @@ import torch
 from defeat.engine import detectors, methods
 from defeat.engine.data import canonical
 from defeat.engine.data.canonical import CanonicalDataset, Split
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.base import Detector, full_coverage
 from defeat.engine.detectors.pretrained import load_pretrained
 from defeat.engine.detectors.unset import Unset
@@ -22,7 +22,7 @@ from defeat.engine.report import Reporter, RunError, Subject
 from defeat.engine.training.checkpoint import Best, TrainingState
 from defeat.engine.training.config import JobConfig, StudentConfig, TeacherConfig
 from defeat.engine.training.logger import History, Plan
-from defeat.engine.training.process_group import World, local_device, warn_of_little_shared_memory
+from defeat.engine.training.process_group import ProcessGroup, local_device, warn_of_little_shared_memory
 from defeat.engine.training.seeds import reseed
 from defeat.engine.training.train import EVALUATION_COST, TEACHER_COST, Context, Training, evaluate
 from defeat.engine.training.trainable import require_trainable
@@ -41,17 +41,17 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
     config = JobConfig.parse({key: value for key, value in spec.items() if key not in SERVICE_KEYS}, where="spec")
     device = local_device(inputs["device"])
     reporter.progress("preparing", fraction=0.0)
-    with World.join(device) as world:
-        warn_of_little_shared_memory(world, device, reporter)
-        return _distill(config, inputs, reporter, device, world)
+    with ProcessGroup.join(device) as group:
+        warn_of_little_shared_memory(group, device, reporter)
+        return _distill(config, inputs, reporter, device, group)
 
 
 def _distill(
-    config: JobConfig, inputs: Mapping[str, Any], reporter: Reporter, device: torch.device, world: World
+    config: JobConfig, inputs: Mapping[str, Any], reporter: Reporter, device: torch.device, group: ProcessGroup
 ) -> dict[str, Any]:
     dataset = canonical.read(Path(inputs["dataset"]))
     resume = TrainingState.load(Path(inputs["resume"])) if inputs["resume"] else None
-    context = _context(config, dataset, inputs, device, reporter, world)
+    context = _context(config, dataset, inputs, device, reporter, group)
     if resume:
         context.history.metrics, context.history.evaluations = resume.history["metrics"], resume.history["evaluations"]
         context.plan.done = resume.done
@@ -85,7 +85,7 @@ def _distill(
         save=_save,
     )
     best = training.run(resume if resume and resume.subject == "student" else None)
-    return _finish(config, context, teacher, teacher_metrics, student, best) if world.leads else {}
+    return _finish(config, context, teacher, teacher_metrics, student, best) if group.is_main else {}
 
 
 def _require_trainable(config: JobConfig, teacher: Detector | None, student: Detector, context: Context) -> None:
@@ -97,8 +97,8 @@ def _require_trainable(config: JobConfig, teacher: Detector | None, student: Det
             detector,
             schedule,
             config.augmentation,
-            pictures=len(context.train_pictures),
-            processes=context.world.size,
+            images=len(context.train_images),
+            processes=context.group.size,
             where=where,
         )
 
@@ -116,28 +116,28 @@ def _context(
     inputs: Mapping[str, Any],
     device: torch.device,
     reporter: Reporter,
-    world: World,
+    group: ProcessGroup,
 ) -> Context:
-    def _split(name: Split) -> PictureReader:
+    def _split(name: Split) -> ImageReader:
         images = dataset.in_split(name)
         if not images:
             splits = ", ".join(dataset.counts())
             raise RunError("user", "split_missing", f"the dataset has no {name} split; it has: {splits}")
-        return PictureReader(Path(inputs["dataset"]), images)
+        return ImageReader(Path(inputs["dataset"]), images)
 
-    train_pictures, eval_pictures = _split("train"), _split(config.evaluation.split)
-    every, evaluated = config.evaluation.every_epochs, len(eval_pictures) * EVALUATION_COST
+    train_images, eval_images = _split("train"), _split(config.evaluation.split)
+    every, evaluated = config.evaluation.every_epochs, len(eval_images) * EVALUATION_COST
     step_cost = 1.0 if config.teacher is None else 1.0 + TEACHER_COST
-    total = config.schedule.epochs * len(train_pictures) * step_cost + evaluated * -(-config.schedule.epochs // every)
+    total = config.schedule.epochs * len(train_images) * step_cost + evaluated * -(-config.schedule.epochs // every)
     if config.teacher is not None and config.trains_teacher:
         epochs = config.teacher.schedule.epochs
-        total += epochs * len(train_pictures) + evaluated * -(-epochs // every)
+        total += epochs * len(train_images) + evaluated * -(-epochs // every)
     elif config.teacher is not None:
         total += evaluated
     return Context(
         dataset=dataset,
-        train_pictures=train_pictures,
-        eval_pictures=eval_pictures,
+        train_images=train_images,
+        eval_images=eval_images,
         evaluation=config.evaluation,
         augmentation=config.augmentation,
         seed=config.seed,
@@ -145,8 +145,8 @@ def _context(
         reporter=reporter,
         history=History(reporter=reporter),
         plan=Plan(total=total),
-        world=world,
-        picture_memory_bytes=inputs["picture_memory_bytes"],
+        group=group,
+        image_memory_bytes=inputs["image_memory_bytes"],
     )
 
 
@@ -286,7 +286,7 @@ def _finish(
         _leave(reporter, teacher, "teacher.safetensors", kind="teacher")
     write_gallery(
         reporter,
-        context.eval_pictures,
+        context.eval_images,
         {"teacher": teacher, "student": student},
         classes=context.dataset.classes,
         count=config.evaluation.gallery_images,

@@ -50,7 +50,7 @@ def look(batch: Batch, batches: TrainingBatches, number: int, *, most: int = IMA
     found = []
     for image, (index, (expected, _)) in zip(batch.images[:most], batches.made_anew(number), strict=False):
         pixels = image.cpu()
-        name = batches.pictures.images[index].name
+        name = batches.reader.images[index].name
         found.append(Look(name, _differs(pixels, expected), bool(pixels.amin() == pixels.amax())))
     return found
 

@@ -8,21 +8,21 @@ from defeat.engine.report import Reporter, Stopwatch, Subject
 
 @dataclass(kw_only=True)
 class Plan:
-    """How much of the whole run is done, in pictures trained on."""
+    """How much of the whole run is done, in images trained on."""
 
     total: float
     done: float = 0.0
     rate: float = 0.0
     watch: Stopwatch = field(default_factory=Stopwatch)
 
-    def advance(self, pictures: float) -> None:
+    def advance(self, images: float) -> None:
         """Count work and update the rate."""
-        self.done += pictures
-        self.rate = self.watch.lap(pictures)
+        self.done += images
+        self.rate = self.watch.lap(images)
 
-    def skip(self, pictures: float) -> None:
+    def skip(self, images: float) -> None:
         """Count work that will not be done: what is left is then right after a resume, too."""
-        self.done += pictures
+        self.done += images
 
     @property
     def fraction(self) -> float:

@@ -14,7 +14,7 @@ def out_of_memory(told: str, batch: Batch, schedule: ScheduleConfig, advice: str
     share = len(batch) // schedule.accumulation
     found = f"; {advice}" if advice else ""
     first = told.split("\n", 1)[0][:300]
-    return RunError("oom", "out_of_memory", f"{share} pictures at a time do not fit into memory{found} ({first})")
+    return RunError("oom", "out_of_memory", f"{share} images at a time do not fit into memory{found} ({first})")
 
 
 def what_fits(attempt: Callable[[Batch], None], batch: Batch, schedule: ScheduleConfig, *, least: int) -> str:
@@ -24,13 +24,13 @@ def what_fits(attempt: Callable[[Batch], None], batch: Batch, schedule: Schedule
         attempt: a pass forward and backward; raises `torch.OutOfMemoryError`.
         batch: what did not fit in `schedule.accumulation` parts.
         schedule: how the detector is trained.
-        least: how many pictures its training pass needs at least.
+        least: how many images its training pass needs at least.
     """
     share = len(batch) // schedule.accumulation
     smaller = [size for size in range(share - 1, least - 1, -1) if share % size == 0]
     fits = next((size for size in smaller if _has_memory(attempt, next(batch.split(len(batch) // size)))), 0)
     if not fits:
-        few = "one picture fits" if least == 1 else f"{least} pictures fit"
+        few = "one image fits" if least == 1 else f"{least} images fit"
         return f"not even {few}: lower the detector's min_size and max_size, or take a smaller one"
     return (
         f"{fits} at a time fit: that is accumulation {schedule.batch_size // fits} for the same batch_size "

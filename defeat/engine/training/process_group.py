@@ -17,7 +17,7 @@ from defeat.engine.report import Reporter, RunError
 
 # How long a process waits for the others in a step. The slowest may be compiling, reading a cold disk or saving.
 STEP_PATIENCE = timedelta(minutes=15)
-# And where one of them may have many more pictures to measure, or computes metrics while the others wait for it.
+# And where one of them may have many more images to measure, or computes metrics while the others wait for it.
 PATIENCE = timedelta(hours=2)
 # What NCCL may want to exchange gradients, and where; a container has 64 MiB there unless it is told otherwise.
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -25,7 +25,7 @@ LEAST_SHARED_MEMORY = 2**29
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """Which of how many processes this is. All see the same spec, seed and files; the first one reports and saves.
 
     Attributes:
@@ -39,7 +39,7 @@ class World:
     by_cpu: distributed.ProcessGroup | None = None
 
     @classmethod
-    def join(cls, device: torch.device) -> "World":
+    def join(cls, device: torch.device) -> "ProcessGroup":
         """Meet the others, as the environment says who they are: torchrun's, or that of `defeat.engine.ranks`."""
         # What asks for "the GPU" is to get the run's, also where that is not the first.
         if device.type == "cuda" and device.index is not None:
@@ -61,20 +61,20 @@ class World:
         return cls(rank, size, cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=PATIENCE)))
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is one process only."""
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that saves."""
         return self.rank == 0
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> "ProcessGroup":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.alone:
+        if not self.is_single:
             distributed.destroy_process_group()
 
     def wrap(self, module: nn.Module, device: torch.device, *, unused: bool) -> nn.Module:
@@ -86,7 +86,7 @@ class World:
             unused: whether a process's share of a batch may leave parameters without a gradient. To look for them in
                 each step delays the exchange.
         """
-        if self.alone:
+        if self.is_single:
             return module
         return DistributedDataParallel(
             module,
@@ -98,29 +98,29 @@ class World:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` over all processes."""
-        if not self.alone:
+        if not self.is_single:
             distributed.all_reduce(values)
             values /= self.size
         return values
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite `tensors` by the first process's: statistics of batch norm are those of each one's own pictures."""
-        if not self.alone:
+        """Overwrite `tensors` by the first process's: statistics of batch norm are those of each one's own images."""
+        if not self.is_single:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank."""
-        if self.alone:
+        if self.is_single:
             return [value]
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value, group=self.by_cpu)
         return values
 
 
-def warn_of_little_shared_memory(world: World, device: torch.device, reporter: Reporter) -> None:
+def warn_of_little_shared_memory(group: ProcessGroup, device: torch.device, reporter: Reporter) -> None:
     """Warn where several GPUs would exchange gradients through too little shared memory."""
-    if world.alone or device.type != "cuda" or not SHARED_MEMORY.exists():
+    if group.is_single or device.type != "cuda" or not SHARED_MEMORY.exists():
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < LEAST_SHARED_MEMORY:

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.detectors.base import Detector
 from defeat.engine.methods.balance import gradient_norms
-from defeat.engine.methods.base import Clock, Method
+from defeat.engine.methods.base import Method, StepInfo
 from defeat.engine.numerics import PRECISIONS
 from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
 from defeat.engine.training.memory import out_of_memory, what_fits
 from defeat.engine.training.optim import build_optimizer, learning_rate, state_bytes
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 
 Result = TypeVar("Result")
 
@@ -37,15 +37,15 @@ class Losses(nn.Module):
         self.frozen = (teacher,)
         self.precision = precision
 
-    def forward(self, batch: Batch, clock: Clock, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, batch: Batch, step_info: StepInfo, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each part of the loss and, if `measured`, the norm of its gradient where all of them meet.
 
         The batch lies on the detector's device.
         """
         device = batch.storage.device
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            passed = self.detector.train_pass(batch.floats(), batch.targets)
-            losses = {**passed.losses, **self.method(passed, self.frozen[0], clock)}
+            passed = self.detector.forward_train(batch.floats(), batch.targets)
+            losses = {**passed.losses, **self.method(passed, self.frozen[0], step_info)}
         losses = {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
         if not measured:
             return losses, {}
@@ -79,7 +79,7 @@ class Step:
         method: adds its losses; its parameters are trained along.
         teacher: frozen, in eval mode, on the device; None where the method needs none.
         schedule: how.
-        world: the processes that train together; each is given its own share of every batch.
+        group: the processes that train together; each is given its own share of every batch.
         device: where.
 
     Attributes:
@@ -95,24 +95,24 @@ class Step:
         method: Method,
         teacher: Detector | None,
         schedule: ScheduleConfig,
-        world: World,
+        group: ProcessGroup,
         device: torch.device,
     ) -> None:
         self.schedule = schedule
-        self.world = world
+        self.group = group
         self.device = device
         for one in (detector, teacher):
             if one is not None:
                 _prepare(one, schedule)
-        if schedule.sync_batch_norm and not world.alone:
+        if schedule.sync_batch_norm and not group.is_single:
             detector.synchronise_batch_norm()
         self.losses = Losses(detector, method, teacher, PRECISIONS[schedule.precision])
         self.optimizer = build_optimizer((detector, method), schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "float16")
         self._clipped = {"gradient_norm": _trainable(detector), "adapter_gradient_norm": _trainable(method)}
-        self._forward = world.wrap(self.losses, device, unused=detector.leaves_parameters_out)
+        self._forward = group.wrap(self.losses, device, unused=detector.leaves_parameters_out)
 
-    def __call__(self, batch: Batch, clock: Clock, *, measured: bool = False, cancelled: bool = False) -> Taken:
+    def __call__(self, batch: Batch, step_info: StepInfo, *, measured: bool = False, cancelled: bool = False) -> Taken:
         """Take one step.
 
         Args:
@@ -124,14 +124,14 @@ class Step:
         Raises:
             RunError: `loss_not_finite`, naming the parts, the weights being as before the step; `out_of_memory`.
         """
-        rate = learning_rate(self.schedule, step=clock.step, steps_per_epoch=clock.steps // clock.epochs)
+        rate = learning_rate(self.schedule, step=step_info.step, steps_per_epoch=step_info.steps // step_info.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
 
         # Forward and backward.
-        losses, norms = self._with_memory(partial(self._backward, batch, clock, measured), batch, clock)
+        losses, norms = self._with_memory(partial(self._backward, batch, step_info, measured), batch, step_info)
 
         # Clip the detector's gradient and the method's, each by itself.
         self.scaler.unscale_(self.optimizer)
@@ -141,26 +141,28 @@ class Step:
         named = {f"loss/{name}": loss for name, loss in losses.items()} | lengths
         named |= {f"norm/{name}": norm for name, norm in norms.items()}
         named["ending"] = torch.full((), float(cancelled), device=self.device)
-        means = self.world.mean(torch.stack(list(named.values()))).tolist()
+        means = self.group.mean(torch.stack(list(named.values()))).tolist()
         values = dict(zip(named, means, strict=True))
 
         # Update. In float16 a gradient that overflows is what the scaler is there for: such a step is left out.
         finite = all(math.isfinite(values[name]) for name in lengths)
-        self._require_finite(values, finite or self.scaler.is_enabled(), clock)
+        self._require_finite(values, finite or self.scaler.is_enabled(), step_info)
         if finite:
             # In its first step it makes its state, which may be as large as the weights, or twice that.
-            self._with_memory(self.optimizer.step, batch, clock)
+            self._with_memory(self.optimizer.step, batch, step_info)
         self.scaler.update()
         return Taken(values=_shown(values, rate), ending=values["ending"] > 0)
 
-    def _backward(self, batch: Batch, clock: Clock, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _backward(
+        self, batch: Batch, step_info: StepInfo, measured: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add up the gradients of the batch, part by part; return the means of losses and gradient norms."""
         count = self.schedule.accumulation
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         for index, piece in enumerate(batch.split(count)):
             with self._exchange(index == count - 1):
-                found, pulls = self._forward(piece, clock, measured)
+                found, pulls = self._forward(piece, step_info, measured)
                 mean = torch.stack(list(found.values())).sum() / count
                 self.scaler.scale(mean).backward()
             for into, values in ((losses, found), (norms, pulls)):
@@ -168,7 +170,7 @@ class Step:
                     into[name] = into.get(name, torch.zeros((), device=self.device)) + value.detach() / count
         return losses, norms
 
-    def _with_memory(self, work: Callable[[], Result], batch: Batch, clock: Clock) -> Result:
+    def _with_memory(self, work: Callable[[], Result], batch: Batch, step_info: StepInfo) -> Result:
         """Do something that takes memory.
 
         Raises:
@@ -180,18 +182,18 @@ class Step:
         except torch.OutOfMemoryError as error:
             told = str(error)
         # Not in the handler: the error's traceback holds the failed pass, and with it the memory that it took.
-        least = self.losses.detector.least_pictures
-        alone = self.world.alone
-        advice = what_fits(partial(self._attempt, clock), batch, self.schedule, least=least) if alone else None
+        least = self.losses.detector.least_images
+        alone = self.group.is_single
+        advice = what_fits(partial(self._attempt, step_info), batch, self.schedule, least=least) if alone else None
         raise out_of_memory(told, batch, self.schedule, advice)
 
-    def _attempt(self, clock: Clock, piece: Batch) -> None:
+    def _attempt(self, step_info: StepInfo, piece: Batch) -> None:
         """Go forward and backward beside what the optimiser will want in its first step, and change nothing."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         reserved = torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.device)
-        losses, _ = self.losses(piece, clock, False)
+        losses, _ = self.losses(piece, step_info, False)
         torch.stack(list(losses.values())).sum().backward()
         del reserved
 
@@ -206,7 +208,7 @@ class Step:
         norm = nn.utils.clip_grad_norm_(parameters, self.schedule.gradient_clip or math.inf)
         return norm.to(self.device)  # of no gradients at all it is made on the CPU
 
-    def _require_finite(self, values: dict[str, float], norms_are_good: bool, clock: Clock) -> None:
+    def _require_finite(self, values: dict[str, float], norms_are_good: bool, step_info: StepInfo) -> None:
         parts = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
         if norms_are_good and all(map(math.isfinite, parts.values())):
             return
@@ -214,7 +216,7 @@ class Step:
         raise RunError(
             "user",
             "loss_not_finite",
-            f"the loss or its gradient is not finite at step {clock.step} ({shown}; gradient norm "
+            f"the loss or its gradient is not finite at step {step_info.step} ({shown}; gradient norm "
             f"{values['gradient_norm']:.4g}); lower the learning_rate",
         )
 

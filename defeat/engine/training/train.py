@@ -11,12 +11,12 @@ from torch import Tensor
 
 from defeat.engine.data.canonical import CanonicalDataset
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.detectors.base import Detector
 from defeat.engine.evaluation.config import EvaluationConfig
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
-from defeat.engine.methods.base import Clock, Method
+from defeat.engine.methods.base import Method, StepInfo
 from defeat.engine.numerics import numerics
 from defeat.engine.report import Cancelled, Reporter, Stopwatch, Subject
 from defeat.engine.training import inspection
@@ -27,12 +27,12 @@ from defeat.engine.training.health import MEASURE_EVERY, Watch, forget_memory_pe
 from defeat.engine.training.inspection import Look
 from defeat.engine.training.logger import History, Plan, Running
 from defeat.engine.training.optim import restore
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.seeds import reseed, seed_for
 from defeat.engine.training.step import Step
 
 LOG_EVERY = 10  # optimiser steps between two metrics events
-# A picture evaluated costs about this much of one trained on; only the progress bar depends on it.
+# An image evaluated costs about this much of one trained on; only the progress bar depends on it.
 EVALUATION_COST = 0.35
 # And a frozen teacher's forward pass about this share of a student's step; likewise.
 TEACHER_COST = 0.3
@@ -43,8 +43,8 @@ class Context:
     """What both trainings of a run share."""
 
     dataset: CanonicalDataset
-    train_pictures: PictureReader
-    eval_pictures: PictureReader
+    train_images: ImageReader
+    eval_images: ImageReader
     evaluation: EvaluationConfig
     augmentation: AugmentationConfig
     seed: int
@@ -52,33 +52,33 @@ class Context:
     reporter: Reporter
     history: History
     plan: Plan
-    world: World
-    picture_memory_bytes: int | None
+    group: ProcessGroup
+    image_memory_bytes: int | None
 
 
 def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
     """Measure a detector on the evaluation split, log it and return the metrics. Each process does its share."""
 
-    reporter, world = context.reporter, context.world
+    reporter, group = context.reporter, context.group
 
-    def _on_batch(pictures: int) -> None:
-        if world.alone:  # one of several that stopped by itself would leave the others waiting
+    def _on_batch(images: int) -> None:
+        if group.is_single:  # one of several that stopped by itself would leave the others waiting
             reporter.check_cancelled()
-        context.plan.advance(pictures * world.size * EVALUATION_COST)
+        context.plan.advance(images * group.size * EVALUATION_COST)
         reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
 
     # Said before it begins, so that what goes wrong in its first batch is known to be its own.
     reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
     found = detect_split(
         detector,
-        context.eval_pictures,
+        context.eval_images,
         batch_size=context.evaluation.batch_size,
         device=context.device,
         on_batch=_on_batch,
-        rank=world.rank,
-        world=world.size,
+        rank=group.rank,
+        world_size=group.size,
     )
-    shares = world.gather((found, reporter.cancelled))
+    shares = group.gather((found, reporter.cancelled))
     if any(cancelled for _, cancelled in shares):
         raise Cancelled
     together = {key: value for share, _ in shares for key, value in share.items()}
@@ -118,24 +118,24 @@ class Training:
         self.schedule = schedule
         self._method = method
         self._save_state = save
-        self._picture_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
+        self._image_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
         if schedule.frozen_stages:
             detector.freeze_stages(schedule.frozen_stages)
         if schedule.frozen_statistics:
             detector.freeze_statistics()
         self._step = Step(
-            detector, method=method, teacher=teacher, schedule=schedule, world=context.world, device=context.device
+            detector, method=method, teacher=teacher, schedule=schedule, group=context.group, device=context.device
         )
         self._batches = TrainingBatches(
-            context.train_pictures,
+            context.train_images,
             batch_size=schedule.batch_size,
             size=InputSize.taken_from(detector),
             augmentation=context.augmentation,
             device=context.device,
             masks=detector.trains_masks,
-            cache_bytes=context.picture_memory_bytes,
-            rank=context.world.rank,
-            world=context.world.size,
+            cache_bytes=context.image_memory_bytes,
+            rank=context.group.rank,
+            world_size=context.group.size,
         )
         self._average = Average(detector, decay=schedule.ema_decay) if schedule.ema_decay else None
         self._best: Best | None = None
@@ -200,7 +200,7 @@ class Training:
             "little_memory_for_loading",
             f"{wanted.processes} processes would load batches ahead, and want {wanted.slots * size:.3g} MB for them; "
             f"this machine's free memory allows {ahead.processes}, {ahead.batches} ahead each: the GPU may wait for "
-            "pictures; give the worker more memory",
+            "images; give the worker more memory",
         )
 
     def _warn_of_eager(self) -> None:
@@ -233,11 +233,11 @@ class Training:
             if self._epochs_begun <= inspection.EPOCHS and len(looks) < inspection.IMAGES:
                 looks += inspection.look(batch, self._batches, index, most=inspection.IMAGES - len(looks))
                 inspection.require_true_images(looks)
-            # Each process draws for its own pictures.
-            reseed(context.seed, self.subject, "step", step, context.world.rank)
+            # Each process draws for its own images.
+            reseed(context.seed, self.subject, "step", step, context.group.rank)
             taken = self._step(
                 batch,
-                Clock(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
+                StepInfo(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
                 measured=step % MEASURE_EVERY == 0,
                 cancelled=context.reporter.cancelled,
             )
@@ -247,7 +247,7 @@ class Training:
             self._running.add({**taken.values, "data_wait": waited / (time.monotonic() - asked_at)})
             self._warn_of_eager()
             rate = watch.lap(schedule.batch_size)
-            context.plan.advance(schedule.batch_size * self._picture_cost)
+            context.plan.advance(schedule.batch_size * self._image_cost)
             if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
                 self._log(step + 1, steps, images_per_s=rate)
             self._progress(epoch, step + 1, steps, images_per_s=rate)
@@ -282,8 +282,8 @@ class Training:
         """Evaluate after an epoch, and keep the detector if it is the best one up to now."""
         context = self.context
         steps, before = len(self._batches), context.plan.done
-        context.world.agree(self.detector.buffers())
-        context.world.agree(self._average.tensors.values() if self._average else ())
+        context.group.agree(self.detector.buffers())
+        context.group.agree(self._average.tensors.values() if self._average else ())
         try:
             with self._average.applied(self.detector) if self._average else nullcontext():
                 metrics = evaluate(context, self.detector, subject=self.subject, epoch=epoch + 1)
@@ -312,15 +312,15 @@ class Training:
             f"no better AP of the {self.subject} in {without} measurements: ended at epoch {done}",
         )
         left, every = schedule.epochs - done, self.context.evaluation.every_epochs
-        self.context.plan.skip(left * len(self.context.train_pictures) * self._picture_cost)
-        self.context.plan.skip(-(-left // every) * len(self.context.eval_pictures) * EVALUATION_COST)
+        self.context.plan.skip(left * len(self.context.train_images) * self._image_cost)
+        self.context.plan.skip(-(-left // every) * len(self.context.eval_images) * EVALUATION_COST)
         return True
 
     # ---- checkpoints ----
 
     def _save(self, epoch: int, step: int) -> None:
         self._saved_at = time.monotonic()
-        if not self.context.world.leads:
+        if not self.context.group.is_main:
             return
         self._save_state(
             TrainingState(

@@ -140,7 +140,7 @@ def test_what_the_caller_has_is_not_sent_again(api: TestClient, path: str):
     assert api.get(path, headers={"If-None-Match": '"x"'}).status_code == 200
 
 
-def test_pictures_are_shown_and_everything_else_is_saved(
+def test_images_are_shown_and_everything_else_is_saved(
     api: TestClient, database: Database, storage: Storage, job: Job, tmp_path: Path
 ):
     for name, content_type, kind in (

@@ -97,7 +97,7 @@ def test_it_begins_when_the_jobs_ahead_have_ended(api: TestClient, database: Dat
     jobs = [seed.job(database, dataset.tenant_id, dataset.id, **RECIPE | {"workload": size}) for size in (200.0, 1.0)]
     first, second = (_queue(api, job) for job in jobs)
     assert [first[name] for name in ("eta_low_s", "eta_s", "eta_high_s")] == [7, 7, 7]
-    # The one ahead has twice the pictures of those that took 20, 30 and 40 s: quartiles of 10, 20, …, 50.
+    # The one ahead has twice the images of those that took 20, 30 and 40 s: quartiles of 10, 20, …, 50.
     etas = [second[name] for name in ("eta_low_s", "eta_s", "eta_high_s")]
     assert etas == pytest.approx([7 + 40, 7 + 60, 7 + 80], abs=0.01)
 

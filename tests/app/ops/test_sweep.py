@@ -54,6 +54,10 @@ def test_nothing_is_marked_sent_while_the_broker_is_away(
     assert sweep(database, queue, settings) == 1
 
 
+def _sweepers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "sweep"}
+
+
 def test_the_service_sweeps_by_itself_and_survives_a_bad_one(
     app, settings: Settings, lost: Job, monkeypatch: pytest.MonkeyPatch
 ):
@@ -67,7 +71,8 @@ def test_the_service_sweeps_by_itself_and_survives_a_bad_one(
         return 0
 
     monkeypatch.setattr(main, "sweep", _sweep)
+    before = _sweepers()
     app.state.settings = settings.model_copy(update={"sweep_s": 0.01})
     with TestClient(app):
         assert swept.wait(20)
-    assert "sweep" not in {thread.name for thread in threading.enumerate()}
+    assert _sweepers() == before

@@ -337,7 +337,7 @@ def test_what_cannot_be_trained_is_refused(
         ({"augmentation": {"scale_max": 0}}, [("/augmentation/scale_max", "out_of_range")], "validation_failed"),
     ],
 )
-def test_pictures_that_cannot_be_trained_on_are_refused(api, database: Database, alice: Tenant, change, errors, code):
+def test_images_that_cannot_be_trained_on_are_refused(api, database: Database, alice: Tenant, change, errors, code):
     row = seed.dataset(database, alice.id, splits={name: {"images": 10, "boxes": 20} for name in ("train", "val")})
     body = {"student": {"detector": SSDLITE}, "teacher": None, "distillation": {"method": "baseline"}}
     answer = send(api, row.id, **{**body, "schedule": {"batch_size": 2}, **change})

@@ -72,8 +72,8 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 
 def voc_archive() -> bytes:
-    picture = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(picture, "JPEG")
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(image, "JPEG")
     box = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"
     annotation = (
         "<annotation><filename>a.jpg</filename><size><width>40</width><height>30</height><depth>3</depth></size>"
@@ -81,7 +81,7 @@ def voc_archive() -> bytes:
     )
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("voc/JPEGImages/a.jpg", picture.getvalue())
+        file.writestr("voc/JPEGImages/a.jpg", image.getvalue())
         file.writestr("voc/Annotations/a.xml", annotation)
         file.writestr("voc/ImageSets/Main/train.txt", "a\n")
     return archive.getvalue()

@@ -24,7 +24,7 @@ REPORT = {
             "code": "box_outside",
             "severity": "dropped",
             "count": 2,
-            "summary": "boxes outside their picture",
+            "summary": "boxes outside their image",
             "examples": [{"file": "a.png", "detail": "x2 is 700 of 640"}],
         }
     ],
@@ -48,7 +48,7 @@ def spec(tmp_path):
 @pytest.fixture
 def archive(tmp_path):
     path = tmp_path / "cells.zip"
-    path.write_bytes(b"pictures")
+    path.write_bytes(b"images")
     return path
 
 
@@ -309,7 +309,7 @@ def test_a_dataset_is_added_and_its_report_shown(service, archive):
     result = defeat("datasets", "add", archive, "--name", "cells")
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "ds_0000 ready")
     assert "coco: 4 images, 9 boxes, 10% dropped (at most 20% may be)" in result.stdout
-    assert "dropped: boxes outside their picture (box_outside, 2 times)" in result.stdout
+    assert "dropped: boxes outside their image (box_outside, 2 times)" in result.stdout
     assert "    a.png: x2 is 700 of 640" in result.stdout
     [row] = json.loads(defeat("datasets", "list", "--json").stdout)
     assert (row["name"], row["status"]) == ("cells", "ready")

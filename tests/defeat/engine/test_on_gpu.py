@@ -9,7 +9,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from benchmarks.loss_kernel import peak_bytes
 from defeat.engine import detectors
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.frozen_norm import FrozenBatchNorm
 from defeat.engine.evaluation.evaluate import detect_split
 from defeat.engine.numerics import numerics
@@ -66,7 +66,7 @@ def test_steps_are_those_in_float32_on_the_cpu(detector, precision, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_that_is_exhausted_in_the_passes_says_what_would_fit(device):
     step = step_for(TINY, batch_size=8, device=device)
-    plain = step.losses.detector.train_pass
+    plain = step.losses.detector.forward_train
 
     def _train_pass(images, targets):
         if len(images) > 2:
@@ -74,7 +74,7 @@ def test_memory_that_is_exhausted_in_the_passes_says_what_would_fit(device):
             held.append(torch.empty(2**20, dtype=torch.uint8, device=device))  # more than there is
         return plain(images, targets)
 
-    step.losses.detector.train_pass = _train_pass
+    step.losses.detector.forward_train = _train_pass
     with pytest.raises(RunError, match=r"2 at a time fit: that is accumulation 4 for") as raised:
         step(batch_of(8), START)
     assert raised.value.code == "out_of_memory"
@@ -145,11 +145,11 @@ def test_the_average_takes_the_weights_places_and_no_memory(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_detections_are_those_on_the_cpu(device, tmp_path):
     dataset = shapes(tmp_path, train=1, val=6)
-    pictures = PictureReader(tmp_path / "canonical", dataset.in_split("val"))
+    reader = ImageReader(tmp_path / "canonical", dataset.in_split("val"))
     torch.manual_seed(0)
     detector = detectors.build(TINY, CLASSES)
-    expected = detect_split(detector, pictures, batch_size=4, device=torch.device("cpu"))
-    found = detect_split(detector.to(device), pictures, batch_size=4, device=torch.device(device))
+    expected = detect_split(detector, reader, batch_size=4, device=torch.device("cpu"))
+    found = detect_split(detector.to(device), reader, batch_size=4, device=torch.device(device))
     assert found.keys() == expected.keys()
     near = []
     for number, other in expected.items():

@@ -28,7 +28,7 @@ Tick = Callable[[float], None]
 
 KINDS = "zip, tar, tar.gz, tar.bz2, tar.xz"
 
-# An archive may unpack to 100 MiB whatever its size, and beyond that to at most 200 times its size. Pictures hardly
+# An archive may unpack to 100 MiB whatever its size, and beyond that to at most 200 times its size. Images hardly
 # compress at all and annotations 20 to 50 times, so only bombs come near.
 FREE_BYTES = 100 * 1024 * 1024
 MAX_RATIO = 200

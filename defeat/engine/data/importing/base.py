@@ -1,6 +1,6 @@
 """What a dataset format is: how it recognises a directory, and what it reads from one.
 
-A format reads annotations and finds pictures; it never opens a picture. What it cannot read it reports and leaves out.
+A format reads annotations and finds images; it never opens an image. What it cannot read it reports and leaves out.
 Everything it is pointed at may be hostile: files are reached through `Source`, which follows no path out of it.
 """
 
@@ -54,7 +54,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A picture that is not there, and why."""
+    """An image that is not there, and why."""
 
     reason: str
 
@@ -146,8 +146,8 @@ class RawImage:
     """An image as annotated.
 
     Attributes:
-        name: the picture's name, relative to the folder of images: not the whole path, which changes with the packing.
-        path: where the picture is.
+        name: the image's name, relative to the folder of images: not the whole path, which changes with the packing.
+        path: where the image is.
         split: which split lists it.
         stated_size: width and height by the annotation, pixels; None if it states none.
         boxes: those that could be read.

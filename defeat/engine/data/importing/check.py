@@ -1,6 +1,6 @@
 """The checks between what a format read and the canonical form.
 
-What cannot be used is dropped and counted; what makes the whole useless is fatal. A box must lie in its picture as
+What cannot be used is dropped and counted; what makes the whole useless is fatal. A box must lie in its image as
 stored.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
 from defeat.engine.data.importing.archive import Tick
 from defeat.engine.data.importing.base import Missing, Parsed, RawBox, RawImage
 from defeat.engine.data.importing.images import Fault, Inspected, inspect_all
@@ -23,14 +23,14 @@ MAX_CLASSES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A dataset that can be kept, and where the bytes of each picture's `file` are now."""
+    """A dataset that can be kept, and where the bytes of each image's `file` are now."""
 
     dataset: CanonicalDataset
     sources: Mapping[str, Path]
 
 
 def check(parsed: Parsed, problems: Problems, tick: Tick) -> Checked:
-    """Decode every picture, put every box to the test, and return what is left.
+    """Decode every image, put every box to the test, and return what is left.
 
     Recoverable findings go into `problems`; `check_whole` judges them.
     """
@@ -38,7 +38,7 @@ def check(parsed: Parsed, problems: Problems, tick: Tick) -> Checked:
     kept: list[tuple[RawImage, Inspected]] = []
     sources: dict[str, Path] = {}
     for image in parsed.images:
-        result = _picture_of(image, found)
+        result = _inspected_of(image, found)
         if isinstance(result, Fault):
             problems.drop(result.code, image.name, result.detail, images=1, boxes=len(image.boxes))
             continue
@@ -49,8 +49,8 @@ def check(parsed: Parsed, problems: Problems, tick: Tick) -> Checked:
     _note_duplicates(kept, problems)
     index = {name: number for number, name in enumerate(parsed.classes)}
     kept.sort(key=lambda pair: (pair[0].split, pair[0].name, pair[1].sha256))
-    pictures = [
-        Picture(
+    images = [
+        AnnotatedImage(
             id=number,
             file=_file_of(result),
             name=image.name,
@@ -61,31 +61,31 @@ def check(parsed: Parsed, problems: Problems, tick: Tick) -> Checked:
         )
         for number, (image, result) in enumerate(kept, start=1)
     ]
-    return Checked(CanonicalDataset(parsed.classes, tuple(pictures)), sources)
+    return Checked(CanonicalDataset(parsed.classes, tuple(images)), sources)
 
 
-def _picture_of(image: RawImage, found: Mapping[Path, Inspected | Fault]) -> Inspected | Fault:
+def _inspected_of(image: RawImage, found: Mapping[Path, Inspected | Fault]) -> Inspected | Fault:
     if isinstance(image.path, Missing):
         return Fault("missing_image", image.path.reason)
     return found[image.path]
 
 
-def _file_of(picture: Inspected) -> str:
-    return f"images/{picture.sha256}.{picture.extension}"
+def _file_of(inspected: Inspected) -> str:
+    return f"images/{inspected.sha256}.{inspected.extension}"
 
 
-def _note_size(image: RawImage, picture: Inspected, problems: Problems) -> None:
-    actual = (picture.width, picture.height)
+def _note_size(image: RawImage, inspected: Inspected, problems: Problems) -> None:
+    actual = (inspected.width, inspected.height)
     if image.stated_size is not None and image.stated_size != actual:
         stated = f"{shown(image.stated_size[0])}x{shown(image.stated_size[1])}"
-        detail = f"annotated as {stated}, is {picture.width}x{picture.height}"
+        detail = f"annotated as {stated}, is {inspected.width}x{inspected.height}"
         problems.note("image_size_mismatch", image.name, detail)
 
 
 def _note_duplicates(kept: list[tuple[RawImage, Inspected]], problems: Problems) -> None:
     first: dict[str, RawImage] = {}
-    for image, picture in kept:
-        earlier = first.setdefault(picture.sha256, image)
+    for image, inspected in kept:
+        earlier = first.setdefault(inspected.sha256, image)
         if earlier is image:
             continue
         if earlier.split != image.split:
@@ -97,10 +97,10 @@ def _note_duplicates(kept: list[tuple[RawImage, Inspected]], problems: Problems)
             )
 
 
-def _boxes_of(image: RawImage, picture: Inspected, index: Mapping[str, int], problems: Problems) -> tuple[Box, ...]:
+def _boxes_of(image: RawImage, inspected: Inspected, index: Mapping[str, int], problems: Problems) -> tuple[Box, ...]:
     boxes = []
     for raw in image.boxes:
-        box = _check_box(raw, image, picture, index[raw.class_name], problems)
+        box = _check_box(raw, image, inspected, index[raw.class_name], problems)
         if box is not None:
             boxes.append(box)
     if not boxes:
@@ -108,33 +108,33 @@ def _boxes_of(image: RawImage, picture: Inspected, index: Mapping[str, int], pro
     return tuple(boxes)
 
 
-def _check_box(raw: RawBox, image: RawImage, picture: Inspected, class_index: int, problems: Problems) -> Box | None:
+def _check_box(raw: RawBox, image: RawImage, inspected: Inspected, class_index: int, problems: Problems) -> Box | None:
     corners = (raw.x1, raw.y1, raw.x2, raw.y2)
     detail = f"{shown(raw.class_name)} from ({raw.x1:g}, {raw.y1:g}) to ({raw.x2:g}, {raw.y2:g})"
-    where = f"{detail} in a picture of {picture.width}x{picture.height}"
+    where = f"{detail} in an image of {inspected.width}x{inspected.height}"
     if not all(math.isfinite(value) for value in corners):
         problems.drop("bad_box", image.name, detail, boxes=1)
         return None
     if raw.x2 <= raw.x1 or raw.y2 <= raw.y1:
         problems.drop("empty_box", image.name, detail, boxes=1)
         return None
-    if raw.x1 >= picture.width or raw.y1 >= picture.height or raw.x2 <= 0 or raw.y2 <= 0:
+    if raw.x1 >= inspected.width or raw.y1 >= inspected.height or raw.x2 <= 0 or raw.y2 <= 0:
         problems.drop("box_outside", image.name, where, boxes=1)
         return None
     x1, y1 = max(raw.x1, 0.0), max(raw.y1, 0.0)
-    x2, y2 = min(raw.x2, float(picture.width)), min(raw.y2, float(picture.height))
+    x2, y2 = min(raw.x2, float(inspected.width)), min(raw.y2, float(inspected.height))
     if (x1, y1, x2, y2) != corners:
         problems.note("box_clipped", image.name, where)
-    mask = _mask_of(raw, image, picture, where, problems)
+    mask = _mask_of(raw, image, inspected, where, problems)
     return Box(class_index, x1, y1, x2, y2, crowd=raw.crowd, difficult=raw.difficult, mask=mask)
 
 
-def _mask_of(raw: RawBox, image: RawImage, picture: Inspected, where: str, problems: Problems) -> str | None:
-    """Return the text of the object's mask in its picture; None if it has none, or none that can be used."""
+def _mask_of(raw: RawBox, image: RawImage, inspected: Inspected, where: str, problems: Problems) -> str | None:
+    """Return the text of the object's mask in its image; None if it has none, or none that can be used."""
     if raw.segmentation is None:
         return None
     try:
-        runs = runs_of(raw.segmentation, picture.height, picture.width)
+        runs = runs_of(raw.segmentation, inspected.height, inspected.width)
     except BadMask as error:
         problems.drop("bad_mask", image.name, f"the segmentation of {where} {error}")
         return None
@@ -145,7 +145,7 @@ def _mask_of(raw: RawBox, image: RawImage, picture: Inspected, where: str, probl
 
 
 def check_classes(parsed: Parsed, problems: Problems) -> None:
-    """Find what is wrong with the classes before any picture is opened."""
+    """Find what is wrong with the classes before any image is opened."""
     if not parsed.classes:
         problems.fatal("no_classes", "", "the annotations name no class; there is nothing to learn")
     if len(parsed.classes) > MAX_CLASSES:
@@ -168,9 +168,9 @@ def check_whole(dataset: CanonicalDataset, problems: Problems, max_dropped_fract
         )
     training = dataset.in_split("train")
     if not training:
-        problems.fatal("no_training_split", "", "there is no picture in a split named train; one is needed")
-    elif not any(not box.crowd for picture in training for box in picture.boxes):
-        problems.fatal("no_training_boxes", "", f"the {len(training)} training pictures have no box to learn from")
+        problems.fatal("no_training_split", "", "there is no image in a split named train; one is needed")
+    elif not any(not box.crowd for inspected in training for box in inspected.boxes):
+        problems.fatal("no_training_boxes", "", f"the {len(training)} training images have no box to learn from")
     if not (dataset.in_split("val") or dataset.in_split("test")):
         problems.note("no_evaluation_split", "", "add a val split to see how good a detector is")
     problems.raise_fatal()

@@ -33,7 +33,7 @@ _TICK_EVERY = 1000
 
 @dataclass(frozen=True)
 class _SplitFiles:
-    """One split's annotations, and the folders in which its pictures may be, the likeliest first."""
+    """One split's annotations, and the folders in which its images may be, the likeliest first."""
 
     split: Split
     annotations: Path
@@ -51,7 +51,7 @@ def _split_files(directory: Path) -> list[_SplitFiles]:
         tag = path.stem.removeprefix("instances_")
         split = split_of(tag)
         if split is not None:
-            found.append(_SplitFiles(split, path, _picture_folders(directory, tag, split)))
+            found.append(_SplitFiles(split, path, _image_folders(directory, tag, split)))
     for folder in _children(directory):
         split = split_of(folder.name)
         if split is not None and (folder / _ROBOFLOW).is_file():
@@ -59,8 +59,8 @@ def _split_files(directory: Path) -> list[_SplitFiles]:
     return found
 
 
-def _picture_folders(directory: Path, tag: str, split: Split) -> tuple[Path, ...]:
-    """Return where a split's pictures may lie: its own folder, others named after the split, then those of all."""
+def _image_folders(directory: Path, tag: str, split: Split) -> tuple[Path, ...]:
+    """Return where a split's images may lie: its own folder, others named after the split, then those of all."""
     images = directory / "images"
     own = [parent / tag for parent in (directory, images)]
     alike = [folder for parent in (directory, images) for folder in _children(parent) if split_of(folder.name) == split]
@@ -294,8 +294,8 @@ FORMAT = Format(
     name="coco",
     title="COCO",
     layout=(
-        "annotations/instances_<split>*.json with pictures in <split>*/, images/<split>*/ or images/, "
-        "or <split>/_annotations.coco.json beside its pictures (split: train, val or test)"
+        "annotations/instances_<split>*.json with images in <split>*/, images/<split>*/ or images/, "
+        "or <split>/_annotations.coco.json beside its images (split: train, val or test)"
     ),
     recognise=recognise,
     parse=parse,

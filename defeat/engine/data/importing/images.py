@@ -1,6 +1,6 @@
-"""Opening of pictures that nobody vouches for: each is decoded once, whole, before anything trains on it.
+"""Opening of images that nobody vouches for: each is decoded once, whole, before anything trains on it.
 
-Pictures are used as stored: an EXIF orientation is not applied, and width and height are those of the stored pixels.
+Images are used as stored: an EXIF orientation is not applied, and width and height are those of the stored pixels.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 1024 * 1024
 
-# A decoded picture takes 4 bytes a pixel: one at a time of the very large ones.
+# A decoded image takes 4 bytes a pixel: one at a time of the very large ones.
 _LARGE_PIXELS = 25_000_000
 _one_large = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A picture that decodes.
+    """An image that decodes.
 
     Attributes:
         sha256: of the file's bytes, in hex.
@@ -48,14 +48,14 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A picture that cannot be used: `code` is a problem's code."""
+    """An image that cannot be used: `code` is a problem's code."""
 
     code: str
     detail: str
 
 
 def inspect(path: Path) -> Inspected | Fault:
-    """Decode one picture."""
+    """Decode one image."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         return Fault("image_too_large", f"the file has {size} bytes; at most {MAX_FILE_BYTES} are read")
@@ -69,7 +69,7 @@ def inspect(path: Path) -> Inspected | Fault:
         raise
     except Exception as error:
         # A decoder may raise anything at all on hostile bytes, and every such case means the same.
-        return Fault("broken_image", f"the picture does not decode: {shown(f'{type(error).__name__}: {error}')}")
+        return Fault("broken_image", f"the image does not decode: {shown(f'{type(error).__name__}: {error}')}")
 
 
 def _decode(data: bytes) -> Inspected | Fault:
@@ -84,7 +84,7 @@ def _decode(data: bytes) -> Inspected | Fault:
 
 
 def inspect_all(paths: Iterable[Path], tick: Tick) -> dict[Path, Inspected | Fault]:
-    """Decode every picture once, on all processors; `tick` gets the fraction done, in this thread, and may raise."""
+    """Decode every image once, on all processors; `tick` gets the fraction done, in this thread, and may raise."""
     unique = list(dict.fromkeys(paths))
     found: dict[Path, Inspected | Fault] = {}
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -115,11 +115,11 @@ def _class_counts(dataset: canonical.CanonicalDataset) -> list[dict[str, Any]]:
     counts: list[dict[str, dict[str, int]]] = [
         {split: {"images": 0, "boxes": 0} for split in dataset.counts()} for _ in dataset.classes
     ]
-    for picture in dataset.images:
-        for box in picture.boxes:
-            counts[box.class_index][picture.split]["boxes"] += 1
-        for class_index in {box.class_index for box in picture.boxes}:
-            counts[class_index][picture.split]["images"] += 1
+    for image in dataset.images:
+        for box in image.boxes:
+            counts[box.class_index][image.split]["boxes"] += 1
+        for class_index in {box.class_index for box in image.boxes}:
+            counts[class_index][image.split]["images"] += 1
     return [{"name": name, "splits": splits} for name, splits in zip(dataset.classes, counts, strict=True)]
 
 

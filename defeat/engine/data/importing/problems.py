@@ -33,7 +33,7 @@ SUMMARIES: dict[str, str] = {
     # Annotations.
     "unsafe_xml": "an XML file declares a document type or entities",
     "unreadable_annotation": "an annotation does not parse or lacks a part",
-    "missing_annotation": "a picture in a split has no annotation file",
+    "missing_annotation": "an image in a split has no annotation file",
     "duplicate_image_id": "an image is listed again under the same id",
     "duplicate_annotation_id": "an annotation has the id of an earlier one",
     "unknown_image_id": "an annotation belongs to an image that is not listed",
@@ -41,23 +41,23 @@ SUMMARIES: dict[str, str] = {
     # Boxes.
     "bad_box": "a box has a coordinate that is not a finite number",
     "empty_box": "a box has no area",
-    "box_outside": "a box lies outside its picture",
-    "box_clipped": "a box reached over its picture's edge and was clipped to it",
+    "box_outside": "a box lies outside its image",
+    "box_clipped": "a box reached over its image's edge and was clipped to it",
     # Masks.
     "bad_mask": "an object's outline cannot be used: its box is kept without a mask",
-    "empty_mask": "an object's outline holds no pixel of its picture: its box is kept without a mask",
-    # Pictures.
-    "missing_image": "an annotated picture is not there",
-    "broken_image": "a picture does not decode",
-    "image_too_large": "a picture is larger than is decoded",
-    "image_size_mismatch": "the annotation states another size than the picture has; the picture's is used",
-    "image_without_boxes": "a picture has no boxes: it counts as background",
-    "duplicate_image": "the same picture is in one split more than once",
-    "image_in_two_splits": "the same picture is in more than one split: evaluation on it measures nothing",
+    "empty_mask": "an object's outline holds no pixel of its image: its box is kept without a mask",
+    # Images.
+    "missing_image": "an annotated image is not there",
+    "broken_image": "an image does not decode",
+    "image_too_large": "an image is larger than is decoded",
+    "image_size_mismatch": "the annotation states another size than the image has; the image's is used",
+    "image_without_boxes": "an image has no boxes: it counts as background",
+    "duplicate_image": "the same image is in one split more than once",
+    "image_in_two_splits": "the same image is in more than one split: evaluation on it measures nothing",
     # The whole.
     "too_many_bad_annotations": "more would be dropped than max_dropped_fraction allows",
-    "no_training_split": "no picture is left to train on",
-    "no_training_boxes": "the training pictures have no boxes",
+    "no_training_split": "no image is left to train on",
+    "no_training_boxes": "the training images have no boxes",
     "no_evaluation_split": "there is neither a val nor a test split: nothing can be evaluated",
 }
 """Every problem code and what it means, in one line for people."""

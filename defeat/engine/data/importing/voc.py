@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file a picture, and lists of the pictures of each split.
+"""Pascal VOC: one XML file an image, and lists of the images of each split.
 
 Coordinates are used as they stand, as continuous pixel coordinates: `xmin` 1 is one pixel from the left edge, and a box
 from 10 to 20 is 10 wide. (The original VOC counts pixels from 1 with both ends inside, which shifts and widens boxes by
@@ -57,14 +57,14 @@ def _split_lists(directory: Path) -> dict[Split, Path]:
 
 def parse(source: Source, directory: Path, problems: Problems, tick: Tick) -> Parsed:
     """Read a VOC directory. Classes are every object's name, sorted."""
-    pictures = _Pictures(source, directory / "JPEGImages")
+    files = _ImageFiles(source, directory / "JPEGImages")
     listed: list[tuple[Split, str]] = []
     for split, path in _split_lists(directory).items():
         listed += [(split, stem) for stem in _read_list(source, path, problems)]
     images: list[RawImage] = []
     for number, (split, stem) in enumerate(listed):
         tick(number / len(listed))
-        image = _read_image(source, directory / "Annotations", pictures, split, stem, problems)
+        image = _read_image(source, directory / "Annotations", files, split, stem, problems)
         if image is not None:
             images.append(image)
     return Parsed(tuple(sorted({box.class_name for image in images for box in image.boxes})), tuple(images))
@@ -74,7 +74,7 @@ def _read_list(source: Source, path: Path, problems: Problems) -> list[str]:
     try:
         text = source.read(path, limit=_MAX_LIST_BYTES).decode("utf-8-sig")
     except (Unreadable, UnicodeDecodeError) as error:
-        problems.fatal("unreadable_annotation", source.shown(path), f"the list of pictures: {shown(str(error))}")
+        problems.fatal("unreadable_annotation", source.shown(path), f"the list of images: {shown(str(error))}")
         return []
     stems = [line.strip() for line in text.splitlines() if line.strip()]
     problems.listed(images=len(stems))
@@ -88,8 +88,8 @@ def _read_list(source: Source, path: Path, problems: Problems) -> list[str]:
     return list(unique)
 
 
-class _Pictures:
-    """The pictures of `JPEGImages`, by their name without extension."""
+class _ImageFiles:
+    """The images of `JPEGImages`, by their name without extension."""
 
     def __init__(self, source: Source, folder: Path) -> None:
         self._source, self._folder = source, folder
@@ -100,10 +100,10 @@ class _Pictures:
                 self._by_stem.setdefault(name.removesuffix(extension), []).append(name)
 
     def find(self, stem: str, stated_name: str) -> tuple[str, Path | Missing]:
-        """Return the name and place of the picture `stem`; of several, the one that the annotation states."""
+        """Return the name and place of the image `stem`; of several, the one that the annotation states."""
         names = self._by_stem.get(stem)
         if not names:
-            return stem, Missing(f"{self._source.shown(self._folder)} has no picture {shown(stem)}.*")
+            return stem, Missing(f"{self._source.shown(self._folder)} has no image {shown(stem)}.*")
         name = next((name for name in names if PurePosixPath(name).name == stated_name), names[0])
         return name, self._source.locate((self._folder,), name)
 
@@ -116,7 +116,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def _read_image(
-    source: Source, folder: Path, pictures: _Pictures, split: Split, stem: str, problems: Problems
+    source: Source, folder: Path, files: _ImageFiles, split: Split, stem: str, problems: Problems
 ) -> RawImage | None:
     path = source.locate((folder,), f"{stem}.xml")
     if isinstance(path, Missing):
@@ -139,8 +139,8 @@ def _read_image(
             boxes.append(_read_box(element))
         except Unreadable as error:
             problems.drop("unreadable_annotation", file, f"object {number}: {error}", boxes=1)
-    name, picture = pictures.find(stem, (root.findtext("filename") or "").strip())
-    return RawImage(name=name, path=picture, split=split, stated_size=_read_size(root), boxes=tuple(boxes))
+    name, place = files.find(stem, (root.findtext("filename") or "").strip())
+    return RawImage(name=name, path=place, split=split, stated_size=_read_size(root), boxes=tuple(boxes))
 
 
 def _read_xml(source: Source, path: Path) -> ElementTree.Element:
@@ -180,7 +180,7 @@ def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
     try:
         return (int(width), int(height)) if width and height else None
     except ValueError:
-        return None  # a size that is no number states none: the picture's own is used anyway
+        return None  # a size that is no number states none: the image's own is used anyway
 
 
 FORMAT = Format(

@@ -1,11 +1,11 @@
-"""Random changes to training pictures.
+"""Random changes to training images.
 
 In this order: mosaic, zoom-out, crop, mirroring, the detector's input size times a random scale, colours. Which changes
-a picture gets follows from the epoch's seed and the picture's index alone, not from who loads it or when.
+an image gets follows from the epoch's seed and the image's index alone, not from who loads it or when.
 
 Boxes and masks go with the pixels. Where a change cuts (mosaic, crop), a box stays if a quarter of its area is left and
 it is a pixel wide and high at least, and is clipped; a crop, as in SSD, also drops boxes whose centre it does not hold.
-A picture may end without boxes.
+An image may end without boxes.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ from defeat.engine.detectors.base import Target
 # Least share of a box's area that must be left by a cut, and least width and height in pixels.
 MIN_VISIBLE = 0.25
 MIN_SIDE = 1.0
-# ImageNet's mean colour, on which zoom-out puts a picture: 0 for the network, as its padding is.
+# ImageNet's mean colour, on which zoom-out puts an image: 0 for the network, as its padding is.
 GREY = (124, 116, 104)
-# The point where a mosaic's four pictures meet lies in the middle half of width and height.
+# The point where a mosaic's four images meet lies in the middle half of width and height.
 _MOSAIC_CENTRE = (0.25, 0.75)
 
 
@@ -49,7 +49,7 @@ def seeded(seed: int) -> Iterator[None]:
 class Augmentation:
     """The changes that a config asks for.
 
-    Pictures are (3, H, W) uint8, boxes (N, 4) float in their pixels, and masks, in targets that have some, (N, H, W)
+    Images are (3, H, W) uint8, boxes (N, 4) float in their pixels, and masks, in targets that have some, (N, H, W)
     uint8.
     """
 
@@ -61,11 +61,11 @@ class Augmentation:
         self._colours = v2.ColorJitter(*jitter) if any(jitter) else None
 
     def __call__(self, read: Callable[[int], Sample], index: int, *, count: int, seed: int) -> Sample:
-        """Return picture `index` of `count`, changed and at its final size.
+        """Return image `index` of `count`, changed and at its final size.
 
         Args:
-            read: returns a picture and its target, neither of which is changed; also asked for a mosaic's others.
-            index: which picture.
+            read: returns an image and its target, neither of which is changed; also asked for a mosaic's others.
+            index: which image.
             count: how many `read` knows.
             seed: the epoch's.
         """
@@ -120,24 +120,24 @@ def kept(target: Target, clipped: Tensor) -> Target:
 
 
 def flip(image: Tensor, target: Target) -> Sample:
-    """Mirror a picture (3, H, W), its boxes and its masks left to right."""
+    """Mirror an image (3, H, W), its boxes and its masks left to right."""
     boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
     return image.flip(-1), moved(target, boxes, lambda masks: masks.flip(-1))
 
 
 def flip_vertically(image: Tensor, target: Target) -> Sample:
-    """Mirror a picture (3, H, W), its boxes and its masks top to bottom."""
+    """Mirror an image (3, H, W), its boxes and its masks top to bottom."""
     boxes = target["boxes"].clone()
     boxes[:, [1, 3]] = image.shape[-2] - boxes[:, [3, 1]]
     return image.flip(-2), moved(target, boxes, lambda masks: masks.flip(-2))
 
 
 def zoom_out(image: Tensor, target: Target, *, largest: float) -> Sample:
-    """Shrink a picture by up to `largest` times and put it anywhere on a grey one of the old size.
+    """Shrink an image by up to `largest` times and put it anywhere on a grey one of the old size.
 
     SSD's expansion (Liu et al., "SSD", ECCV 2016, section 3.6, and torchvision's `RandomZoomOut`), without ever making
-    the larger picture: the detector's input size would shrink it again.
+    the larger image: the detector's input size would shrink it again.
     """
     height, width = image.shape[-2:]
     times = 1 + (largest - 1) * torch.rand(()).item()
@@ -149,7 +149,7 @@ def zoom_out(image: Tensor, target: Target, *, largest: float) -> Sample:
 
 
 def _placed(target: Target, top: int, left: int, size: tuple[int, int]) -> Target:
-    """Return the target of a picture that was put at `top` and `left` of a larger one of height and width `size`."""
+    """Return the target of an image that was put at `top` and `left` of a larger one of height and width `size`."""
 
     def _place(masks: Tensor) -> Tensor:
         canvas = masks.new_zeros(len(masks), *size)
@@ -161,7 +161,7 @@ def _placed(target: Target, top: int, left: int, size: tuple[int, int]) -> Targe
 
 
 def mosaic(samples: list[Sample]) -> Sample:
-    """Put four pictures together into one of the first one's size.
+    """Put four images together into one of the first one's size.
 
     The mosaic of YOLOv4 (Bochkovskiy et al., arXiv 2004.10934, section 3.3): the four meet at a random point. Each is
     resized, its shape kept, until it covers its quarter, and what hangs over is cut off at a random place.
@@ -192,7 +192,7 @@ def mosaic(samples: list[Sample]) -> Sample:
 
 
 def _cover(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
-    """Resize a picture until it covers `size`, and cut that out of it at a random place."""
+    """Resize an image until it covers `size`, and cut that out of it at a random place."""
     height, width = image.shape[-2:]
     factor = max(size[0] / height, size[1] / width)
     large = (max(round(height * factor), size[0]), max(round(width * factor), size[1]))

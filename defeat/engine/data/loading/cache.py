@@ -1,4 +1,4 @@
-"""Decoded, resized pictures, kept in memory from the first epoch on."""
+"""Decoded, resized images, kept in memory from the first epoch on."""
 
 import mmap
 import os
@@ -16,7 +16,7 @@ FREE_SHARE = 0.25
 
 
 def default_limit(processes: int = 1) -> int:
-    """Return the bytes that the pictures of one training process may take: 2 GiB, or a quarter of what is free.
+    """Return the bytes that the images of one training process may take: 2 GiB, or a quarter of what is free.
 
     Args:
         processes: trainings on this machine that share it, one per GPU.
@@ -37,15 +37,15 @@ def _free_memory() -> int:
     return free
 
 
-class PictureCache:
-    """Pictures by index, as bytes, in memory that processes forked later share.
+class ImageCache:
+    """Images by index, as bytes, in memory that processes forked later share.
 
-    As many pictures as fit under the limit have a place, the first ones of the dataset; the others are made anew each
-    time. Memory is taken when a picture is first put in, not before.
+    As many images as fit under the limit have a place, the first ones of the dataset; the others are made anew each
+    time. Memory is taken when an image is first put in, not before.
 
     Attributes:
-        sizes: height and width of each picture.
-        places: how many pictures have a place.
+        sizes: height and width of each image.
+        places: how many images have a place.
         size: bytes of all places.
     """
 
@@ -53,7 +53,7 @@ class PictureCache:
         """Lay out places.
 
         Args:
-            sizes: height and width of each picture.
+            sizes: height and width of each image.
             limit: bytes for all of them; 0 keeps nothing.
         """
         self.sizes = list(sizes)
@@ -71,7 +71,7 @@ class PictureCache:
         self._filled = torch.frombuffer(mmap.mmap(-1, max(self.places, 1)), dtype=torch.bool)
 
     def get(self, index: int, make: Callable[[], Tensor]) -> Tensor:
-        """Return picture `index`, (3, H, W) uint8, by `make` if it is not kept; nobody may change what is returned."""
+        """Return image `index`, (3, H, W) uint8, by `make` if it is not kept; nobody may change what is returned."""
         if index >= self.places:
             return make()
         height, width = self.sizes[index]
@@ -79,11 +79,11 @@ class PictureCache:
         place = self._memory[start : start + 3 * height * width].view(3, height, width)
         if not self._filled[index]:
             place.copy_(make())
-            # Last: two processes may make the same picture at once, and then write the same bytes.
+            # Last: two processes may make the same image at once, and then write the same bytes.
             self._filled[index] = True
         return place
 
     @property
     def kept(self) -> int:
-        """How many pictures are in it now."""
+        """How many images are in it now."""
         return int(self._filled[: self.places].sum())

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from defeat.engine.data.canonical import Picture
+from defeat.engine.data.canonical import AnnotatedImage
 from defeat.engine.data.loading.augment import Augmentation
 from defeat.engine.data.loading.batch import Batch, Sample, most_bytes
-from defeat.engine.data.loading.cache import PictureCache, default_limit
+from defeat.engine.data.loading.cache import ImageCache, default_limit
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.data.loading.handover import Ahead, Parcel, Slots
 from defeat.engine.data.loading.order import BatchOrder, Request
@@ -30,8 +30,8 @@ PREFETCH = 2  # batches that each process loads ahead
 _PADDED = 32  # px: torchvision's transforms pad each side of a batch to a multiple of it
 
 
-def read_picture(path: Path) -> Tensor:
-    """Decode a picture as it is stored (EXIF orientation is not applied) into (3, H, W) uint8, RGB.
+def read_image(path: Path) -> Tensor:
+    """Decode an image as it is stored (EXIF orientation is not applied) into (3, H, W) uint8, RGB.
 
     Its planes are interleaved in memory, as the decoder leaves them: resizing wants them so.
     """
@@ -47,7 +47,7 @@ class Records:
     each loader process would soon have all records of the split for itself. Arrays stay shared.
     """
 
-    def __init__(self, images: Sequence[Picture]) -> None:
+    def __init__(self, images: Sequence[AnnotatedImage]) -> None:
         # Crowd regions are not trained on.
         boxes = [[box for box in image.boxes if not box.crowd] for image in images]
         flat = [box for of_image in boxes for box in of_image]
@@ -76,7 +76,7 @@ class Records:
         return bool(self._masks)
 
     def target(self, index: int, *, masks: bool = False) -> Target:
-        """Return the ground truth of image `index`; see `PictureReader.target`."""
+        """Return the ground truth of image `index`; see `ImageReader.target`."""
         first, end = int(self._first[index]), int(self._first[index + 1])
         target = Target(boxes=self._corners[first:end].clone(), labels=self._labels[first:end].clone())
         if masks:
@@ -88,14 +88,14 @@ class Records:
         return target
 
 
-class PictureReader:
-    """The pictures of one split, in the dataset's order.
+class ImageReader:
+    """The images of one split, in the dataset's order.
 
     Attributes:
         images: the records.
     """
 
-    def __init__(self, root: Path, images: Sequence[Picture]) -> None:
+    def __init__(self, root: Path, images: Sequence[AnnotatedImage]) -> None:
         self.root = root
         self.images = list(images)
         self._records = Records(self.images)
@@ -104,11 +104,11 @@ class PictureReader:
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        """Return picture `index` as (3, H, W) uint8."""
-        return read_picture(self.root / self._records.file(index))
+        """Return image `index` as (3, H, W) uint8."""
+        return read_image(self.root / self._records.file(index))
 
     def read_all(self, indices: Sequence[int], *, ahead: int = 0) -> Iterator[Tensor]:
-        """Yield pictures in this order; threads decode up to `ahead` of them before they are asked for."""
+        """Yield images in this order; threads decode up to `ahead` of them before they are asked for."""
         if not ahead:
             yield from map(self.read, indices)
             return
@@ -122,13 +122,13 @@ class PictureReader:
                 yield waiting.popleft().result()
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return the height and width of picture `index`, px."""
+        """Return the height and width of image `index`, px."""
         height, width = self._records.sizes[index]
         return int(height), int(width)
 
     @property
     def most_boxes(self) -> int:
-        """The most boxes that a picture's target has."""
+        """The most boxes that an image's target has."""
         return self._records.most_boxes
 
     @property
@@ -139,7 +139,7 @@ class PictureReader:
     def target(self, index: int, *, masks: bool = False) -> Target:
         """Return its ground truth for training: crowd regions are left out, difficult boxes are not.
 
-        With `masks`, the boxes' masks too, at the picture's own size; all 0 for a box that has none.
+        With `masks`, the boxes' masks too, at the image's own size; all 0 for a box that has none.
         """
         return self._records.target(index, masks=masks)
 
@@ -150,18 +150,18 @@ def _processors() -> int:
 
 
 class _Batches(Dataset[Batch | Parcel]):
-    """Batches of augmented pictures. Seed and index alone decide how a picture is changed."""
+    """Batches of augmented images. Seed and index alone decide how an image is changed."""
 
     def __init__(
         self,
-        pictures: PictureReader,
+        reader: ImageReader,
         augmentation: Augmentation,
-        cache: PictureCache,
+        cache: ImageCache,
         slots: Slots | None,
         *,
         masks: bool,
     ) -> None:
-        self.pictures = pictures
+        self.reader = reader
         self.augmentation = augmentation
         self.cache = cache
         self.slots = slots
@@ -172,29 +172,29 @@ class _Batches(Dataset[Batch | Parcel]):
         return Batch.of(samples) if self.slots is None else self.slots.put(samples, request.slot)
 
     def sample(self, seed: int, index: int, *, anew: bool = False) -> Sample:
-        """Return a picture as it is trained on; with `anew` from files alone, whatever is kept in memory."""
+        """Return an image as it is trained on; with `anew` from files alone, whatever is kept in memory."""
 
         def _read(number: int) -> Sample:
-            """Return a picture at the detector's input size, and its boxes and masks."""
+            """Return an image at the detector's input size, and its boxes and masks."""
             size = self.cache.sizes[number]
-            target = self.pictures.target(number, masks=self.masks)
+            target = self.reader.target(number, masks=self.masks)
             image = make(number) if anew else self.cache.get(number, lambda: make(number))
-            return image, resize_target(target, self.pictures.size(number), size)
+            return image, resize_target(target, self.reader.size(number), size)
 
         def make(number: int) -> Tensor:
-            return resize(self.pictures.read(number), self.cache.sizes[number])
+            return resize(self.reader.read(number), self.cache.sizes[number])
 
-        return self.augmentation(_read, index, count=len(self.pictures), seed=seed)
+        return self.augmentation(_read, index, count=len(self.reader), seed=seed)
 
 
 def _keeps_sizes(augmentation: AugmentationConfig, size: InputSize) -> bool:
-    """Whether every picture is trained on at the size that it has in memory."""
+    """Whether every image is trained on at the size that it has in memory."""
     same = augmentation.scale_min == augmentation.scale_max and not augmentation.iou_crop
     return size.fixed is not None or same
 
 
 def _padded_shapes(sizes: Sequence[tuple[int, int]]) -> int:
-    """Return how many shapes a batch of pictures of these sizes can have: any height beside any width."""
+    """Return how many shapes a batch of images of these sizes can have: any height beside any width."""
     heights, widths = ({-(-side // _PADDED) for side in sides} for sides in zip(*sizes, strict=True))
     return len(heights) * len(widths)
 
@@ -209,9 +209,9 @@ def _leave_garbage(_: int) -> None:
 
 
 class TrainingBatches:
-    """The batches of a training's epochs, whose pictures are at the size that the detector is to see.
+    """The batches of a training's epochs, whose images are at the size that the detector is to see.
 
-    Pictures are decoded and resized once and then kept in memory, as far as they fit. On a GPU, processes that live as
+    Images are decoded and resized once and then kept in memory, as far as they fit. On a GPU, processes that live as
     long as this object load ahead; on a CPU the training itself wants every core, and batches are made when asked for.
 
     Attributes:
@@ -224,7 +224,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        pictures: PictureReader,
+        reader: ImageReader,
         *,
         batch_size: int,
         size: InputSize,
@@ -233,40 +233,40 @@ class TrainingBatches:
         masks: bool = False,
         cache_bytes: int | None = None,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         """Prepare; nothing is loaded yet. For what `defeat.engine.training.trainable` lets pass.
 
         Args:
-            pictures: the training split; a whole batch at least.
-            batch_size: pictures of a whole batch, over all ranks: a multiple of `world`.
+            images: the training split; a whole batch at least.
+            batch_size: images of a whole batch, over all ranks: a multiple of `world_size`.
             size: the detector's, which was told not to resize: `InputSize.taken_from`.
             augmentation: random changes.
             device: where batches will go.
             masks: whether the detector trains on masks. Then each target has some (all 0 where the data has none for a
                 box), in every batch and on every rank alike, unless the whole split has none.
-            cache_bytes: memory for pictures; None: `cache.default_limit`.
+            cache_bytes: memory for images; None: `cache.default_limit`.
             rank: which consecutive share of each batch this process gets, from 0.
-            world: how many shares there are.
+            world_size: how many shares there are.
         """
-        self.pictures = pictures
-        masks = masks and pictures.has_masks
-        sizes = [size.of(*pictures.size(index), scale=augmentation.scale_max) for index in range(len(pictures))]
+        self.reader = reader
+        masks = masks and reader.has_masks
+        sizes = [size.of(*reader.size(index), scale=augmentation.scale_max) for index in range(len(reader))]
         self.padded_shapes = _padded_shapes(sizes) if _keeps_sizes(augmentation, size) else None
-        self.cache = PictureCache(sizes, limit=default_limit(world) if cache_bytes is None else cache_bytes)
+        self.cache = ImageCache(sizes, limit=default_limit(world_size) if cache_bytes is None else cache_bytes)
         self.batch_bytes = most_bytes(
-            batch_size // world,
+            batch_size // world_size,
             pixels=size.most_pixels(scale=augmentation.scale_max),
-            boxes=pictures.most_boxes * (4 if augmentation.mosaic else 1),
+            boxes=reader.most_boxes * (4 if augmentation.mosaic else 1),
             masks=masks,
         )
         on_gpu = device.type == "cuda"
-        processes = min(MOST_PROCESSES, max(_processors() // world, 1)) if on_gpu else 0
+        processes = min(MOST_PROCESSES, max(_processors() // world_size, 1)) if on_gpu else 0
         self.wanted = Ahead(processes=processes, batches=PREFETCH)
-        self.ahead = self.wanted.within(default_limit(world), self.batch_bytes)
+        self.ahead = self.wanted.within(default_limit(world_size), self.batch_bytes)
         slots = Slots(self.ahead.slots, self.batch_bytes) if self.ahead.processes else None
-        self._order = BatchOrder(sizes, batch_size=batch_size, rank=rank, world=world, slots=self.ahead.slots)
-        self._batches = _Batches(pictures, Augmentation(augmentation, size), self.cache, slots, masks=masks)
+        self._order = BatchOrder(sizes, batch_size=batch_size, rank=rank, world_size=world_size, slots=self.ahead.slots)
+        self._batches = _Batches(reader, Augmentation(augmentation, size), self.cache, slots, masks=masks)
         loads_ahead = self.ahead.processes > 0
         self._loader: DataLoader[Batch | Parcel] = DataLoader(
             self._batches,
@@ -298,7 +298,7 @@ class TrainingBatches:
         return (item.taken() if isinstance(item, Parcel) else item for item in self._loader)
 
     def made_anew(self, number: int) -> Iterator[tuple[int, Sample]]:
-        """Yield batch `number` of the epoch in progress as it should be: each picture's index, and it with its target.
+        """Yield batch `number` of the epoch in progress as it should be: each image's index, and it with its target.
 
         They are made from their files, in this process; nothing that is kept in memory is looked at.
         """

@@ -38,20 +38,20 @@ class BatchOrder(Sampler[Request]):
     """
 
     def __init__(
-        self, sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world: int, slots: int = 1
+        self, sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int, world_size: int, slots: int = 1
     ) -> None:
         """Prepare.
 
         Args:
             sizes: height and width in pixels of each image.
-            batch_size: images of a whole batch, over all ranks; a multiple of `world`.
+            batch_size: images of a whole batch, over all ranks; a multiple of `world_size`.
             rank: which consecutive share of each batch is meant, from 0.
-            world: how many shares there are.
+            world_size: how many shares there are.
             slots: requests name them in turn.
         """
         self._shapes = torch.tensor([width / height for height, width in sizes], dtype=torch.float64)
         self._alike = len(set(sizes)) < 2
-        self.batch_size, self.share, self.rank, self.slots = batch_size, batch_size // world, rank, slots
+        self.batch_size, self.share, self.rank, self.slots = batch_size, batch_size // world_size, rank, slots
         self.seed = self.start = 0
 
     def __len__(self) -> int:

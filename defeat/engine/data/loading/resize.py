@@ -1,10 +1,10 @@
-"""To a detector's input size, once, when a picture is loaded.
+"""To a detector's input size, once, when an image is loaded.
 
-torchvision's detectors resize what they are given (`GeneralizedRCNNTransform`): the same picture again in each epoch,
+torchvision's detectors resize what they are given (`GeneralizedRCNNTransform`): the same image again in each epoch,
 and as floats. Training resizes it here instead, as bytes and before it is kept (see `cache`), and tells the detector to
 leave it as it is. The size follows torchvision's rule, and the interpolation is the same bilinear one without a
 low-pass filter: what the network sees differs from its own transform's result by the rounding to bytes alone.
-Evaluation is left to the detector's transform, on the original pictures.
+Evaluation is left to the detector's transform, on the original images.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from defeat.engine.detectors.base import Detector, Target
 
 @dataclass(frozen=True, kw_only=True)
 class InputSize:
-    """The rule by which a detector's transform sizes a picture.
+    """The rule by which a detector's transform sizes an image.
 
     Attributes:
         min_size: pixels of the shorter side, unless the longer one would exceed `max_size`.
         max_size: most pixels of the longer side.
-        fixed: height and width, whatever the picture's; the two above are then of no effect.
+        fixed: height and width, whatever the image's; the two above are then of no effect.
     """
 
     min_size: int
@@ -46,7 +46,7 @@ class InputSize:
         return cls(min_size=transform.min_size[-1], max_size=transform.max_size, fixed=fixed)
 
     def of(self, height: int, width: int, *, scale: float = 1.0) -> tuple[int, int]:
-        """Return the height and width to which torchvision's transform brings a picture, rounded as there.
+        """Return the height and width to which torchvision's transform brings an image, rounded as there.
 
         `scale` multiplies both bounds; a fixed size knows no scale.
         """
@@ -56,14 +56,14 @@ class InputSize:
         return max(int(height * factor), 1), max(int(width * factor), 1)
 
     def most_pixels(self, *, scale: float = 1.0) -> int:
-        """Return the most pixels of a picture of this size, whatever its shape."""
+        """Return the most pixels of an image of this size, whatever its shape."""
         if self.fixed is not None:
             return self.fixed[0] * self.fixed[1]
         return max(int(self.min_size * scale), 1) * max(int(self.max_size * scale), 1)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a picture (3, H, W) uint8 to height and width, as torchvision's detectors do it: bilinear, unfiltered."""
+    """Resize an image (3, H, W) uint8 to height and width, as torchvision's detectors do it: bilinear, unfiltered."""
     if image.shape[-2:] == size:
         return image
     # Interleaved bytes resize a third faster; files decode to them, and then this copies nothing.
@@ -72,7 +72,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Scale boxes (N, 4), x1 y1 x2 y2, from a picture of height and width `old` to one of `new`."""
+    """Scale boxes (N, 4), x1 y1 x2 y2, from an image of height and width `old` to one of `new`."""
     if old == new:
         return boxes
     across, down = new[1] / old[1], new[0] / old[0]
@@ -82,7 +82,7 @@ def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize masks (N, H, W) uint8 to height and width: each pixel takes the value at its centre.
 
-    torchvision's transform takes that at its upper left corner, which shifts a mask against its box and its picture by
+    torchvision's transform takes that at its upper left corner, which shifts a mask against its box and its image by
     up to half a pixel of the smaller size.
     """
     if masks.shape[-2:] == size:
@@ -103,11 +103,11 @@ def moved(target: Target, boxes: Tensor, move: Callable[[Tensor], Tensor]) -> Ta
 
 
 def resize_target(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
-    """Scale boxes and masks from a picture of height and width `old` to one of `new`."""
+    """Scale boxes and masks from an image of height and width `old` to one of `new`."""
     return moved(target, resize_boxes(target["boxes"], old, new), lambda masks: resize_masks(masks, new))
 
 
 def resize_sample(image: Tensor, target: Target, size: tuple[int, int]) -> tuple[Tensor, Target]:
-    """Resize a picture (3, H, W) uint8, and its boxes and masks along."""
+    """Resize an image (3, H, W) uint8, and its boxes and masks along."""
     height, width = image.shape[-2:]
     return resize(image, size), resize_target(target, (height, width), size)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from defeat.engine.data import canonical
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
 from defeat.engine.data.masks import to_text
 from defeat.engine.report import RunError
-from tests.support.datasets import picture_bytes, put
+from tests.support.datasets import image_bytes, put
 from tests.support.reference import to_coco
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return put(tmp_path / "source.png", picture_bytes(1))
+    return put(tmp_path / "source.png", image_bytes(1))
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def file(source: Path) -> str:
 @pytest.fixture
 def dataset(file: str) -> CanonicalDataset:
     boxes = (Box(0, 0, 0, 64, 48), Box(1, 1, 2, 3, 5, crowd=True), Box(1, 1, 2, 3.5, 5, difficult=True))
-    pictures = (
-        Picture(1, file, "b.png", 64, 48, "test", ()),
-        Picture(2, file, "ä.png", 64, 48, "train", boxes),
+    images = (
+        AnnotatedImage(1, file, "b.png", 64, 48, "test", ()),
+        AnnotatedImage(2, file, "ä.png", 64, 48, "train", boxes),
     )
-    return CanonicalDataset(("cell", "blob"), pictures)
+    return CanonicalDataset(("cell", "blob"), images)
 
 
 def pack(tmp_path: Path, dataset: CanonicalDataset, sources: dict[str, Path]) -> Path:
@@ -59,8 +59,8 @@ def test_pack_then_unpack(tmp_path: Path, dataset: CanonicalDataset, file: str, 
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
 
 
-def test_a_picture_that_changed_meanwhile(tmp_path: Path, dataset: CanonicalDataset, file: str, source: Path) -> None:
-    source.write_bytes(picture_bytes(2))
+def test_a_image_that_changed_meanwhile(tmp_path: Path, dataset: CanonicalDataset, file: str, source: Path) -> None:
+    source.write_bytes(image_bytes(2))
     with pytest.raises(RunError, match="changed while") as caught:
         pack(tmp_path, dataset, {file: source})
     assert (caught.value.failure_class, caught.value.code) == ("data", "source_changed")
@@ -78,8 +78,8 @@ def test_the_content_hash_is_a_promise(dataset: CanonicalDataset) -> None:
 
 def test_without_masks_the_form_is_what_it_was(tmp_path: Path, dataset: CanonicalDataset, file: str) -> None:
     """Byte by byte: datasets that are kept must stay readable, and known by their hash."""
-    (tmp_path / "source.png").write_bytes(picture_bytes(1))
-    one = CanonicalDataset(("cell",), (Picture(1, file, "b.png", 64, 48, "test", (Box(0, 0, 0.5, 64, 48),)),))
+    (tmp_path / "source.png").write_bytes(image_bytes(1))
+    one = CanonicalDataset(("cell",), (AnnotatedImage(1, file, "b.png", 64, 48, "test", (Box(0, 0, 0.5, 64, 48),)),))
     canonical.write(tmp_path / "d", one, {file: tmp_path / "source.png"})
     assert (tmp_path / "d/dataset.json").read_text() == (
         f'{{"format_version": 1, "content_hash": "{canonical.content_hash(one)}", "classes": ["cell"], '
@@ -89,7 +89,7 @@ def test_without_masks_the_form_is_what_it_was(tmp_path: Path, dataset: Canonica
 
 
 def with_masks(dataset: CanonicalDataset) -> CanonicalDataset:
-    """The second picture's first box has the left half of the picture for a mask."""
+    """The second image's first box has the left half of the image for a mask."""
     empty, full = dataset.images
     first, *rest = full.boxes
     boxes = (replace(first, mask=to_text(np.array([0, 32 * 48, 32 * 48]))), *rest)

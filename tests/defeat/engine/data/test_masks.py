@@ -189,11 +189,11 @@ def test_too_many_runs_as_text_are_refused():
 
 
 def test_runs_of_another_size_are_refused():
-    with pytest.raises(BadMask, match="is of a picture of 3x4, and this is one of 4x3"):
+    with pytest.raises(BadMask, match="is of an image of 3x4, and this is one of 4x3"):
         runs_of(RunLengths(array("q", [12]), (4, 3)), 3, 4)
 
 
-def test_an_outline_that_crosses_a_wide_picture_too_often_is_refused(monkeypatch):
+def test_an_outline_that_crosses_a_wide_image_too_often_is_refused(monkeypatch):
     monkeypatch.setattr(masks, "MAX_CROSSINGS", 1000)
     zigzag = array("d", [number for index in range(60) for number in (50 * (index % 2), index)])
     with pytest.raises(BadMask, match="crosses columns of pixels 3000 times; at most 1000"):

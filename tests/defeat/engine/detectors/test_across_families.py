@@ -133,14 +133,14 @@ def test_a_run_refuses_a_head_part_before_it_trains_the_teacher(dataset, tmp_pat
 def test_a_family_provides_what_it_says(name):
     detector = detectors.build({**FAMILIES, "faster_rcnn": TINY}[name], CLASSES).train()
     assert detectors.DETECTORS[name].provides == detector.provides
-    passed = detector.train_pass(*images_and_targets())
+    passed = detector.forward_train(*images_and_targets())
     given = {"backbone": passed.backbone, "anchors": passed.anchors, "logits": passed.cell_logits}
     assert {part for part, value in given.items() if value is not None} == set(detector.provides)
     maps = detector.eval().maps(passed.images)
     assert {stride: one.shape[1] for stride, one in maps.backbone.items()} == detector.backbone_channels
-    trunk = detector.trunk(passed.images)
-    assert trunk.keys() == maps.features.keys()
-    assert all(torch.equal(one, trunk[level]) for level, one in maps.features.items())
+    maps_again = detector.features(passed.images)
+    assert maps_again.keys() == maps.features.keys()
+    assert all(torch.equal(one, maps_again[level]) for level, one in maps.features.items())
     again = detector.cell_logits(maps.features)
     assert [one.shape for one in again] == [one.shape for one in passed.cell_logits]
     assert all(tuple(one.shape[1:3]) == detector.scores_per_cell for one in again)

@@ -14,7 +14,7 @@ from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
 from defeat.engine.training.trainable import require_trainable
 
-PICTURES = 16
+IMAGES = 16
 
 
 def extra_levels():
@@ -65,7 +65,7 @@ def test_what_can_be_trained(spec, schedule, augmentation, initial_weights, monk
         given.model_dump(mode="json"),
         initial_weights=initial_weights,
         gpus=1,
-        pictures=PICTURES,
+        images=IMAGES,
         augmentation=changes.model_dump(mode="json"),
         who=("student",),
         where=("schedule",),
@@ -93,7 +93,7 @@ def refused(spec, schedule, augmentation, initial_weights):
         one = schedule.model_copy(update=change)
         codes |= code_of(
             lambda one=one, changes=changes: require_trainable(
-                detector, one, changes, pictures=PICTURES, processes=1, where="schedule"
+                detector, one, changes, images=IMAGES, processes=1, where="schedule"
             )
         )
     return codes

@@ -60,7 +60,7 @@ def eager(spec: dict[str, Any]) -> detectors.Detector:
     return detector
 
 
-def pictures(shape: tuple[int, int], count: int = 2) -> torch.Tensor:
+def random_images(shape: tuple[int, int], count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -84,7 +84,7 @@ def test_teacher_and_student_compile_once_each(spec, half, counting):
         before, mode = counting.graphs, student.training
         for one in (student, teacher):
             one.eval().detect(images_and_targets()[0])
-            one.trunk(pictures((64, 96), 1))
+            one.features(random_images((64, 96), 1))
         student.train(mode)
         assert counting.graphs == before
 
@@ -94,7 +94,7 @@ def test_teacher_and_student_compile_once_each(spec, half, counting):
         _, targets = images_and_targets(2)
         images = [torch.rand(3, height, width) for _ in targets]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            passed = student.train_pass(images, targets)
+            passed = student.forward_train(images, targets)
             with torch.no_grad():
                 taught = teacher.maps(passed.images)
             loss = sum(passed.losses.values()) + sum(
@@ -119,7 +119,7 @@ def test_inductor_compiles_once_too(changes):
     with torch._functorch.config.patch(donated_buffer=False):
         for shape in SHAPES:
             with torch.autocast("cpu", torch.bfloat16):
-                maps = detector.maps(pictures(shape))
+                maps = detector.maps(random_images(shape))
             sum(one.float().square().mean() for one in maps.features.values()).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert detector.compilation_failure is None
@@ -134,7 +134,7 @@ def test_families_without_a_pyramid_of_ours_compile_once(spec, counting):
     compiled.compile_trunk()
     shapes = [compiled.fixed_size] if compiled.fixed_size else SHAPES
     for shape in shapes * 2:
-        expected, found = plain.maps(pictures(shape)), compiled.maps(pictures(shape))
+        expected, found = plain.maps(random_images(shape)), compiled.maps(random_images(shape))
         assert found.backbone is None
         assert list(found.features) == list(expected.features)
         for name, one in expected.features.items():
@@ -155,11 +155,11 @@ def test_only_the_training_pass_is_compiled(monkeypatch):
 
     monkeypatch.setattr(Compiled, "__call__", _refuse)
     images, targets = images_and_targets()
-    detector.trunk(pictures((64, 64)))
+    detector.features(random_images((64, 64)))
     detector(images, targets)
     detector.eval().detect(images)
     with pytest.raises(AssertionError, match="called compiled"):
-        detector.maps(pictures((64, 64)))
+        detector.maps(random_images((64, 64)))
 
 
 def test_gradients_lead_through_the_graphs_as_without_them(monkeypatch):
@@ -168,13 +168,13 @@ def test_gradients_lead_through_the_graphs_as_without_them(monkeypatch):
     plain, compiled = eager(RETINANET), build(RETINANET)
     compiled.compile_trunk()
     # What the backbone's finer maps add to its coarser ones lies inside its graph, and is not seen in it.
-    stages = plain.backbone.body(compilation._ordered(pictures((128, 96))))
+    stages = plain.backbone.body(compilation._ordered(random_images((128, 96))))
     leaves = {name: one.detach().requires_grad_() for name, one in stages.items()}
     plain.load_state_dict(compiled.state_dict())
     found = []
     with torch._functorch.config.patch(donated_buffer=False):
         for detector in (plain, compiled):
-            maps = detector.maps(pictures((128, 96)))
+            maps = detector.maps(random_images((128, 96)))
             features, inner = maps.features, list(maps.backbone.values())
             if detector is plain:
                 features, inner = plain.backbone.fpn(leaves), list(leaves.values())
@@ -195,14 +195,14 @@ def test_gradients_lead_through_the_graphs_as_without_them(monkeypatch):
 def test_a_copy_compiles_itself(counting):
     detector = build(TINY)
     detector.compile_trunk()
-    detector.maps(pictures((64, 96)))
+    detector.maps(random_images((64, 96)))
     other = copy.deepcopy(detector)
     with torch.no_grad():
         for parameter in other.backbone.parameters():
             parameter.zero_()
-    assert all(one.abs().sum() == 0 for one in other.maps(pictures((64, 96))).features.values())
+    assert all(one.abs().sum() == 0 for one in other.maps(random_images((64, 96))).features.values())
     assert counting.graphs == 4
-    assert any(one.abs().sum() > 0 for one in detector.maps(pictures((64, 96))).features.values())
+    assert any(one.abs().sum() > 0 for one in detector.maps(random_images((64, 96))).features.values())
 
 
 def _raise(*_: Any) -> None:
@@ -237,7 +237,7 @@ def test_a_failed_compilation_is_told_and_the_step_goes_on(backend, limit, says,
         found = []
         for detector in (plain, compiled):
             with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                losses = detector.train_pass(*images_and_targets()).losses
+                losses = detector.forward_train(*images_and_targets()).losses
             detector.zero_grad()
             sum(losses.values()).backward()
             found.append([*losses.values(), *(one.grad for one in detector.parameters())])

@@ -33,7 +33,7 @@ def test_losses_and_gradients_are_those_of_the_plain_call(seed):
     detector = build(strides=[4, 8, 16], pool_level=True).train()
     images, targets = images_and_targets(seed=seed)
     results = []
-    for call in (lambda: detector(images, targets), lambda: detector.train_pass(images, targets).losses):
+    for call in (lambda: detector(images, targets), lambda: detector.forward_train(images, targets).losses):
         torch.manual_seed(seed)
         # Batch norm's running statistics move with every training pass; the losses do not read them.
         detector.zero_grad()
@@ -53,7 +53,7 @@ def test_so_they_are_with_batch_norm_in_pyramid_and_head(seed):
     changes = {"pyramid_batch_norm": True, "rpn_convolutions": 2, "box_head": "convolutional"}
     images, targets = images_and_targets(seed=seed)
     results = []
-    for call in (lambda one: one(images, targets), lambda one: one.train_pass(images, targets).losses):
+    for call in (lambda one: one(images, targets), lambda one: one.forward_train(images, targets).losses):
         detector = build(**changes).train()
         torch.manual_seed(seed)
         losses = call(detector)
@@ -69,7 +69,7 @@ def test_so_they_are_with_batch_norm_in_pyramid_and_head(seed):
 def test_a_pass_shows_what_was_sampled():
     detector = build().train()
     images, targets = images_and_targets()
-    passed = detector.train_pass(images, targets)
+    passed = detector.forward_train(images, targets)
     assert passed.images.shape[0] == len(images)
     assert [tuple(one.shape[-2:]) for one in passed.features.values()] == [
         (passed.images.shape[-2] // stride, passed.images.shape[-1] // stride) for stride in detector.strides
@@ -77,7 +77,7 @@ def test_a_pass_shows_what_was_sampled():
     assert [len(one) for one in passed.proposals] == [len(one) for one in passed.labels]
     assert passed.class_logits.shape == (sum(len(one) for one in passed.labels), len(CLASSES) + 1)
     # The logits are the detector's own score of exactly these proposals.
-    again = detector.score(passed.features, passed.proposals, passed.image_sizes)
+    again = detector.score_proposals(passed.features, passed.proposals, passed.image_sizes)
     torch.testing.assert_close(again, passed.class_logits)
 
 
@@ -119,7 +119,7 @@ def test_selecting_classes_keeps_their_logits_and_boxes():
     torch.manual_seed(0)
     detector = detectors.build(TINY, ["a", "b", "c", "d"]).train()
     images, targets = images_and_targets()
-    passed = detector.train_pass(images, targets)
+    passed = detector.forward_train(images, targets)
     detector.select_classes(["d", "b"])
     logits, boxes = detector._head(passed.features, passed.proposals, passed.image_sizes)
     torch.testing.assert_close(logits, passed.class_logits[:, [0, 4, 2]])
@@ -133,7 +133,7 @@ def test_frozen_batch_norm_trains_no_statistics():
         body = detector.backbone.body
         assert not [name for name, _ in body.named_parameters() if ".bn" in name]
         before = {name: value.clone() for name, value in body.named_buffers()}
-        detector.train_pass(*images_and_targets())
+        detector.forward_train(*images_and_targets())
         assert all(torch.equal(before[name], value) for name, value in body.named_buffers())
 
 

@@ -40,7 +40,7 @@ def test_losses_and_gradients_are_those_of_the_plain_call(changes):
     detector = build(**changes).train()
     images, targets = images_and_targets()
     plain, plain_gradients, plain_state = backward(detector, lambda: detector(images, targets), 0)
-    ours, our_gradients, our_state = backward(detector, lambda: detector.train_pass(images, targets).losses, 0)
+    ours, our_gradients, our_state = backward(detector, lambda: detector.forward_train(images, targets).losses, 0)
     assert plain.keys() == ours.keys()
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
@@ -52,7 +52,7 @@ def test_its_maps_have_the_strides_it_says(pool_level, strides):
     detector = build(pool_level=pool_level).eval()
     assert (detector.strides, detector.channels) == (strides, (16,) * len(strides))
     with torch.no_grad():
-        maps = detector.trunk(torch.zeros(1, 3, 96, 160)).values()
+        maps = detector.features(torch.zeros(1, 3, 96, 160)).values()
     assert [tuple(one.shape) for one in maps] == [(1, 16, -(-96 // one), -(-160 // one)) for one in strides]
 
 
@@ -95,8 +95,8 @@ def test_its_two_levels_of_one_stride_pair_with_one_of_another_pyramid():
     assert (method.pairs, method.strides) == ([(1, 0)], [32])
     same = methods.build({"method": "fitnet"}, build().train(), teacher)
     assert (same.pairs, same.strides) == ([(0, 0), (1, 1), (2, 2)], [32, 32, 64])
-    passed = student.train_pass(*images_and_targets())
-    losses = method(passed, teacher.requires_grad_(False), methods.Clock(step=0, steps=1, epoch=0, epochs=1))
+    passed = student.forward_train(*images_and_targets())
+    losses = method(passed, teacher.requires_grad_(False), methods.StepInfo(step=0, steps=1, epoch=0, epochs=1))
     assert all(loss.isfinite() for loss in losses.values())
 
 

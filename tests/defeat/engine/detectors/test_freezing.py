@@ -77,7 +77,7 @@ def test_training_leaves_frozen_stages_as_they_are(backbone):
         detector.train()
         optimiser.zero_grad()
         images, targets = images_and_targets(seed=step)
-        sum(detector.train_pass(images, targets).losses.values()).backward()
+        sum(detector.forward_train(images, targets).losses.values()).backward()
         optimiser.step()
     for key, tensor in detector.state_dict().items():
         if key.rsplit(".", 1)[0] in prefixes:

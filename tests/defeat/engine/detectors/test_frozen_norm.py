@@ -36,7 +36,7 @@ def filled(norm: torch.nn.Module) -> torch.nn.Module:
     return norm
 
 
-def pictures() -> torch.Tensor:
+def random_images() -> torch.Tensor:
     return torch.rand(BATCH, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
@@ -84,7 +84,7 @@ def test_without_gradients_it_is_a_batch_norm():
 def test_every_map_is_in_half_precision(name, half, who):
     pyramid = pyramid_of(name, frozen_batch_norm=True, extra_levels="p6p7").train(who == "student")
     with torch.autocast("cpu", half), torch.set_grad_enabled(who == "student"):
-        stages = pyramid.body(pictures())
+        stages = pyramid.body(random_images())
         levels = pyramid.fpn(stages)
     assert {one.dtype for one in stages.values()} == {half}
     assert {one.dtype for one in levels.values()} == {half}
@@ -97,7 +97,7 @@ def test_the_maps_of_torchvisions_mobilenet_pyramid_are_in_half_precision():
     assert len(norms) > 20
     assert {type(one) for one in norms} == {FrozenBatchNorm}
     with torch.autocast("cpu", torch.bfloat16):
-        assert {one.dtype for one in detector.backbone.body(pictures()).values()} == {torch.bfloat16}
+        assert {one.dtype for one in detector.backbone.body(random_images()).values()} == {torch.bfloat16}
 
 
 def kept(pyramid: torch.nn.Module, dtype: torch.dtype) -> int:
@@ -113,7 +113,7 @@ def kept(pyramid: torch.nn.Module, dtype: torch.dtype) -> int:
         torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
-        maps = pyramid.body(pictures())
+        maps = pyramid.body(random_images())
     assert all(one.requires_grad for one in maps.values())
     return sum(one.nbytes() for one in storages.values())
 

@@ -1,4 +1,4 @@
-"""Which trainable parameters a training pass gives a gradient: all, whatever the pictures, or the family says so."""
+"""Which trainable parameters a training pass gives a gradient: all, whatever the images, or the family says so."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def without_gradient(spec: dict[str, Any], boxes: str, *, masks: bool = False) -
             {"masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8), **one}
             for image, one in zip(images, given, strict=True)
         ]
-    losses = detector.train_pass(images, given).losses
+    losses = detector.forward_train(images, given).losses
     sum(losses.values()).backward()
     return [name for name, one in detector.named_parameters() if one.requires_grad and one.grad is None]
 

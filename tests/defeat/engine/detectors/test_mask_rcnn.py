@@ -23,10 +23,10 @@ def build(classes=CLASSES, **changes):
     return detectors.build({**MASK, **changes}, classes)
 
 
-def with_masks(seed=0, pictures=(0, 1, 2)):
-    """Random pictures; of these, each object's mask is the lower left half of its box."""
+def with_masks(seed=0, indices=(0, 1, 2)):
+    """Random images; of these, each object's mask is the lower left half of its box."""
     images, targets = images_and_targets(seed=seed)
-    for index in pictures:
+    for index in indices:
         height, width = images[index].shape[-2:]
         masks = torch.zeros(len(targets[index]["boxes"]), height, width, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, targets[index]["boxes"].int().tolist(), strict=True):
@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_those_of_the_plain_call(seed, mask_batch_norm)
     detector = build(mask_batch_norm=mask_batch_norm).train()
     images, targets = with_masks(seed)
     plain, plain_gradients, plain_state = backward(detector, lambda: detector(images, targets), seed)
-    ours, our_gradients, our_state = backward(detector, lambda: detector.train_pass(images, targets).losses, seed)
+    ours, our_gradients, our_state = backward(detector, lambda: detector.forward_train(images, targets).losses, seed)
     assert plain.keys() == ours.keys() == BOX_LOSSES | {"loss_mask"}
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
@@ -56,7 +56,7 @@ def test_without_masks_it_trains_as_the_faster_rcnn_in_it_does():
     plain = detectors.build(TINY, CLASSES).train()
     plain.load_state_dict({name: value for name, value in masked.state_dict().items() if "mask" not in name})
     torch.manual_seed(7)
-    ours = masked.train_pass(images, targets)
+    ours = masked.forward_train(images, targets)
     torch.manual_seed(7)
     theirs = plain(images, targets)
     assert ours.losses.keys() == theirs.keys() == BOX_LOSSES
@@ -85,12 +85,12 @@ def test_its_detections_are_those_of_a_plain_call_with_and_without_masks():
                 assert "masks" not in found
 
 
-def test_pictures_without_masks_take_no_part_in_the_masks_loss():
-    """The loss is that of the pictures with masks: what the mask head makes of the others changes nothing."""
+def test_images_without_masks_take_no_part_in_the_masks_loss():
+    """The loss is that of the images with masks: what the mask head makes of the others changes nothing."""
     detector = build().train()
-    images, targets = with_masks(pictures=(0, 2))
+    images, targets = with_masks(indices=(0, 2))
     torch.manual_seed(3)
-    passed = detector.train_pass(images, targets)
+    passed = detector.forward_train(images, targets)
     masked = [0, 2]
     positive = [torch.where(labels > 0)[0] for labels in passed.labels]
     heads = detector.roi_heads
@@ -119,11 +119,11 @@ def test_objects_without_masks_take_no_part_in_the_masks_loss():
     detector = build().train()
     images, targets = with_masks()
     torch.manual_seed(3)
-    whole = detector.train_pass(images, targets)
+    whole = detector.forward_train(images, targets)
     targets[2]["masks"][1] = 0
     targets[1]["masks"][:] = 0
     torch.manual_seed(3)
-    passed = detector.train_pass(images, targets)
+    passed = detector.forward_train(images, targets)
     assert all(torch.equal(passed.losses[name], whole.losses[name]) for name in BOX_LOSSES)
     heads, losses = detector.roi_heads, []
     for index, (labels, proposals) in enumerate(zip(passed.labels, passed.proposals, strict=True)):
@@ -156,7 +156,7 @@ def test_a_batch_without_any_mask_has_a_loss_of_nothing(empty):
             target |= {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         target["masks"] = torch.zeros(len(target["boxes"]), *image.shape[-2:], dtype=torch.uint8)
     before = {name: one.clone() for name, one in detector.named_buffers() if "mask" in name}
-    losses = detector.train_pass(images, targets).losses
+    losses = detector.forward_train(images, targets).losses
     assert losses["loss_mask"] == 0
     torch.stack(list(losses.values())).sum().backward()
     gradients = {name: one.grad for name, one in detector.named_parameters()}
@@ -187,7 +187,7 @@ def test_selecting_classes_keeps_logits_boxes_and_masks():
     detector.select_classes(["d", "b"])
     torch.testing.assert_close(heads.mask_predictor(features), before[:, [0, 4, 2]])
     torch.testing.assert_close(heads.box_predictor(pooled)[0], logits[:, [0, 4, 2]])
-    detector.train().train_pass(*with_masks())
+    detector.train().forward_train(*with_masks())
 
 
 def test_a_saved_detector_comes_back_the_same(tmp_path):

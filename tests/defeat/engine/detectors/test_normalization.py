@@ -19,7 +19,7 @@ NAMES = {"imagenet": IMAGENET, "halves": HALVES, "caffe": CAFFE}
 
 
 def batch(normalization):
-    """Pictures of unequal sizes, padded to one of 96 x 128, by torchvision's own transform."""
+    """Images of unequal sizes, padded to one of 96 x 128, by torchvision's own transform."""
     transform = GeneralizedRCNNTransform(64, 96, list(normalization.mean), list(normalization.std)).eval()
     made, _ = transform(images_and_targets()[0])
     return made.tensors, made.image_sizes
@@ -46,12 +46,12 @@ def test_it_is_what_the_other_transform_would_have_made(given, wanted):
 def test_it_is_exact_against_plain_numbers():
     images, sizes = batch(IMAGENET)
     ours = renormalize(images, sizes, given=IMAGENET, wanted=CAFFE)
-    for picture, (height, width) in enumerate(sizes):
+    for image, (height, width) in enumerate(sizes):
         for channel in range(3):
             for row, column in ((0, 0), (height - 1, width - 1), (height // 2, width // 3)):
-                value = images[picture, channel, row, column].item()
+                value = images[image, channel, row, column].item()
                 plain = (value * IMAGENET.std[channel] + IMAGENET.mean[channel] - CAFFE.mean[channel]) * 255
-                assert ours[picture, channel, row, column].item() == pytest.approx(plain, rel=1e-5, abs=1e-4)
+                assert ours[image, channel, row, column].item() == pytest.approx(plain, rel=1e-5, abs=1e-4)
 
 
 def test_the_given_batch_is_left_alone():

@@ -11,7 +11,7 @@ from defeat.engine import detectors
 from defeat.engine.detectors.pretrained import PRETRAINED, load_pretrained
 from defeat.engine.report import RunError
 from tests.defeat.engine.detectors.test_faster_rcnn import freeze
-from tests.support.one_stage import FAMILIES, backward, build, with_an_empty_picture, without_column_zero
+from tests.support.one_stage import FAMILIES, backward, build, with_an_empty_image, without_column_zero
 from tests.support.training import CLASSES, images_and_targets
 
 OWN_LOSSES = {
@@ -27,9 +27,9 @@ V2_HEAD = {"head_norm": "group", "box_loss": "giou", "extra_levels": "p6p7_backb
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_and_gradients_are_those_of_the_plain_call(family, seed):
     detector = build(family, extra_levels="p6p7").train()
-    images, targets = with_an_empty_picture(seed)
+    images, targets = with_an_empty_image(seed)
     plain, plain_gradients, plain_state = backward(detector, lambda: detector(images, targets), seed)
-    ours, our_gradients, our_state = backward(detector, lambda: detector.train_pass(images, targets).losses, seed)
+    ours, our_gradients, our_state = backward(detector, lambda: detector.forward_train(images, targets).losses, seed)
     assert plain.keys() == ours.keys() == OWN_LOSSES[family]
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
@@ -39,18 +39,18 @@ def test_losses_and_gradients_are_those_of_the_plain_call(family, seed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_shows_the_pyramid_and_no_proposals(family):
     detector = build(family, extra_levels="p6p7").train()
-    passed = detector.train_pass(*images_and_targets())
+    passed = detector.forward_train(*images_and_targets())
     assert detector.strides == (8, 16, 32, 64)
     assert detector.head_kind == detectors.DETECTORS[family].head == "one_stage"
     assert [tuple(one.shape[-2:]) for one in passed.features.values()] == [
         (-(-passed.images.shape[-2] // stride), -(-passed.images.shape[-1] // stride)) for stride in detector.strides
     ]
     with torch.no_grad():
-        again = detector.eval().trunk(passed.images)
+        again = detector.eval().features(passed.images)
     assert [one.shape for one in again.values()] == [one.shape for one in passed.features.values()]
     assert passed.proposals is passed.labels is passed.class_logits is None
     with pytest.raises(NotImplementedError):
-        detector.score(passed.features, [], passed.image_sizes)
+        detector.score_proposals(passed.features, [], passed.image_sizes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -119,13 +119,13 @@ def test_the_v2_head_trains_as_in_the_plain_call():
     # 32 groups do not divide 48 channels; 16 do.
     groups = [one.num_groups for one in detector.head.modules() if isinstance(one, torch.nn.GroupNorm)]
     assert groups == [16] * 8
-    images, targets = with_an_empty_picture(0)
+    images, targets = with_an_empty_image(0)
     plain, plain_gradients, _ = backward(detector, lambda: detector(images, targets), 0)
-    ours, our_gradients, _ = backward(detector, lambda: detector.train_pass(images, targets).losses, 0)
+    ours, our_gradients, _ = backward(detector, lambda: detector.forward_train(images, targets).losses, 0)
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert all(torch.equal(plain_gradients[name], our_gradients[name]) for name in plain_gradients)
     detector.head.regression_head._loss_type = "l1"
-    other = detector.train_pass(images, targets).losses
+    other = detector.forward_train(images, targets).losses
     assert not torch.equal(other["bbox_regression"], ours["bbox_regression"])
 
 
@@ -153,7 +153,7 @@ def test_column_zero_is_never_detected_and_takes_no_place(family):
 def test_selecting_classes_keeps_their_scores_and_boxes(family):
     detector = build(family, ("a", "b", "c", "d")).eval()
     images, targets = images_and_targets()
-    levels = list(detector.trunk(torch.rand(2, 3, 64, 96)).values())
+    levels = list(detector.features(torch.rand(2, 3, 64, 96)).values())
     before = detector.head(levels)
     detector.select_classes(["d", "b"])
     after = detector.head(levels)
@@ -162,7 +162,7 @@ def test_selecting_classes_keeps_their_scores_and_boxes(family):
     assert detector.classes == ["d", "b"]
     detector.score_thresh = 0.001
     assert {label for found in detector.detect(images) for label in found["labels"].tolist()} == {1, 2}
-    detector.train().train_pass(images, targets)  # and it can be trained on
+    detector.train().forward_train(images, targets)  # and it can be trained on
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Half precision ends at the heads' outputs: boxes of pictures of hundreds of pixels stay where they are."""
+"""Half precision ends at the heads' outputs: boxes of images of hundreds of pixels stay where they are."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_losses_in_half_precision_are_those_of_full(family, precision):
     for one in (torch.float32, precision):
         torch.manual_seed(1)
         with torch.autocast("cpu", one, enabled=one != torch.float32):
-            found.append(detector.train_pass(*images_and_targets()))
+            found.append(detector.forward_train(*images_and_targets()))
     full, half = found
     for name, loss in full.losses.items():
         assert half.losses[name].dtype == torch.float32

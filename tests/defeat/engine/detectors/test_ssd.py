@@ -11,7 +11,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from defeat.engine import detectors
 from defeat.engine.detectors.pretrained import PRETRAINED, load_pretrained
 from defeat.engine.report import RunError
-from tests.support.one_stage import backward, with_an_empty_picture
+from tests.support.one_stage import backward, with_an_empty_image
 from tests.support.ssd import SSD, SSDLITE
 from tests.support.training import CLASSES, images_and_targets
 
@@ -29,9 +29,9 @@ def build(family, classes=CLASSES, **changes):
 @pytest.mark.parametrize(("family", "seed"), [("ssd", 0), ("ssdlite", 0), ("ssdlite", 1)])
 def test_losses_and_gradients_are_those_of_the_plain_call(family, seed):
     detector = build(family).train()
-    images, targets = with_an_empty_picture(seed)
+    images, targets = with_an_empty_image(seed)
     plain, plain_gradients, plain_state = backward(detector, lambda: detector(images, targets), seed)
-    ours, our_gradients, our_state = backward(detector, lambda: detector.train_pass(images, targets).losses, seed)
+    ours, our_gradients, our_state = backward(detector, lambda: detector.forward_train(images, targets).losses, seed)
     assert plain.keys() == ours.keys() == {"classification", "bbox_regression"}
     assert all(loss.item() > 0 for loss in ours.values())
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
@@ -46,7 +46,7 @@ def test_ssds_maps_at_each_of_its_sizes(size):
     assert detector.strides == (8, 16, 32, 64, round(size / 3), size)
     assert detector.channels == (512, 1024, 512, 256, 256, 256)
     with torch.no_grad():
-        maps = list(detector.trunk(torch.zeros(1, 3, size, size)).values())
+        maps = list(detector.features(torch.zeros(1, 3, size, size)).values())
     assert tuple(one.shape[1] for one in maps) == detector.channels
     # The first four round up as a ResNet's pyramid does; the last two are 3 cells and 1.
     sides = [-(-size // stride) for stride in (8, 16, 32, 64)] + [3, 1]
@@ -57,7 +57,7 @@ def test_ssds_maps_at_each_of_its_sizes(size):
 
 @pytest.mark.parametrize(("height", "width", "levels"), [(64, 96, 4), (256, 320, 5), (320, 288, 6), (800, 1344, 6)])
 def test_ssd_as_a_teacher_leaves_out_levels_without_a_cell(height, width, levels):
-    maps = list(build("ssd").eval().to("meta").trunk(torch.zeros(1, 3, height, width, device="meta")).values())
+    maps = list(build("ssd").eval().to("meta").features(torch.zeros(1, 3, height, width, device="meta")).values())
     assert len(maps) == levels
     for features, stride in zip(maps, (8, 16, 32, 64), strict=False):
         assert tuple(features.shape[-2:]) == (-(-height // stride), -(-width // stride))
@@ -69,7 +69,7 @@ def test_ssdlites_maps(backbone, height, width):
     detector = build("ssdlite", backbone=backbone, size=320).eval()
     assert detector.strides == (16, 32, 64, 128, 256, 512)
     with torch.no_grad():
-        maps = list(detector.trunk(torch.zeros(1, 3, height, width)).values())
+        maps = list(detector.features(torch.zeros(1, 3, height, width)).values())
     assert tuple(one.shape[1] for one in maps) == detector.channels
     expected = [(-(-height // stride), -(-width // stride)) for stride in detector.strides]
     assert [tuple(one.shape[-2:]) for one in maps] == expected
@@ -123,7 +123,7 @@ def test_selecting_classes_keeps_their_logits_and_boxes(family):
     images, targets = images_and_targets()
     side = detector.config.size
     with torch.no_grad():
-        levels = list(detector.trunk(torch.rand(2, 3, side, side)).values())
+        levels = list(detector.features(torch.rand(2, 3, side, side)).values())
         before = detector.head(levels)
         detector.select_classes(["d", "b"])
         after = detector.head(levels)
@@ -131,7 +131,7 @@ def test_selecting_classes_keeps_their_logits_and_boxes(family):
     assert torch.equal(after["bbox_regression"], before["bbox_regression"])
     assert detector.classes == ["d", "b"]
     assert {label for found in detector.detect(images) for label in found["labels"].tolist()} == {1, 2}
-    detector.train().train_pass(images, targets)  # and it can be trained on
+    detector.train().forward_train(images, targets)  # and it can be trained on
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,15 +147,15 @@ def test_a_saved_detector_comes_back_the_same(family, tmp_path):
         assert one["scores"].tolist() == sorted(one["scores"].tolist(), reverse=True)
 
 
-def test_ssdlite_says_what_one_picture_alone_would_do_to_batch_norm():
+def test_ssdlite_says_what_one_image_alone_would_do_to_batch_norm():
     images, targets = images_and_targets(count=1)
     detector = build("ssdlite").train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         detector(images, targets)
     with pytest.raises(RunError) as caught:
-        detector.train_pass(images, targets)
+        detector.forward_train(images, targets)
     assert (caught.value.failure_class, caught.value.code) == ("user", "batch_too_small")
-    build("ssdlite", size=544).train().train_pass(images, targets)  # 2 x 2 cells
+    build("ssdlite", size=544).train().forward_train(images, targets)  # 2 x 2 cells
 
 
 def test_ssd_starts_from_vggs_convolutions_alone(monkeypatch):

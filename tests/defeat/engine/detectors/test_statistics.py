@@ -43,7 +43,7 @@ def inside(name: str, detector: detectors.Detector) -> bool:
 def take_a_step(detector: detectors.Detector, optimiser: torch.optim.Optimizer) -> None:
     optimiser.zero_grad()
     torch.manual_seed(0)
-    sum(detector.train_pass(*images_and_targets()).losses.values()).backward()
+    sum(detector.forward_train(*images_and_targets()).losses.values()).backward()
     optimiser.step()
 
 

@@ -33,7 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ssd": SSD,
     "ssdlite": SSDLITE,
 }
-# Waits of a training pass: those of the whole batch, and those of each picture. Where one number is set by a mask it
+# Waits of a training pass: those of the whole batch, and those of each image. Where one number is set by a mask it
 # counts here, and does not wait on a GPU.
 PINNED: dict[str, tuple[int, int]] = {
     "faster_rcnn": (5, 17),
@@ -62,7 +62,7 @@ def build(spec: dict[str, Any]) -> detectors.Detector:
 
 
 def sample(count: int, detector: detectors.Detector) -> Any:
-    """Pictures of a size that the detector takes as they are, with boxes, and masks if it trains on them."""
+    """Images of a size that the detector takes as they are, with boxes, and masks if it trains on them."""
     images, targets = images_and_targets(count)
     size = detector.fixed_size or (64, 96)
     images = [torch.nn.functional.interpolate(image[None], size=size)[0] for image in images]
@@ -75,12 +75,12 @@ def sample(count: int, detector: detectors.Detector) -> Any:
 @pytest.mark.usefixtures("narrow_vgg")
 def test_no_family_waits_more_often(family):
     detector = build(FAMILIES[family])
-    detector.train_pass(*sample(4, detector))  # some things are found out once
+    detector.forward_train(*sample(4, detector))  # some things are found out once
     found = []
     for count in (2, 3, 4):
         torch.manual_seed(0)
         with Waits() as waits:
-            detector.train_pass(*sample(count, detector))
+            detector.forward_train(*sample(count, detector))
         found.append(len(waits.found))
     once, each = PINNED[family]
     assert found == [once + each * count for count in (2, 3, 4)]
@@ -106,9 +106,9 @@ def test_a_training_pass_copies_no_numbers_to_the_device(family):
     detector = build(FAMILIES[family])
     images, targets = sample(3, detector)
     with Made() as first:
-        detector.train_pass(images, targets)
+        detector.forward_train(images, targets)
     with Made() as second:
-        detector.train_pass(images, targets)
+        detector.forward_train(images, targets)
     assert len(first.found) > 0  # the constants, once
     assert second.found == []
 

@@ -8,8 +8,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from defeat.engine.data.canonical import Box, CanonicalDataset, Picture
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.data.masks import from_text, to_text
 from defeat.engine.evaluation import evaluate
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
@@ -18,11 +18,11 @@ from tests.support.reference import STATS, coco_evaluation, to_coco, to_results
 from tests.support.training import shapes
 
 
-def random_case(seed, pictures=30, classes=3):
+def random_case(seed, count=30, classes=3):
     """A dataset with boxes of all sizes and crowds, and detections near them, with ties in score and false ones."""
     rng = np.random.default_rng(seed)
     images, found = [], {}
-    for number in range(1, pictures + 1):
+    for number in range(1, count + 1):
         boxes, guesses = [], []
         for _ in range(int(rng.integers(0, 6))):
             x, y = rng.uniform(0, 400, 2)
@@ -38,16 +38,16 @@ def random_case(seed, pictures=30, classes=3):
         scores = np.round(rng.random(len(guesses)), 2).astype(np.float32)
         table = torch.tensor(guesses, dtype=torch.float32).reshape(-1, 5)
         found[number] = {"boxes": table[:, :4], "labels": table[:, 4].long(), "scores": torch.from_numpy(scores)}
-        images.append(Picture(number, f"images/{number:064x}.png", str(number), 640, 640, "val", tuple(boxes)))
+        images.append(AnnotatedImage(number, f"images/{number:064x}.png", str(number), 640, 640, "val", tuple(boxes)))
     return CanonicalDataset(tuple("abcdef"[:classes]), tuple(images)), found
 
 
-def crowded_case(seed, pictures=6):
+def crowded_case(seed, count=6):
     """Boxes on a coarse grid: equal overlaps and scores, many on one spot, and more detections than are counted."""
     rng = np.random.default_rng(seed)
     sides = np.array([16, 32, 96, 128])  # 32 and 96 squared are bounds of the ranges of areas
     images, found = [], {}
-    for number in range(1, pictures + 1):
+    for number in range(1, count + 1):
         where, side = rng.integers(0, 4, (25, 2)) * 32, rng.choice(sides, (25, 2))
         crowds = rng.random(25) < 0.2
         boxes = tuple(
@@ -60,10 +60,10 @@ def crowded_case(seed, pictures=6):
             "labels": torch.ones(140, dtype=torch.int64),
             "scores": torch.from_numpy(np.round(rng.random(140), 1)).float(),
         }
-        images.append(Picture(number, f"images/{number:064x}.png", str(number), 640, 640, "val", boxes))
-    # A picture without truth and one without detections.
-    images.append(Picture(pictures + 1, "images/x.png", "x", 640, 640, "val", ()))
-    found[pictures + 1] = found[1]
+        images.append(AnnotatedImage(number, f"images/{number:064x}.png", str(number), 640, 640, "val", boxes))
+    # An image without truth and one without detections.
+    images.append(AnnotatedImage(count + 1, "images/x.png", "x", 640, 640, "val", ()))
+    found[count + 1] = found[1]
     found[2] = {name: tensor[:0] for name, tensor in found[2].items()}
     return CanonicalDataset(("only", "never"), tuple(images)), found
 
@@ -85,12 +85,12 @@ def test_all_numbers_equal_pycocotools(seed, case):
     assert ours["images"] == len(dataset.images)
 
 
-def masked_case(seed, pictures=12, size=(90, 120)):
+def masked_case(seed, count=12, size=(90, 120)):
     """Round objects, some without an outline, some crowds; and detections with masks of their own near them."""
     rng = np.random.default_rng(seed)
     images, found = [], {}
     rows, columns = np.mgrid[: size[0], : size[1]] + 0.5
-    for number in range(1, pictures + 1):
+    for number in range(1, count + 1):
         boxes, guesses = [], []
         for _ in range(int(rng.integers(1, 6))):
             (w, h), kind = rng.uniform(6, 60, 2), int(rng.integers(2))
@@ -105,7 +105,9 @@ def masked_case(seed, pictures=12, size=(90, 120)):
         table = torch.tensor(guesses, dtype=torch.float32)
         across = torch.linspace(-1, 1, 28)
         round_ = 0.5 + (0.8 - across[:, None] ** 2 - across**2) / 2
-        images.append(Picture(number, f"images/{number:064x}.png", str(number), size[1], size[0], "val", tuple(boxes)))
+        images.append(
+            AnnotatedImage(number, f"images/{number:064x}.png", str(number), size[1], size[0], "val", tuple(boxes))
+        )
         found[number] = {
             "boxes": table[:, :4],
             "labels": table[:, 4].long() + 1,
@@ -124,14 +126,13 @@ def runs_of_bitmap(bitmap):
 def test_the_masks_numbers_equal_pycocotools(seed):
     dataset, found = masked_case(seed)
     seen = {
-        picture.id: {**found[picture.id], "overlaps": mask_overlaps(found[picture.id], picture)}
-        for picture in dataset.images
+        image.id: {**found[image.id], "overlaps": mask_overlaps(found[image.id], image)} for image in dataset.images
     }
     ours = coco_metrics(dataset, "val", seen)
 
     truth, results = to_coco(dataset, "val"), to_results(found)
     size = (dataset.images[0].height, dataset.images[0].width)
-    every = [box for picture in dataset.images for box in picture.boxes]
+    every = [box for image in dataset.images for box in image.boxes]
     for annotation, box in zip(truth["annotations"], every, strict=True):
         bitmap = np.zeros(size, np.uint8, order="F")
         x1, y1, x2, y2 = (round(side) for side in (box.x1, box.y1, box.x2, box.y2))
@@ -162,16 +163,16 @@ def test_no_detections_is_zero_and_no_error():
     assert metrics["detections"] == 0
 
 
-def test_pictures_decoded_ahead_are_the_same(tmp_path):
+def test_images_decoded_ahead_are_the_same(tmp_path):
     dataset = shapes(tmp_path, train=2, val=9)
-    pictures = PictureReader(tmp_path / "canonical", dataset.in_split("val"))
-    plain, ahead = list(pictures.read_all(range(9))), list(pictures.read_all(range(9), ahead=4))
+    reader = ImageReader(tmp_path / "canonical", dataset.in_split("val"))
+    plain, ahead = list(reader.read_all(range(9))), list(reader.read_all(range(9), ahead=4))
     assert len(plain) == len(ahead) == 9
     assert all(torch.equal(one, other) for one, other in zip(plain, ahead, strict=True))
 
 
 class Shown:
-    """A detector that finds one box in each picture's corner, as wide as the picture."""
+    """A detector that finds one box in each image's corner, as wide as the image."""
 
     trains_masks = False
 
@@ -187,20 +188,20 @@ class Shown:
 
 
 def test_what_is_seen_in_a_split_has_memory_of_its_own(tmp_path):
-    """Else each picture's three numbers would take the whole batch's along to another process."""
-    pictures = PictureReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=7).in_split("val"))
-    found = detect_split(Shown(), pictures, batch_size=3, device=torch.device("cpu"))
-    assert sorted(found) == [picture.id for picture in pictures.images]
-    for index, picture in enumerate(pictures.images):
-        seen = found[picture.id]
+    """Else each image's three numbers would take the whole batch's along to another process."""
+    reader = ImageReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=7).in_split("val"))
+    found = detect_split(Shown(), reader, batch_size=3, device=torch.device("cpu"))
+    assert sorted(found) == [image.id for image in reader.images]
+    for index, image in enumerate(reader.images):
+        seen = found[image.id]
         assert seen["boxes"].tolist() == [[0, 0, 96, 64]]
         assert seen["labels"].tolist() == [1 + index % 3 % 2]
-        assert seen["scores"].item() == pytest.approx(pictures.read(index).float().mean().item() / 255, rel=1e-5)
+        assert seen["scores"].item() == pytest.approx(reader.read(index).float().mean().item() / 255, rel=1e-5)
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in seen.values())
 
 
 def test_images_cross_to_a_gpu_by_one_copy_a_batch(tmp_path, monkeypatch):
-    pictures = PictureReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=6).in_split("val"))
+    reader = ImageReader(tmp_path / "canonical", shapes(tmp_path, train=1, val=6).in_split("val"))
     copies = []
 
     class Counted(evaluate.Batch):
@@ -213,5 +214,5 @@ def test_images_cross_to_a_gpu_by_one_copy_a_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "Batch", Counted)
     monkeypatch.setattr(evaluate, "numerics", lambda *_: nullcontext())
-    detect_split(Shown(), pictures, batch_size=4, device=torch.device("cuda"))
+    detect_split(Shown(), reader, batch_size=4, device=torch.device("cuda"))
     assert copies == [("cuda", 4), ("cuda", 2)]

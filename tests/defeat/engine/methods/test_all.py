@@ -10,7 +10,7 @@ from defeat.engine.data.loading.batch import Batch
 from defeat.engine.methods import METHODS
 from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 from tests.support.methods import START, one_pass, pair
 from tests.support.training import images_and_targets
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights(name):
             method=method,
             teacher=teacher,
             schedule=ScheduleConfig(warmup_steps=0),
-            world=World(),
+            group=ProcessGroup(),
             device=torch.device("cpu"),
         )
         batch = Batch.of([((255 * image).byte(), target) for image, target in zip(images, targets, strict=True)])

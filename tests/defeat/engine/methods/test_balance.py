@@ -8,7 +8,7 @@ import torch
 from defeat.engine import methods
 from defeat.engine.detectors.base import TrainPass
 from defeat.engine.detectors.normalization import Normalization
-from defeat.engine.methods import Clock
+from defeat.engine.methods import StepInfo
 from defeat.engine.methods.balance import LARGEST_FACTOR, Balance, gradient_norms
 from tests.support.methods import START, on_two_processes, one_pass, pair
 
@@ -117,7 +117,7 @@ def test_factors_are_geometric_means_over_the_measured_steps():
 
 
 def _of_each_rank(rank: int) -> list[float]:
-    """The factors of one process of two, whose pictures pull unlike the other's."""
+    """The factors of one process of two, whose images pull unlike the other's."""
     found = factors(Balance(["near", "far"]), own=(2.0, 6.0)[rank], step=0, near=(1.0, 3.0)[rank], far=(0.5, 0.0)[rank])
     return [found["near"], found["far"]]
 
@@ -163,7 +163,7 @@ def test_a_part_without_a_weight_stays_off_and_the_backbones_keeps_its_own():
     fixed = methods.build(given, student, teacher)
     fixed.load_state_dict(auto.state_dict(), strict=False)
     passed = one_pass(student)
-    ours, theirs = (method(passed, teacher, Clock(step=0, steps=1, epoch=0, epochs=1)) for method in (auto, fixed))
+    ours, theirs = (method(passed, teacher, StepInfo(step=0, steps=1, epoch=0, epochs=1)) for method in (auto, fixed))
     assert ours.keys() == theirs.keys() == {"neck_object", "backbone_object", "head_object", "head_background"}
     assert ours["backbone_object"].item() == theirs["backbone_object"].item() > 0
     assert ours["neck_object"].item() != pytest.approx(theirs["neck_object"].item(), rel=1e-2)

@@ -39,5 +39,5 @@ def test_there_is_an_adapter_where_channels_differ():
     method = methods.build({"method": "cwd"}, student, teacher)
     assert all(isinstance(adapter, nn.Identity) for adapter in method.adapters)
     passed = one_pass(student)
-    bare = cwd_loss(list(passed.features.values()), list(teacher.trunk(passed.images).values()), temperature=1.0)
+    bare = cwd_loss(list(passed.features.values()), list(teacher.features(passed.images).values()), temperature=1.0)
     assert torch.equal(method(passed, teacher, START)["neck"], 10 * bare)

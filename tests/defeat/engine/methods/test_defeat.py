@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import box_iou
 
 from defeat.engine import detectors, methods
-from defeat.engine.methods import Clock
+from defeat.engine.methods import StepInfo
 from defeat.engine.methods.masks import BACKGROUND, OBJECT
 from defeat.engine.report import RunError
 from tests.defeat.engine.methods.test_losses import restated_feature_loss, restated_logit_loss
@@ -19,6 +19,11 @@ from tests.support.training import CLASSES, TINY, images_and_targets
 HEAD_ONLY = {"method": "defeat", "neck_object_weight": 0, "neck_background_weight": 0}
 HEADLESS = {"head_object_weight": 0, "head_background_weight": 0}
 TEMPERATURES = {"head_object_temperature": 2.0, "head_background_temperature": 3.0}
+
+
+def drawn_by(teacher, passed):
+    """The proposals that the teacher samples, and their labels."""
+    return teacher.sample_proposals(teacher.features(passed.images), passed.images, passed.image_sizes, passed.targets)
 
 
 @pytest.mark.parametrize("proposals", ["student", "teacher", "both"])
@@ -39,8 +44,8 @@ def test_the_students_own_losses_are_those_of_the_plain_call(proposals, seed):
 def restated_head(student, teacher, passed, proposals, labels):
     """Both heads on one set of proposals, and the weighted losses by loops in float64."""
     with torch.no_grad():
-        ours = student.score(passed.features, proposals, passed.image_sizes).double()
-        theirs = teacher.score(teacher.trunk(passed.images), proposals, passed.image_sizes).double()
+        ours = student.score_proposals(passed.features, proposals, passed.image_sizes).double()
+        theirs = teacher.score_proposals(teacher.features(passed.images), proposals, passed.image_sizes).double()
     objects, background = restated_logit_loss(ours, theirs, torch.cat(labels), 2.0, 3.0)
     return 2 * objects, 2 * background
 
@@ -55,7 +60,9 @@ def test_the_head_scores_these_proposals_with_their_own_labels(proposals):
     torch.set_rng_state(state)
     samples = {"student": [(passed.proposals, passed.labels)], "teacher": [], "both": []}[proposals]
     if proposals != "student":
-        drawn = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+        drawn = teacher.sample_proposals(
+            teacher.features(passed.images), passed.images, passed.image_sizes, passed.targets
+        )
         samples = [drawn] if proposals == "teacher" else [(passed.proposals, passed.labels), drawn]
     expected = [restated_head(student, teacher, passed, *sample) for sample in samples]
     assert losses["head_object"].item() == pytest.approx(sum(part[0].item() for part in expected), rel=1e-5)
@@ -73,11 +80,13 @@ def test_gradients_flow_through_the_students_head_on_the_teachers_proposals():
     }
     # The same by hand, in float64: the sampled proposals through a copy of the student's head.
     torch.set_rng_state(state)
-    proposals, labels = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    proposals, labels = teacher.sample_proposals(
+        teacher.features(passed.images), passed.images, passed.image_sizes, passed.targets
+    )
     heads = student.roi_heads
     with torch.no_grad():
         pooled = heads.box_roi_pool(passed.features, proposals, passed.image_sizes).double()
-        theirs = teacher.score(teacher.trunk(passed.images), proposals, passed.image_sizes).double()
+        theirs = teacher.score_proposals(teacher.features(passed.images), proposals, passed.image_sizes).double()
     student.zero_grad()
     student.double()
     logits = heads.box_predictor(heads.box_head(pooled))[0]
@@ -94,7 +103,9 @@ def test_gradients_flow_through_the_students_head_on_the_teachers_proposals():
 def test_the_teachers_samples_hold_the_ground_truth_and_their_own_labels():
     student, teacher = pair()
     passed = one_pass(student)
-    proposals, labels = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    proposals, labels = teacher.sample_proposals(
+        teacher.features(passed.images), passed.images, passed.image_sizes, passed.targets
+    )
     assert len(proposals) == len(labels) == len(passed.image_sizes)
     for boxes, classes, target in zip(proposals, labels, passed.targets, strict=True):
         overlap = box_iou(target["boxes"], boxes)  # (ground truth, proposals)
@@ -121,15 +132,17 @@ def test_sampling_and_scoring_leave_no_trace_in_either_detector(box_head):
 def test_other_proposals_are_scored_by_their_own_statistics_without_moving_the_running_ones():
     student, teacher = pair(box_head="convolutional")
     passed = one_pass(student)
-    proposals, _ = teacher.sample(teacher.trunk(passed.images), passed.images, passed.image_sizes, passed.targets)
+    proposals, _ = teacher.sample_proposals(
+        teacher.features(passed.images), passed.images, passed.image_sizes, passed.targets
+    )
     kept = {name: value.clone() for name, value in student.named_buffers()}
     parameters = list(student.roi_heads.box_head.parameters())
     found, gradients = [], []
-    for score in (passed.score, lambda others: student._head(passed.features, others, passed.image_sizes)[0]):
+    for score in (passed.score_proposals, lambda others: student._head(passed.features, others, passed.image_sizes)[0]):
         found.append(score(proposals))
         gradients.append(torch.autograd.grad(found[-1].square().sum(), parameters, retain_graph=True))
         same = [torch.equal(kept[name], value) for name, value in student.named_buffers()]
-        assert all(same) == (score is passed.score)
+        assert all(same) == (score is passed.score_proposals)
     assert torch.equal(*found)
     assert all(torch.equal(mine, plain) for mine, plain in zip(*gradients, strict=True))
     # And the next training pass goes on counting.
@@ -144,8 +157,8 @@ def test_warmup_and_decay_scale_every_loss():
     plain = methods.build({"method": "defeat"}, student, teacher)
     scaled = methods.build({"method": "defeat", "warmup_steps": 8, "decay": "linear"}, student, teacher)
     scaled.load_state_dict(plain.state_dict())
-    passed, clock = one_pass(student), Clock(step=3, steps=12, epoch=1, epochs=4)
-    full, part = plain(passed, teacher, clock), scaled(passed, teacher, clock)
+    passed, step_info = one_pass(student), StepInfo(step=3, steps=12, epoch=1, epochs=4)
+    full, part = plain(passed, teacher, step_info), scaled(passed, teacher, step_info)
     assert full.keys() == {"neck_object", "neck_background", "head_object", "head_background"}
     for name, loss in full.items():
         assert part[name].item() == pytest.approx(loss.item() * (4 / 8) * (3 / 4), rel=1e-6)
@@ -189,7 +202,7 @@ def test_the_neck_part_is_the_formula(teacher_strides, given, object_weight, bac
     passed = dataclasses.replace(passed, features=wide(passed.features))
     strides = [stride for stride in (8, 16, 32) if stride in teacher_strides]
     ours = [passed.features[str((8, 16, 32).index(stride))] for stride in strides]
-    theirs = [teacher.trunk(passed.images)[str(teacher_strides.index(stride))].double() for stride in strides]
+    theirs = [teacher.features(passed.images)[str(teacher_strides.index(stride))].double() for stride in strides]
     adapted = [
         restated_convolution(one, adapter.weight, adapter.bias)
         for one, adapter in zip(ours, method.adapters, strict=True)
@@ -235,12 +248,12 @@ BACKBONE_ONLY = {
 def restated_backbone_masks(boxes, height, width, sizes):
     """Every box on one map at stride 4, truncated; then each level takes the cell that lies at its own cell's place."""
     finest = torch.zeros(len(boxes), -(-height // 4), -(-width // 4), dtype=torch.bool)
-    for picture, of_picture in enumerate(boxes):
-        for x1, y1, x2, y2 in of_picture.tolist():
+    for image, of_image in enumerate(boxes):
+        for x1, y1, x2, y2 in of_image.tolist():
             left, top, right, bottom = (int(value / 4) for value in (x1, y1, x2, y2))
             if right <= left or bottom <= top:
                 right, bottom = left + 1, top + 1
-            finest[picture, top:bottom, left:right] = True
+            finest[image, top:bottom, left:right] = True
     masks = []
     for rows, columns in sizes:
         mask = torch.zeros(len(boxes), 1, rows, columns, dtype=torch.bool)

@@ -13,7 +13,7 @@ from tests.support.methods import START, assert_same_loss, levels, one_pass, pai
 
 
 def restated_attention(features, t):
-    """Lists by picture: attention of each cell by (y, x), and of each channel."""
+    """Lists by image: attention of each cell by (y, x), and of each channel."""
     batch, channels, height, width = features.shape
     cells = [(y, x) for y in range(height) for x in range(width)]
     spatial, channel = [], []
@@ -57,7 +57,7 @@ def test_focal_parts_and_gradients_equal_the_restatement(temperature):
 
 
 def restated_relation(block, features):
-    """The block on one picture (C, H, W): a dictionary from (channel, y, x) to the related value."""
+    """The block on one image (C, H, W): a dictionary from (channel, y, x) to the related value."""
     channels, height, width = features.shape
     first, norm, _, last = block.transform
     hidden = channels // 2
@@ -102,22 +102,19 @@ def test_a_new_relation_block_changes_nothing():
 
 def restated_weights(boxes, inside, height, width, stride):
     foreground, background = torch.zeros(2, len(boxes), height, width)
-    for picture, of_picture in enumerate(boxes):
-        for x1, y1, x2, y2 in of_picture.tolist():
+    for image, of_image in enumerate(boxes):
+        for x1, y1, x2, y2 in of_image.tolist():
             columns = [c for c in range(width) if c * stride < x2 and (c + 1) * stride > x1]
             rows = [r for r in range(height) if r * stride < y2 and (r + 1) * stride > y1]
             for row in rows:
                 for column in columns:
                     weight = 1 / (len(rows) * len(columns))
-                    foreground[picture, row, column] = max(weight, foreground[picture, row, column].item())
+                    foreground[image, row, column] = max(weight, foreground[image, row, column].item())
         empty = [
-            (y, x)
-            for y in range(height)
-            for x in range(width)
-            if inside[picture, y, x] and foreground[picture, y, x] == 0
+            (y, x) for y in range(height) for x in range(width) if inside[image, y, x] and foreground[image, y, x] == 0
         ]
         for y, x in empty:
-            background[picture, y, x] = 1 / len(empty)
+            background[image, y, x] = 1 / len(empty)
     return foreground, background
 
 
@@ -148,7 +145,7 @@ def test_the_method_sums_the_levels():
     student, teacher = pair(student_channels=16)
     method = methods.build({"method": "fgd"}, student, teacher)
     passed = one_pass(student)
-    theirs = list(teacher.trunk(passed.images).values())
+    theirs = list(teacher.features(passed.images).values())
     sums = torch.zeros(4, dtype=torch.float64)
     for stride, mine, other in zip(student.strides, passed.features.values(), theirs, strict=True):
         boxes = [target["boxes"] for target in passed.targets]

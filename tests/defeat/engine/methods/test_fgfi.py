@@ -20,15 +20,15 @@ def overlap(a, b):
 
 def restated_masks(boxes, anchors, sizes, threshold):
     masks = [torch.zeros(len(boxes), *size, dtype=torch.bool) for size in sizes]
-    for picture, of_picture in enumerate(boxes):
-        for box in of_picture.tolist():
+    for image, of_image in enumerate(boxes):
+        for box in of_image.tolist():
             best = max(overlap(box, anchor) for level in anchors for anchor in level.tolist())
             for level, (height, width) in enumerate(sizes):
                 per_cell = len(anchors[level]) // (height * width)
                 for index, anchor in enumerate(anchors[level].tolist()):
                     if overlap(box, anchor) > threshold * best:
                         row, column = divmod(index // per_cell, width)
-                        masks[level][picture, row, column] = True
+                        masks[level][image, row, column] = True
     return masks
 
 
@@ -107,7 +107,7 @@ def test_the_method_masks_by_the_students_own_anchors(family):
     sizes = [tuple(one.shape[-2:]) for one in adapted]
     boxes = [target["boxes"] for target in passed.targets]
     masks = imitation_masks(boxes, plain_anchors, sizes=sizes, threshold=0.3)
-    expected = 3 * fgfi_loss(adapted, list(teacher.trunk(passed.images).values()), masks)
+    expected = 3 * fgfi_loss(adapted, list(teacher.features(passed.images).values()), masks)
     assert torch.equal(method(passed, teacher, START)["neck"], expected)
 
 
@@ -120,4 +120,4 @@ def test_a_student_without_anchors_is_refused_and_a_teacher_without_is_none_of_i
     with_anchors = pair()[0]
     method = methods.build({"method": "fgfi"}, with_anchors, student.eval())
     assert method(one_pass(with_anchors), student, START)["neck"].item() > 0
-    assert student.train().train_pass(*images_and_targets()).anchors is None
+    assert student.train().forward_train(*images_and_targets()).anchors is None

@@ -90,7 +90,7 @@ def test_each_level_has_a_1x1_adapter_even_where_channels_are_equal():
         adapted = [adapter(one) for adapter, one in zip(method.adapters, passed.features.values(), strict=True)]
         inside = restated_inside(passed.image_sizes, [one.shape[-2:] for one in adapted], student.strides)
         assert not all(cells.all() for cells in inside)
-        expected = 3 * fitnet_loss(adapted, list(teacher.trunk(passed.images).values()), inside)
+        expected = 3 * fitnet_loss(adapted, list(teacher.features(passed.images).values()), inside)
         loss = method(passed, teacher, START)["neck"]
         assert torch.equal(loss, expected)
         maps = list(passed.features.values())

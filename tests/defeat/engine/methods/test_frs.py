@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defeat.engine import detectors, methods
-from defeat.engine.methods import Clock
+from defeat.engine.methods import StepInfo
 from defeat.engine.methods.frs import frs_logit_loss, frs_neck_loss, richness
 from defeat.engine.report import RunError
 from tests.support.methods import START, assert_same_loss, levels, one_pass, pair
@@ -72,7 +72,9 @@ def test_a_one_stage_head_is_compared_class_by_class_without_column_zero(family)
     assert (method.neck_weight, method.logits_weight) == (0.005, 0.02)
     sets = []
     for detector in (student, teacher):
-        maps = list(detector.trunk(passed.images).values()) if detector is teacher else list(passed.features.values())
+        maps = (
+            list(detector.features(passed.images).values()) if detector is teacher else list(passed.features.values())
+        )
         head = detector.head.classification_head
         raw = [head.cls_logits(head.conv(one)) for one in maps]
         shaped = [one.unflatten(1, (head.num_anchors, head.num_classes)) for one in raw]
@@ -83,7 +85,7 @@ def test_a_one_stage_head_is_compared_class_by_class_without_column_zero(family)
     losses = method(passed, teacher, START)
     assert losses["logits"].item() == pytest.approx(0.02 * frs_logit_loss(sets[0], sets[1], scores).item(), rel=1e-5)
     adapted = [adapter(one) for adapter, one in zip(method.adapters, passed.features.values(), strict=True)]
-    expected = 0.005 * frs_neck_loss(adapted, list(teacher.trunk(passed.images).values()), scores).item()
+    expected = 0.005 * frs_neck_loss(adapted, list(teacher.features(passed.images).values()), scores).item()
     assert losses["neck"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -93,7 +95,7 @@ def test_of_two_stage_detectors_the_proposal_networks_are_compared():
     method = methods.build({"method": "frs", "warmup_steps": 0}, student, teacher)
     assert (method.neck_weight, method.logits_weight) == (0.002, 0.1)
     ours = [one[:, :, None] for one in student.rpn.head(list(passed.features.values()))[0]]
-    theirs = [one[:, :, None] for one in teacher.rpn.head(list(teacher.trunk(passed.images).values()))[0]]
+    theirs = [one[:, :, None] for one in teacher.rpn.head(list(teacher.features(passed.images).values()))[0]]
     expected = 0.1 * frs_logit_loss(ours, theirs, [richness(one) for one in theirs])
     losses = method(passed, teacher, START)
     assert torch.equal(losses["logits"], expected)
@@ -106,9 +108,9 @@ def test_warmup_scales_both_losses():
     full = methods.build({"method": "frs", "warmup_steps": 0}, student, teacher)
     part = methods.build({"method": "frs", "warmup_steps": 8}, student, teacher)
     part.load_state_dict(full.state_dict())
-    passed, clock = one_pass(student), Clock(step=3, steps=12, epoch=0, epochs=1)
-    halves = part(passed, teacher, clock)
-    for name, loss in full(passed, teacher, clock).items():
+    passed, step_info = one_pass(student), StepInfo(step=3, steps=12, epoch=0, epochs=1)
+    halves = part(passed, teacher, step_info)
+    for name, loss in full(passed, teacher, step_info).items():
         assert halves[name].item() == pytest.approx(loss.item() / 2, rel=1e-6)
 
 

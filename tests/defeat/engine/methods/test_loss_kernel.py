@@ -8,7 +8,7 @@ import torch
 from benchmarks import loss_kernel
 from benchmarks.loss_kernel import Size, main, measure_device
 
-SMALL = Size(pictures=2, channels=4, height=64, width=96, boxes=3, repeats=2)
+SMALL = Size(images=2, channels=4, height=64, width=96, boxes=3, repeats=2)
 
 
 def test_each_form_is_measured_and_agrees():
@@ -28,15 +28,15 @@ def test_each_form_is_measured_and_agrees():
     assert not found["ok"]  # a GPU without the kernel would be a failure
 
 
-@pytest.mark.parametrize(("arguments", "pictures"), [(["--quick"], 2), ([], 8)])
-def test_the_gpu_is_asked_for_by_name(monkeypatch, capsys, arguments, pictures):
+@pytest.mark.parametrize(("arguments", "images"), [(["--quick"], 2), ([], 8)])
+def test_the_gpu_is_asked_for_by_name(monkeypatch, capsys, arguments, images):
     asked = []
 
     def measured(size, device, *, copied_bytes):
-        asked.append((size.pictures, device, copied_bytes))
+        asked.append((size.images, device, copied_bytes))
         return {"ok": True}
 
     monkeypatch.setattr(loss_kernel, "measure_device", measured)
     assert main([*arguments, "--device", "cuda"]) == 0
-    assert asked == [(pictures, torch.device("cuda", 0), 2**30)]
+    assert asked == [(images, torch.device("cuda", 0), 2**30)]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"benchmark": "loss_kernel", "ok": True}

@@ -173,7 +173,7 @@ def test_the_mean_over_two_processes_is_one_process_with_both_batches(tmp_path):
     assert (found[0][0] + found[1][0]) / 2 == pytest.approx(loss.item(), rel=1e-12)
     for index, whole in enumerate(torch.autograd.grad(loss, [*student, logits])):
         joined = torch.cat([torch.tensor(found[rank][1][index], dtype=torch.float64) for rank in range(2)])
-        # Each rank's gradient is of its own pictures alone; the average over ranks halves it.
+        # Each rank's gradient is of its own images alone; the average over ranks halves it.
         torch.testing.assert_close(joined / 2, whole, rtol=1e-10, atol=1e-14)
 
 

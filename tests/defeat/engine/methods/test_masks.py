@@ -20,10 +20,10 @@ STRIDES = (4, 8, 16, 32, 64)
 
 
 def restated(boxes, sizes, strides, mode, base):
-    """Masks by loops over pictures, boxes and cells."""
+    """Masks by loops over images, boxes and cells."""
     masks = [torch.zeros(len(boxes), 1, h, w, dtype=torch.bool) for h, w in sizes]
-    for picture, of_picture in enumerate(boxes):
-        for x1, y1, x2, y2 in of_picture.tolist():
+    for image, of_image in enumerate(boxes):
+        for x1, y1, x2, y2 in of_image.tolist():
             size = math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1))
             level = min(max(math.floor(math.log2(size / base + 1e-6)), 0), len(sizes) - 1)
             (height, width), stride = sizes[level], strides[level]
@@ -40,7 +40,7 @@ def restated(boxes, sizes, strides, mode, base):
                     columns, rows = range(left, min(right, width)), range(top, min(bottom, height))
             for row in rows:
                 for column in columns:
-                    masks[level][picture, 0, row, column] = True
+                    masks[level][image, 0, row, column] = True
     return masks
 
 
@@ -117,7 +117,7 @@ def test_a_thin_box_marks_one_cell_on_paper_and_all_it_touches_under_cover():
     assert int(object_masks(box, sizes=[(64, 256)], strides=[4], mode="cover")[0].sum()) == 250
 
 
-def test_coordinates_left_of_the_picture_are_truncated_towards_it():
+def test_coordinates_left_of_the_image_are_truncated_towards_it():
     box = [torch.tensor([[-3.0, -5.0, 3.0, 11.0]])]
     (paper,) = object_masks(box, sizes=[(4, 4)], strides=[4])
     # int(-3 / 4) and int(3 / 4) are both 0: a range that is empty, so one cell, at int(-5 / 4) moved inside.

@@ -9,7 +9,7 @@ from tests.support.methods import START, assert_same_loss, levels, one_pass, pai
 
 
 def restated_convolution(layer, features):
-    """A 3x3 convolution with padding 1, of one picture (C, H, W), as nested lists by channel, row, column."""
+    """A 3x3 convolution with padding 1, of one image (C, H, W), as nested lists by channel, row, column."""
     channels, height, width = len(features), len(features[0]), len(features[0][0])
     return [
         [
@@ -78,7 +78,7 @@ def test_the_method_blanks_the_adapted_maps_and_generates_from_them():
         generation(blank(adapter(one), masked_fraction=0.45))
         for generation, adapter, one in zip(method.generations, method.adapters, passed.features.values(), strict=True)
     ]
-    assert torch.equal(loss, 2 * mgd_loss(generated, list(teacher.trunk(passed.images).values())))
+    assert torch.equal(loss, 2 * mgd_loss(generated, list(teacher.features(passed.images).values())))
 
 
 def test_weight_and_share_are_the_authors_unless_given():

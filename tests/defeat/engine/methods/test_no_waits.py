@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from defeat.engine import detectors, methods
-from defeat.engine.methods import METHODS, Clock, losses
+from defeat.engine.methods import METHODS, StepInfo, losses
 from defeat.engine.methods.balance import FIRST_STEPS
 from defeat.engine.methods.base import TeacherPass
 from defeat.engine.methods.losses import _SquaredDifferences
@@ -39,7 +39,7 @@ SPECS |= {
 SPECS["combined"] = [{"method": name} for name in METHODS if name != "baseline"]
 # On a GPU these read, on the CPU, the value that they fill in: the record does not know them.
 VALUE_READ = {"aten.masked_fill.Tensor", "aten.masked_fill_.Tensor"}
-MEASURED, ORDINARY = (Clock(step=step, steps=100, epoch=0, epochs=1) for step in (0, FIRST_STEPS))
+MEASURED, ORDINARY = (StepInfo(step=step, steps=100, epoch=0, epochs=1) for step in (0, FIRST_STEPS))
 
 
 class Named(TorchDispatchMode):
@@ -62,7 +62,7 @@ def passes():
     student, teacher = student.train(), teacher.eval().requires_grad_(False)
     passed = one_pass(student)
     taught = TeacherPass(teacher, passed)
-    logits = taught.score(taught.samples[0])
+    logits = taught.score_proposals(taught.samples[0])
     return student, teacher, passed, taught, logits
 
 
@@ -100,7 +100,7 @@ def fake_pass(passed, boxes):
         proposals=proposals,
         labels=fake(passed.labels),
         class_logits=score(proposals),
-        score=score,
+        score_proposals=score,
         anchors=fake(passed.anchors),
         cell_logits=fake(passed.cell_logits, trained=True),
     )
@@ -112,14 +112,14 @@ def fake_teacher(taught):
         backbone=fake(taught.backbone),
         cell_logits=fake(taught.cell_logits),
         samples=fake(taught.samples),
-        score=lambda proposals: torch.empty(sum(map(len, proposals)), len(CLASSES) + 1, device="cuda"),
+        score_proposals=lambda proposals: torch.empty(sum(map(len, proposals)), len(CLASSES) + 1, device="cuda"),
     )
 
 
 @pytest.mark.parametrize("clock", [MEASURED, ORDINARY], ids=["measured", "ordinary"])
 @pytest.mark.parametrize("boxes", [(0, 0, 0), (2, 0, 5)], ids=["no-boxes", "boxes"])
 @pytest.mark.parametrize("name", SPECS)
-def test_losses_on_a_gpu_wait_for_nothing(passes, monkeypatch, name, boxes, clock):
+def test_losses_on_a_gpu_wait_for_nothing(passes, monkeypatch, name, boxes, step_info):
     student, teacher, passed, taught, _ = passes
 
     def gradients(_loss, features, **_):
@@ -134,7 +134,7 @@ def test_losses_on_a_gpu_wait_for_nothing(passes, monkeypatch, name, boxes, cloc
         ours, theirs = fake_pass(passed, boxes), fake_teacher(taught)
         waits.found.clear()  # of what was made for the test
         with Named() as named:
-            found = method.losses(ours, theirs, clock)
+            found = method.losses(ours, theirs, step_info)
     assert found
     assert all(loss.device.type == "cuda" and loss.shape == () for loss in found.values())
     assert waits.found == []
@@ -146,13 +146,13 @@ def test_the_backward_pass_asks_for_no_value(passes, name):
     student, teacher, passed, taught, logits = passes
     method = methods.build(SPECS[name], student, teacher)
     # Torchvision's heads pick the proposals of each level by value: they are left out, as above.
-    ours = dataclasses.replace(passed, score=lambda proposals: logits.clone().requires_grad_())
+    ours = dataclasses.replace(passed, score_proposals=lambda proposals: logits.clone().requires_grad_())
     theirs = SimpleNamespace(
         features=taught.features,
         backbone=taught.backbone,
         cell_logits=taught.cell_logits,
         samples=taught.samples,
-        score=lambda proposals: logits[:1].expand(sum(map(len, proposals)), -1),
+        score_proposals=lambda proposals: logits[:1].expand(sum(map(len, proposals)), -1),
     )
     features = list(passed.features.values())
     with Waits() as waits, Named() as named:

@@ -12,7 +12,7 @@ from tests.support.methods import START, assert_same_loss, levels, on_two_proces
 
 
 def restated(student, teacher):
-    """Half the mean squared difference of z-scores over pictures and cells of each channel, summed over levels."""
+    """Half the mean squared difference of z-scores over images and cells of each channel, summed over levels."""
     total = torch.zeros((), dtype=torch.float64)
     for ours, theirs in zip(student, teacher, strict=True):
         channels = ours.shape[1]
@@ -34,7 +34,7 @@ def test_loss_and_gradients_equal_the_restatement(seed):
 
 
 def _apart(rank):
-    """One process of two: the loss of its pictures, of unlike moments on the two, and its gradients."""
+    """One process of two: the loss of its images, of unlike moments on the two, and its gradients."""
     student, teacher = _together()
     mine = [one[rank : 1 + 2 * rank].detach().requires_grad_() for one in student]
     loss = pkd_loss(mine, [one[rank : 1 + 2 * rank] for one in teacher])
@@ -52,7 +52,7 @@ def _together():
     return student, [one * scale.flip(0) for one in teacher]
 
 
-def test_the_mean_over_two_processes_is_one_process_with_all_pictures(tmp_path):
+def test_the_mean_over_two_processes_is_one_process_with_all_images(tmp_path):
     found = on_two_processes(_apart, tmp_path)
     student, teacher = _together()
     loss = pkd_loss(student, teacher)
@@ -98,7 +98,7 @@ def test_its_weight_is_the_authors_unless_given():
 def test_the_method_is_the_loss_of_the_bare_maps():
     student, teacher = pair(student_channels=16)
     passed = one_pass(student)
-    expected = 6 * pkd_loss(list(passed.features.values()), list(teacher.trunk(passed.images).values()))
+    expected = 6 * pkd_loss(list(passed.features.values()), list(teacher.features(passed.images).values()))
     assert torch.equal(methods.build({"method": "pkd"}, student, teacher)(passed, teacher, START)["neck"], expected)
 
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from defeat.engine.methods import Clock
+from defeat.engine.methods import StepInfo
 from defeat.engine.methods.strength import strength
 
 
 def by_epoch(decay, epochs):
-    clocks = [Clock(step=0, steps=epochs, epoch=epoch, epochs=epochs) for epoch in range(epochs)]
-    return [strength(clock, warmup_steps=0, decay=decay) for clock in clocks]
+    clocks = [StepInfo(step=0, steps=epochs, epoch=epoch, epochs=epochs) for epoch in range(epochs)]
+    return [strength(step_info, warmup_steps=0, decay=decay) for step_info in clocks]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_one_epoch_has_its_full_weight_and_no_epoch_is_idle(decay):
 
 def test_the_warmup_multiplies_the_decay():
     # 6 steps an epoch, 8 of warm-up: they reach into the second of three epochs.
-    clocks = [Clock(step=step, steps=18, epoch=step // 6, epochs=3) for step in range(18)]
-    values = [strength(clock, warmup_steps=8, decay="linear") for clock in clocks]
+    clocks = [StepInfo(step=step, steps=18, epoch=step // 6, epochs=3) for step in range(18)]
+    values = [strength(step_info, warmup_steps=8, decay="linear") for step_info in clocks]
     expected = [min(1, (step + 1) / 8) * (1 - (step // 6) / 3) for step in range(18)]
     assert values == pytest.approx(expected, rel=1e-12)

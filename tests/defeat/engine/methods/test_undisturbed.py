@@ -92,7 +92,7 @@ def test_losses_gradients_and_buffers_are_those_of_the_plain_call(name, family):
     student, teacher = copy.deepcopy(pair_of(family))
     method = methods.build(spec_for(name, family), student, teacher)
     torch.manual_seed(SEED)
-    passed = student.train_pass(*batch_for(family))
+    passed = student.forward_train(*batch_for(family))
     added = method(passed, teacher, START)
     assert bool(added) == (name != "baseline")
     assert student.training

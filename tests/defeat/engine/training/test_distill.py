@@ -11,7 +11,7 @@ import torch
 
 from defeat.engine import detectors
 from defeat.engine.data.loading import loader
-from defeat.engine.data.loading.loader import PictureReader
+from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors import compilation
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
 from defeat.engine.report import Reporter
@@ -91,8 +91,8 @@ def test_the_student_loads_without_the_teacher_and_measures_the_same(finished, d
     student = detectors.load(artifact(directory, "student-best.safetensors"))
     assert student.classes == list(CLASSES)
     assert not [name for name in student.state_dict() if "adapter" in name or "teacher" in name]
-    pictures = PictureReader(dataset[1], dataset[0].in_split("val"))
-    found = detect_split(student, pictures, batch_size=8, device=torch.device("cpu"))
+    images = ImageReader(dataset[1], dataset[0].in_split("val"))
+    found = detect_split(student, images, batch_size=8, device=torch.device("cpu"))
     again = coco_metrics(dataset[0], "val", found)
     assert {**again, "epoch": result["results"]["student"]["epoch"]} == result["results"]["student"]
 
@@ -101,9 +101,9 @@ def test_the_gallery_shows_truth_and_both_detectors(finished, dataset):
     directory, _ = finished
     gallery = json.loads(artifact(directory, "gallery.json").read_text())
     assert gallery["classes"] == list(CLASSES)
-    pictures = dataset[0].in_split("val")
+    images = dataset[0].in_split("val")
     for entry in gallery["images"]:
-        record = next(one for one in pictures if one.name == entry["name"])
+        record = next(one for one in images if one.name == entry["name"])
         assert entry["truth"] == [{"class": b.class_index, "box": [b.x1, b.y1, b.x2, b.y2]} for b in record.boxes]
         assert artifact(directory, entry["file"]).read_bytes() == (dataset[1] / record.file).read_bytes()
         assert entry.keys() >= {"teacher", "student"}
@@ -219,7 +219,7 @@ def test_the_baseline_needs_no_teacher(dataset, tmp_path):
         ({"distillation": {"method": "defeat", "neck_wieght": 1}}, "bad_spec", "neck_wieght"),
         ({"teacher": None}, "teacher_missing", "needs a teacher"),
         ({"evaluation": {"split": "test"}}, "split_missing", "it has: train, val"),
-        ({"schedule": {"epochs": 1, "batch_size": 64}}, "too_few_images", "16 pictures"),
+        ({"schedule": {"epochs": 1, "batch_size": 64}}, "too_few_images", "16 images"),
         (
             {"schedule": {"epochs": 1, "learning_rate": 10, "gradient_clip": 0, "batch_size": 4, "warmup_steps": 0}},
             None,
@@ -395,8 +395,8 @@ def test_little_memory_for_loading_is_warned_of(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "_processors", lambda: 2)
     plain = loader.TrainingBatches.__init__
 
-    def _as_on_a_gpu(self, pictures, *, device, **options):
-        plain(self, pictures, device=torch.device("cuda"), **options)
+    def _as_on_a_gpu(self, images, *, device, **options):
+        plain(self, images, device=torch.device("cuda"), **options)
 
     monkeypatch.setattr(loader.TrainingBatches, "__init__", _as_on_a_gpu)
     monkeypatch.setattr(loader, "default_limit", lambda _world: 3 * 4 * (3 * 64 * 96 + 256))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from defeat.engine.data.loading.cache import PictureCache
+from defeat.engine.data.loading.cache import ImageCache
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.report import RunError
 from defeat.engine.training.inspection import Look, look, require_true_images
@@ -25,19 +25,19 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(dataset, tmp_path_factory):
+def reader(dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("again")
-    return PictureReader(root / "canonical", shapes(root, train=8, val=2).in_split("train"))
+    return ImageReader(root / "canonical", shapes(root, train=8, val=2).in_split("train"))
 
 
-def batches(pictures, augmentation):
+def batches(reader, augmentation):
     size = InputSize(min_size=64, max_size=96)
-    return TrainingBatches(pictures, batch_size=4, size=size, augmentation=augmentation, device=torch.device("cpu"))
+    return TrainingBatches(reader, batch_size=4, size=size, augmentation=augmentation, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("augmentation", [AugmentationConfig(), EVERYTHING], ids=["mirrored", "everything"])
-def test_true_images_are_let_pass(pictures, augmentation):
-    made = batches(pictures, augmentation)
+def test_true_images_are_let_pass(reader, augmentation):
+    made = batches(reader, augmentation)
     for seed in (1, 2):
         looks = [one for number, batch in enumerate(made.epoch(seed)) for one in look(batch, made, number)]
         assert len(looks) == 8
@@ -45,8 +45,8 @@ def test_true_images_are_let_pass(pictures, augmentation):
         require_true_images(looks)
 
 
-def test_images_that_differ_are_found_and_named(pictures):
-    made = batches(pictures, AugmentationConfig())
+def test_images_that_differ_are_found_and_named(reader):
+    made = batches(reader, AugmentationConfig())
     first, second = made.epoch(1)
     first.images[2].zero_()
     second.images[0].copy_(first.images[0])
@@ -75,8 +75,8 @@ def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good)
     assert (raised.value.failure_class, raised.value.code) == ("data", "images_constant")
 
 
-def test_so_many_images_of_a_batch_are_looked_at(pictures):
-    made = batches(pictures, AugmentationConfig())
+def test_so_many_images_of_a_batch_are_looked_at(reader):
+    made = batches(reader, AugmentationConfig())
     batch = next(made.epoch(1))
     assert len(look(batch, made, 0, most=3)) == 3
     assert len(look(batch, made, 0)) == 4
@@ -85,14 +85,14 @@ def test_so_many_images_of_a_batch_are_looked_at(pictures):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_run_ends_when_its_images_turn_black(dataset, tmp_path, monkeypatch, epoch):
     """As they did when loader processes wrote into memory of their own: from the second epoch on."""
-    plain, calls = PictureCache.get, []
+    plain, calls = ImageCache.get, []
 
     def _get(self, index, make):
         calls.append(index)
         image = plain(self, index, make)
         return image if len(calls) <= 8 * epoch else torch.zeros_like(image)
 
-    monkeypatch.setattr(PictureCache, "get", _get)
+    monkeypatch.setattr(ImageCache, "get", _get)
     job = spec(teacher=None, distillation={"method": "baseline"})
     result = run(write_run(tmp_path / "run", dataset, job))
     assert result["status"] == "failed"
@@ -107,8 +107,8 @@ def test_a_run_ends_when_its_images_turn_black(dataset, tmp_path, monkeypatch, e
 
 def test_a_run_on_images_that_show_nothing_fails(tmp_path):
     data = shapes(tmp_path, train=8, val=2)
-    for picture in data.in_split("train"):
-        Image.new("RGB", (96, 64)).save(Path(tmp_path, "canonical", picture.file))
+    for image in data.in_split("train"):
+        Image.new("RGB", (96, 64)).save(Path(tmp_path, "canonical", image.file))
     job = spec(teacher=None, distillation={"method": "baseline"})
     result = run(write_run(tmp_path / "run", tmp_path / "canonical", job))
     assert result["failure"]["code"] == "images_constant"

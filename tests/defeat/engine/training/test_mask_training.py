@@ -52,7 +52,7 @@ def test_without_masks_there_is_no_mask_loss(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_where_one_picture_has_masks_every_batch_has_the_loss(tmp_path, kept):
+def test_where_one_image_has_masks_every_batch_has_the_loss(tmp_path, kept):
     """Batches without any among them: each part of the loss must be there on every process and in every step."""
     dataset = shapes(tmp_path, train=8, val=2, masks=True)
     images = tuple(

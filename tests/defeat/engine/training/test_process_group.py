@@ -19,13 +19,13 @@ from defeat.engine import detectors, methods
 from defeat.engine.data import canonical
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import PictureReader, TrainingBatches
+from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 from defeat.engine.report import RunError
-from defeat.engine.training import process_group as world
+from defeat.engine.training import process_group
 from defeat.engine.training.config import JobConfig, ScheduleConfig
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 from tests.defeat.engine.training.test_step import RETINANET
 from tests.support.tiny import TINY
@@ -38,8 +38,8 @@ from pathlib import Path
 from tests.defeat.engine.training.test_process_group import step_and_gradients
 rank, directory, case = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/{case}", rank=rank, world_size=2)
-from defeat.engine.training.process_group import World
-torch.save(step_and_gradients(directory / "canonical", World(rank, 2), case), directory / f"{case}-{rank}.pt")
+from defeat.engine.training.process_group import ProcessGroup
+torch.save(step_and_gradients(directory / "canonical", ProcessGroup(rank, 2), case), directory / f"{case}-{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 ONE_STAGE = [
@@ -84,14 +84,14 @@ class FirstOfEach(BalancedPositiveNegativeSampler):
         return tuple(list(kind) for kind in zip(*kept, strict=True))
 
 
-def step_and_gradients(dataset, world, case):
+def step_and_gradients(dataset, group, case):
     """One step of this process's share; the values it reports and the gradients it leaves."""
     config, distillation, parts, _ = CASES[case]
     torch.manual_seed(0)
     student = detectors.build(config, CLASSES).train()
     teacher = detectors.build(config, CLASSES).eval().requires_grad_(False)
     for name, parameter in [*teacher.named_parameters(), *student.named_parameters()]:
-        if name.endswith("cls_logits.weight"):  # detectors that are surer of some pictures, and places, than of others
+        if name.endswith("cls_logits.weight"):  # detectors that are surer of some images, and places, than of others
             torch.nn.init.normal_(parameter, std=1.0 if parameter.requires_grad else 5.0)
     for one in student.modules():
         if isinstance(one, (RegionProposalNetwork, RoIHeads)):
@@ -99,22 +99,22 @@ def step_and_gradients(dataset, world, case):
             one.fg_bg_sampler = FirstOfEach(plain.batch_size_per_image, plain.positive_fraction)
     method = methods.build(distillation, student, teacher)
     schedule = ScheduleConfig(batch_size=4, accumulation=parts, warmup_steps=0, gradient_clip=0)
-    step = Step(student, method=method, teacher=teacher, schedule=schedule, world=world, device=CPU)
-    pictures = PictureReader(dataset, canonical.read(dataset).in_split("train"))
+    step = Step(student, method=method, teacher=teacher, schedule=schedule, group=group, device=CPU)
+    reader = ImageReader(dataset, canonical.read(dataset).in_split("train"))
     batches = TrainingBatches(
-        pictures,
+        reader,
         batch_size=4,
         size=InputSize.taken_from(student),
         augmentation=AugmentationConfig(),
         device=CPU,
-        rank=world.rank,
-        world=world.size,
+        rank=group.rank,
+        world_size=group.size,
     )
     batch = next(batches.epoch(3))
-    if world.alone and parts > 1:  # the n-th parts of all shares are what goes through together
+    if group.is_single and parts > 1:  # the n-th parts of all shares are what goes through together
         order = [share * 4 // 2 + part for part in range(parts) for share in range(2)]
         batch = Batch.of([(batch.images[i], batch.targets[i]) for i in order])
-    values = step(batch, Clock(step=0, steps=4, epoch=0, epochs=1), measured=True).values
+    values = step(batch, StepInfo(step=0, steps=4, epoch=0, epochs=1), measured=True).values
     return values, {name: one.grad for name, one in step.losses.named_parameters()}
 
 
@@ -129,7 +129,7 @@ def dataset(tmp_path_factory):
 def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset, case):
     root = dataset.parent
     processes = [subprocess.Popen([sys.executable, "-c", STEP, str(rank), str(root), case]) for rank in range(2)]
-    values, gradients = step_and_gradients(dataset, World(), case)
+    values, gradients = step_and_gradients(dataset, ProcessGroup(), case)
     assert [process.wait(120) for process in processes] == [0, 0]
     shares = [torch.load(root / f"{case}-{rank}.pt") for rank in range(2)]
     assert shares[0][0] == shares[1][0]
@@ -255,7 +255,7 @@ sys.exit(run.main(Path(sys.argv[1])))
 def test_memory_that_runs_out_in_one_of_two_is_said_so(dataset, tmp_path):
     """In the backward pass, in which the processes exchange gradients: the one that fails must not begin to count."""
     failure = failure_of(EXHAUSTED, dataset, tmp_path)
-    detail = "2 pictures at a time do not fit into memory (tried to allocate 80 GiB)"
+    detail = "2 images at a time do not fit into memory (tried to allocate 80 GiB)"
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": detail}
 
 
@@ -292,9 +292,9 @@ def test_gpus_must_share_the_batch():
 )
 def test_little_shared_memory_for_several_gpus_is_warned_of(monkeypatch, size, device, free, warned):
     told = []
-    monkeypatch.setattr(world.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    monkeypatch.setattr(process_group.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
     reporter = SimpleNamespace(message=lambda *words: told.append(words))
-    world.warn_of_little_shared_memory(World(0, size), torch.device(device), reporter)
+    process_group.warn_of_little_shared_memory(ProcessGroup(0, size), torch.device(device), reporter)
     assert [words[:2] for words in told] == [("warn", "little_shared_memory")] * warned
     if warned:
         assert "64 MiB are free in /dev/shm" in told[0][2]
@@ -305,12 +305,14 @@ def test_gpus_meet_by_nccl_and_objects_go_by_the_cpu(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
     monkeypatch.setattr(
-        world.distributed, "init_process_group", lambda backend, **named: calls.append((backend, named))
+        process_group.distributed, "init_process_group", lambda backend, **named: calls.append((backend, named))
     )
-    monkeypatch.setattr(world.distributed, "new_group", lambda **named: calls.append(("group", named)) or "by cpu")
+    monkeypatch.setattr(
+        process_group.distributed, "new_group", lambda **named: calls.append(("group", named)) or "by cpu"
+    )
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    joined = World.join(torch.device("cuda", 1))
+    joined = ProcessGroup.join(torch.device("cuda", 1))
     assert (joined.rank, joined.size, joined.by_cpu) == (1, 2, "by cpu")
     (_, device), (backend, named), (_, group) = calls
     assert device == named["device_id"] == torch.device("cuda", 1)

@@ -9,18 +9,18 @@ import torch
 from defeat.engine import detectors, methods
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.methods import METHODS
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
 from defeat.engine.training.ema import Average
 from defeat.engine.training.health import QUIET_STEPS, Watch
 from defeat.engine.training.optim import state_bytes
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 from tests.support.training import CLASSES, TINY, images_and_targets
 
-START = Clock(step=0, steps=10, epoch=0, epochs=1)
-# A RetinaNet without batch norm in motion: its losses are means over pictures, so parts of a batch add up to the whole.
+START = StepInfo(step=0, steps=10, epoch=0, epochs=1)
+# A RetinaNet without batch norm in motion: its losses are means over images, so parts of a batch add up to the whole.
 RETINANET = {
     "architecture": "retinanet",
     "backbone": TINY["backbone"],
@@ -51,7 +51,7 @@ def step_for(detector=RETINANET, distillation=None, device="cpu", **schedule):
         method=method,
         teacher=teacher,
         schedule=ScheduleConfig(**given),
-        world=World(),
+        group=ProcessGroup(),
         device=torch.device(device),
     )
     return step
@@ -74,7 +74,7 @@ def test_every_parameter_of_a_method_has_a_gradient(name, boxes):
     if not boxes:
         targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
     samples = [((255 * image).byte(), target) for image, target in zip(images, targets, strict=True)]
-    step(Batch.of(samples), Clock(step=600, steps=1000, epoch=0, epochs=1))
+    step(Batch.of(samples), StepInfo(step=600, steps=1000, epoch=0, epochs=1))
     trainable = {name for name, one in step.losses.named_parameters() if one.requires_grad}
     assert gradients(step).keys() == trainable
 
@@ -167,17 +167,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
 @pytest.mark.parametrize(
     ("accumulation", "limit", "says"),
     [
-        (1, 3, "6 pictures at a time do not fit into memory; 3 at a time fit: that is accumulation 2 for the same"),
+        (1, 3, "6 images at a time do not fit into memory; 3 at a time fit: that is accumulation 2 for the same"),
         (1, 2, "that is accumulation 3 for the same batch_size 6, or batch_size 2 ("),
-        (2, 1, "3 pictures at a time do not fit into memory; 1 at a time fit: that is accumulation 6 for the same"),
+        (2, 1, "3 images at a time do not fit into memory; 1 at a time fit: that is accumulation 6 for the same"),
         (2, 1, "or batch_size 2 ("),
-        (1, 0, "not even one picture fits"),
+        (1, 0, "not even one image fits"),
     ],
 )
 def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, says):
     step = step_for(batch_size=6, accumulation=accumulation)
     student = step.losses.detector
-    plain, held = student.train_pass, []
+    plain, held = student.forward_train, []
 
     def _train_pass(images, targets):
         assert not any(one() for one in held), "what a failed pass took is still taken when the next one is tried"
@@ -187,7 +187,7 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, say
             raise torch.OutOfMemoryError("tried to allocate 80 GiB\nmore")
         return plain(images, targets)
 
-    monkeypatch.setattr(student, "train_pass", _train_pass)
+    monkeypatch.setattr(student, "forward_train", _train_pass)
     with pytest.raises(RunError) as raised:
         step(batch_of(6), START)
     assert (raised.value.failure_class, raised.value.code) == ("oom", "out_of_memory")
@@ -204,7 +204,7 @@ def test_an_optimizer_without_room_for_its_state_is_out_of_memory_too(monkeypatc
     def _step():
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    plain, empty = step.losses.detector.train_pass, torch.empty
+    plain, empty = step.losses.detector.forward_train, torch.empty
 
     def _train_pass(images, targets):
         if free["bytes"] == state and len(images) > room:
@@ -217,7 +217,7 @@ def test_an_optimizer_without_room_for_its_state_is_out_of_memory_too(monkeypatc
         return empty(*size, **options)
 
     monkeypatch.setattr(step.optimizer, "step", _step)
-    monkeypatch.setattr(step.losses.detector, "train_pass", _train_pass)
+    monkeypatch.setattr(step.losses.detector, "forward_train", _train_pass)
     monkeypatch.setattr(torch, "empty", _empty)
     with pytest.raises(RunError) as raised:
         step(batch_of(6), START)
@@ -251,17 +251,17 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls():
     assert not all(torch.equal(before[name], one) for name, one in step.losses.named_parameters())
 
 
-def test_no_fewer_pictures_are_tried_than_the_detector_trains_on(monkeypatch):
+def test_no_fewer_images_are_tried_than_the_detector_trains_on(monkeypatch):
     step, tried = step_for(batch_size=6), []
     student = step.losses.detector
-    monkeypatch.setattr(type(student), "least_pictures", 2)
+    monkeypatch.setattr(type(student), "least_images", 2)
 
     def _train_pass(images, _targets):
         tried.append(len(images))
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(student, "train_pass", _train_pass)
-    with pytest.raises(RunError, match="not even 2 pictures fit"):
+    monkeypatch.setattr(student, "forward_train", _train_pass)
+    with pytest.raises(RunError, match="not even 2 images fit"):
         step(batch_of(6), START)
     assert tried == [6, 3, 2]
 

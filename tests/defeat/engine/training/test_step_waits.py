@@ -12,9 +12,9 @@ from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.detectors import unblocked
 from defeat.engine.detectors.retinanet import RetinaNetDetector
-from defeat.engine.methods.base import Clock
+from defeat.engine.methods.base import StepInfo
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.process_group import World
+from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 from tests.support.device_waits import Waits, fake_cuda
 from tests.support.one_stage import RETINANET
@@ -36,7 +36,7 @@ def _simple(monkeypatch):
             return torch.ones(len(values))
 
     monkeypatch.setattr(RetinaNetDetector, "match_and_compare", _losses)
-    monkeypatch.setattr(World, "mean", _mean)
+    monkeypatch.setattr(ProcessGroup, "mean", _mean)
     unblocked._constant.cache_clear()
     yield
     unblocked._constant.cache_clear()
@@ -54,11 +54,11 @@ def step_on(device, **changes):
         teacher = detectors.build({**RETINANET, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
         method = methods.build([{**NECK, "weight": 1.0}, {"method": "fgd", "weight": 0.5}], student, teacher)
     InputSize.taken_from(student)
-    return Step(student, method=method, teacher=teacher, schedule=schedule, world=World(), device=device)
+    return Step(student, method=method, teacher=teacher, schedule=schedule, group=ProcessGroup(), device=device)
 
 
-def clock(number):
-    return Clock(step=number, steps=1000, epoch=0, epochs=1)
+def step_info(number):
+    return StepInfo(step=number, steps=1000, epoch=0, epochs=1)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -80,7 +80,7 @@ def test_copies_to_and_from_a_gpu_wait_for_nothing_but_the_numbers(precision, op
         for number in (100, 101):
             if number == 101:
                 waits.found.clear()  # what is found out, or made, once
-            taken = step(batch_of(4), clock(number))
+            taken = step(batch_of(4), step_info(number))
     assert waits.found == []
     assert sum(fused) == 2 * len(parameters)
     assert set(taken.values) >= {"loss/defeat/neck_object", "gradient_norm", "adapter_gradient_norm"}
@@ -89,7 +89,7 @@ def test_copies_to_and_from_a_gpu_wait_for_nothing_but_the_numbers(precision, op
 @pytest.mark.parametrize("measured", [False, True])
 def test_no_shape_and_no_value_of_a_whole_step_comes_from_the_device(measured):
     step = step_on(torch.device("cpu"))
-    step(batch_of(4), clock(100), measured=measured)
+    step(batch_of(4), step_info(100), measured=measured)
     with Waits() as waits:
-        step(batch_of(4), clock(101), measured=measured)
+        step(batch_of(4), step_info(101), measured=measured)
     assert waits.found == []

@@ -11,10 +11,10 @@ from PIL import Image
 
 from defeat.engine.data import canonical
 from defeat.engine.data.importing import check
-from defeat.engine.data.importing import images as pictures
+from defeat.engine.data.importing import images as importing_images
 from defeat.engine.data.importing.problems import MAX_EXAMPLES, SUMMARIES, Problems, shown
 from tests.defeat.engine.data.conftest import Import
-from tests.support.datasets import GOOD_BOX, HEIGHT, WIDTH, coco, coco_document, picture_bytes, put, voc, voc_xml
+from tests.support.datasets import GOOD_BOX, HEIGHT, WIDTH, coco, coco_document, image_bytes, put, voc, voc_xml
 
 
 def annotation(**changes: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def annotation(**changes: Any) -> dict[str, Any]:
 GOOD = annotation(id=1)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def test_missing_image(tmp_path: Path, run_import: Import) -> None:
@@ -41,9 +41,9 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 BROKEN = {
-    "cut": picture_bytes(1, (300, 300), "JPEG")[:-400],
-    "cut png": picture_bytes(1, (300, 300))[:-40],
-    "text": b"this is no picture",
+    "cut": image_bytes(1, (300, 300), "JPEG")[:-400],
+    "cut png": image_bytes(1, (300, 300))[:-40],
+    "text": b"this is no image",
     "empty": b"",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start ghostscript
     "no pixels": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", bytes(3) + b"\x09" + bytes(3) + b"\x09\x08\x02\0\0\0"),
@@ -67,8 +67,8 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, run_import: Import,
 
 def test_a_huge_file_is_not_read(tmp_path: Path, run_import: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     root = voc(tmp_path / "tree")
-    put(root / "JPEGImages/one.png", picture_bytes(1) + bytes(2000))
-    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 2000)
+    put(root / "JPEGImages/one.png", image_bytes(1) + bytes(2000))
+    monkeypatch.setattr(importing_images, "MAX_FILE_BYTES", 2000)
     assert run_import(root).problems() == {"image_too_large": ("dropped", 1)}
 
 
@@ -91,10 +91,10 @@ def test_an_exif_orientation_is_not_applied(tmp_path: Path, run_import: Import) 
     assert run_import(root).report["problems"] == []
 
 
-def test_the_same_picture_twice(tmp_path: Path, run_import: Import) -> None:
+def test_the_same_image_twice(tmp_path: Path, run_import: Import) -> None:
     root = voc(tmp_path / "tree")
     for name in ("two", "three"):
-        put(root / f"JPEGImages/{name}.png", picture_bytes(1))
+        put(root / f"JPEGImages/{name}.png", image_bytes(1))
     outcome = run_import(root)
     assert outcome.problems() == {"duplicate_image": ("note", 1), "image_in_two_splits": ("note", 1)}
     assert outcome.examples("image_in_two_splits") == [
@@ -102,15 +102,15 @@ def test_the_same_picture_twice(tmp_path: Path, run_import: Import) -> None:
     ]
     dataset = canonical.unpack(outcome.tar, tmp_path / "read")
     assert len(dataset.images) == 3
-    assert len({picture.file for picture in dataset.images}) == 1
+    assert len({image.file for image in dataset.images}) == 1
 
 
-def test_one_picture_is_decoded_once(tmp_path: Path, run_import: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_decoded_once(tmp_path: Path, run_import: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     root = coco(tmp_path / "tree")
     put(root / "annotations/instances_train2017.json", json.dumps(coco_document(["a.png"] * 50)))
     decoded: list[Path] = []
-    inspect = pictures.inspect
-    monkeypatch.setattr(pictures, "inspect", lambda path: decoded.append(path) or inspect(path))
+    inspect = importing_images.inspect
+    monkeypatch.setattr(importing_images, "inspect", lambda path: decoded.append(path) or inspect(path))
     run_import(root)
     assert len(decoded) == 2
 
@@ -161,7 +161,7 @@ def test_boxes_over_the_edge_are_clipped(tmp_path: Path, run_import: Import) -> 
     outcome = run_import(root)
     assert outcome.problems() == {"box_clipped": ("note", 1)}
     dataset = canonical.unpack(outcome.tar, tmp_path / "read")
-    (clipped,) = next(picture.boxes for picture in dataset.images if picture.name == "two.png")
+    (clipped,) = next(image.boxes for image in dataset.images if image.name == "two.png")
     assert clipped == canonical.Box(1, 0, 0, WIDTH, HEIGHT)
 
 
@@ -196,8 +196,8 @@ def test_coco_boxes_that_are_dropped(tmp_path: Path, run_import: Import, bbox: o
     [
         ([[1, 2, 3]], "bad_mask", "the segmentation of annotations[1] needs polygons"),
         ({"size": [HEIGHT, WIDTH], "counts": [5]}, "bad_mask", "has counts that are not its 3072 pixels together"),
-        ({"size": [WIDTH, HEIGHT], "counts": [WIDTH * HEIGHT]}, "bad_mask", "is of a picture of 48x64"),
-        ([[100, 1, 110, 1, 110, 9]], "empty_mask", "cell from (1, 1) to (6, 6) in a picture of 64x48"),
+        ({"size": [WIDTH, HEIGHT], "counts": [WIDTH * HEIGHT]}, "bad_mask", "is of an image of 48x64"),
+        ([[100, 1, 110, 1, 110, 9]], "empty_mask", "cell from (1, 1) to (6, 6) in an image of 64x48"),
         ([[1.6, 1.6, 2.4, 1.6, 2.4, 2.4]], "empty_mask", "cell from"),
         ({"size": [HEIGHT, WIDTH], "counts": [WIDTH * HEIGHT]}, "empty_mask", "cell from"),
     ],

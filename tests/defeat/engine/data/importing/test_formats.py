@@ -20,7 +20,7 @@ from tests.support.datasets import (
     WIDTH,
     coco,
     coco_document,
-    picture_bytes,
+    image_bytes,
     put,
     voc,
     voc_xml,
@@ -34,10 +34,10 @@ def read(tar: Path) -> CanonicalDataset:
 
 def by_name(dataset: CanonicalDataset) -> dict[tuple[str, str], list[tuple[Any, ...]]]:
     return {
-        (picture.split, picture.name): [
-            (dataset.classes[box.class_index], box.x1, box.y1, box.x2, box.y2) for box in picture.boxes
+        (image.split, image.name): [
+            (dataset.classes[box.class_index], box.x1, box.y1, box.x2, box.y2) for box in image.boxes
         ]
-        for picture in dataset.images
+        for image in dataset.images
     }
 
 
@@ -80,7 +80,7 @@ def test_a_voc_archive_is_found_in_its_wrapping(tmp_path: Path, run_import: Impo
 
 
 @pytest.mark.parametrize("arrangement", ["beside", "images/tag", "images/alike", "images", "in the names"])
-def test_coco_pictures_are_found_where_people_put_them(tmp_path: Path, run_import: Import, arrangement: str) -> None:
+def test_coco_images_are_found_where_people_put_them(tmp_path: Path, run_import: Import, arrangement: str) -> None:
     root = coco(tmp_path / "tree")
     images = root / "images"
     if arrangement == "images/tag":
@@ -116,7 +116,7 @@ def test_a_roboflow_export(tmp_path: Path, run_import: Import) -> None:
         document = coco_document(["x.png"], categories=categories)
         document["annotations"][0]["category_id"] = 1
         put(tmp_path / "tree/export" / split / "_annotations.coco.json", json.dumps(document))
-        put(tmp_path / "tree/export" / split / "x.png", picture_bytes(number))
+        put(tmp_path / "tree/export" / split / "x.png", image_bytes(number))
     outcome = run_import(zip_of(tmp_path / "tree", tmp_path / "x"))
     assert outcome.failure is None
     assert outcome.results["classes"] == ["hand"]
@@ -182,20 +182,20 @@ def test_trainval_alone_is_train_and_else_ignored(tmp_path: Path, run_import: Im
 
 
 @pytest.mark.parametrize("name", ["one.PNG", "one.JpEg", "one.jpg"])
-def test_picture_extensions_in_any_case(tmp_path: Path, run_import: Import, name: str) -> None:
+def test_image_extensions_in_any_case(tmp_path: Path, run_import: Import, name: str) -> None:
     root = voc(tmp_path / "tree")
     (root / "JPEGImages/one.png").unlink()
-    put(root / "JPEGImages" / name, picture_bytes(1, kind="PNG" if name.endswith("PNG") else "JPEG"))
+    put(root / "JPEGImages" / name, image_bytes(1, kind="PNG" if name.endswith("PNG") else "JPEG"))
     outcome = run_import(root)
     assert outcome.report["problems"] == []
-    picture = next(picture for picture in read(outcome.tar).images if picture.name == name)
-    assert picture.file.endswith(".png" if name.endswith("PNG") else ".jpg")
+    image = next(image for image in read(outcome.tar).images if image.name == name)
+    assert image.file.endswith(".png" if name.endswith("PNG") else ".jpg")
 
 
-def test_of_two_pictures_of_one_name_the_stated_one_is_used(tmp_path: Path, run_import: Import) -> None:
+def test_of_two_images_of_one_name_the_stated_one_is_used(tmp_path: Path, run_import: Import) -> None:
     root = voc(tmp_path / "tree")
-    put(root / "JPEGImages/one.bmp", picture_bytes(77, kind="BMP"))
-    names = {picture.name for picture in read(run_import(root).tar).images}
+    put(root / "JPEGImages/one.bmp", image_bytes(77, kind="BMP"))
+    names = {image.name for image in read(run_import(root).tar).images}
     assert "one.png" in names
     assert "one.bmp" not in names
 
@@ -208,7 +208,7 @@ def test_voc_coordinates_difficult_and_parts(tmp_path: Path, run_import: Import)
     put(root / "Annotations/two.xml", voc_xml([], name="two.png", more=more))
     dataset = read(run_import(root).tar)
     assert dataset.classes == ("blob", "cell")
-    (found,) = next(picture.boxes for picture in dataset.images if picture.name == "two.png")
+    (found,) = next(image.boxes for image in dataset.images if image.name == "two.png")
     assert found == canonical.Box(1, 1.5, 2, 10, 20.25, crowd=False, difficult=True)
 
 
@@ -227,8 +227,8 @@ def test_crowds_and_classes_without_boxes_are_kept(tmp_path: Path, run_import: I
         {"id": 2, "image_id": 1, "category_id": 3, "bbox": [1.5, 2, 3, 4]},
     ]
     outcome = run_import(coco(tmp_path / "tree", annotations=annotations))
-    picture = read(outcome.tar).images[0]
-    assert picture.boxes == (canonical.Box(0, 1, 2, 4, 6, crowd=True), canonical.Box(0, 1.5, 2, 4.5, 6))
+    image = read(outcome.tar).images[0]
+    assert image.boxes == (canonical.Box(0, 1, 2, 4, 6, crowd=True), canonical.Box(0, 1.5, 2, 4.5, 6))
     blob = outcome.report["classes"][1]
     assert blob == {"name": "blob", "splits": {"train": {"images": 0, "boxes": 0}, "val": {"images": 0, "boxes": 0}}}
 
@@ -261,7 +261,7 @@ def test_outlines_become_masks_in_every_form(tmp_path: Path, run_import: Import)
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    return put(tmp_path / "outside/secret.png", picture_bytes(99))
+    return put(tmp_path / "outside/secret.png", image_bytes(99))
 
 
 @pytest.mark.parametrize("name", ["../../outside/secret.png", "{absolute}", "a\0.png", "\udce9.png", ".", "n" * 5000])
@@ -284,7 +284,7 @@ def test_voc_names_cannot_leave_the_dataset(tmp_path: Path, run_import: Import, 
 
 def test_links_are_followed_inside_the_dataset_only(tmp_path: Path, run_import: Import, secret: Path) -> None:
     root = voc(tmp_path / "tree")
-    inside = put(root / "store/one.png", picture_bytes(1))
+    inside = put(root / "store/one.png", image_bytes(1))
     (root / "JPEGImages/one.png").unlink()
     (root / "JPEGImages/one.png").symlink_to(inside)
     (root / "JPEGImages/two.png").unlink()

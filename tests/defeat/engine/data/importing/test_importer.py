@@ -15,7 +15,7 @@ from defeat.engine.data import canonical
 from defeat.engine.report import Cancelled, Reporter
 from tests.conftest import REPOSITORY
 from tests.defeat.engine.data.conftest import Import
-from tests.support.datasets import coco, picture_bytes, put, tar_of, voc, zip_of
+from tests.support.datasets import coco, image_bytes, put, tar_of, voc, zip_of
 
 SPEC = {"max_dropped_fraction": 0.05, "max_unpacked_bytes": 10**9, "max_unpacked_files": 10_000}
 
@@ -96,7 +96,7 @@ def test_sigterm_cancels_and_leaves_no_half_dataset(tmp_path: Path) -> None:
     # Decoding takes seconds, by far longer than the signal.
     stems = [f"{number:04}" for number in range(500)]
     root = voc(tmp_path / "tree", {"train": {stem: [("cell", 1, 1, 9, 9)] for stem in stems}})
-    large = picture_bytes(1, (2500, 2500))
+    large = image_bytes(1, (2500, 2500))
     for stem in stems:
         put(root / f"JPEGImages/{stem}.png", large)
     directory = prepare(tmp_path / "run", source=root)
@@ -125,7 +125,7 @@ def test_equal_data_makes_equal_bytes_however_it_was_packed(tmp_path: Path, run_
     assert len({outcome.tar.read_bytes() for outcome in outcomes}) == 1
     put(root / "ImageSets/Main/train.txt", "two\none\n")
     assert run_import(root).tar.read_bytes() == outcomes[0].tar.read_bytes()
-    put(root / "JPEGImages/one.png", picture_bytes(50))
+    put(root / "JPEGImages/one.png", image_bytes(50))
     assert run_import(root).results["content_hash"] != outcomes[0].results["content_hash"]
 
 
@@ -136,7 +136,7 @@ def test_the_source_directory_is_left_alone(tmp_path: Path, run_import: Import) 
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_the_import_starts_without_torch_and_the_format_without_pictures() -> None:
+def test_the_import_starts_without_torch_and_the_format_without_images() -> None:
     script = (
         "import sys, defeat.engine.data.canonical; assert not {'PIL', 'numpy', 'torch'} & set(sys.modules); "
         "import defeat.engine.data.importing.importer; assert 'torch' not in sys.modules"

@@ -23,7 +23,7 @@ OFF = {"horizontal_flip": 0}
 
 
 def sample(seed=0, boxes=2):
-    """A black picture with solid rectangles, each of a brightness of its own, in whole pixels and apart."""
+    """A black image with solid rectangles, each of a brightness of its own, in whole pixels and apart."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
     corners = []
@@ -182,7 +182,7 @@ def test_dropped_boxes_masks_go_with_them():
     assert left["masks"][:, 0, 0].tolist() == [0, 2]
 
 
-def test_a_picture_without_boxes_has_no_masks_at_any_size():
+def test_a_image_without_boxes_has_no_masks_at_any_size():
     empty = sample(boxes=0)
     empty[1]["masks"] = torch.zeros(0, HEIGHT, WIDTH, dtype=torch.uint8)
     for seed in range(6):
@@ -255,7 +255,7 @@ def test_the_smallest_scale_cannot_be_the_larger_one():
 
 
 @pytest.mark.parametrize("name", ["mosaic", "zoom_out", "iou_crop", "horizontal_flip", "vertical_flip"])
-def test_a_picture_without_boxes_stays_one(name):
+def test_a_image_without_boxes_stays_one(name):
     for seed in range(4):
         image, target = changed({name: 1}, seed=seed, samples=[sample(boxes=0)])
         assert image.shape == (3, HEIGHT, WIDTH)

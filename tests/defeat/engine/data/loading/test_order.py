@@ -11,7 +11,7 @@ from defeat.engine.data.loading.order import BatchOrder
 
 
 def order(sizes, batch_size, seed=0, **options):
-    made = BatchOrder(sizes, batch_size=batch_size, **{"rank": 0, "world": 1, **options})
+    made = BatchOrder(sizes, batch_size=batch_size, **{"rank": 0, "world_size": 1, **options})
     made.seed = seed
     return made
 
@@ -61,7 +61,7 @@ def test_requests_are_the_batches_of_this_rank_with_slots_in_turn():
     sizes = coco_like(40)
     whole = order(sizes, 8, seed=3).batches()
     for rank in (0, 1):
-        mine = order(sizes, 8, seed=3, rank=rank, world=2, slots=3)
+        mine = order(sizes, 8, seed=3, rank=rank, world_size=2, slots=3)
         requests = list(mine)
         assert [request.slot for request in requests] == [0, 1, 2, 0, 1]
         assert [[index for _, index in request.samples] for request in requests] == [

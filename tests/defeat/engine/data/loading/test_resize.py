@@ -75,12 +75,12 @@ def test_a_target_has_masks_afterwards_if_it_had_some():
     assert resize_target({"boxes": boxes, "labels": labels}, (64, 96), (96, 192)).keys() == {"boxes", "labels"}
 
 
-def test_a_detector_trains_on_pictures_as_they_come_and_detects_at_its_own_size():
+def test_a_detector_trains_on_images_as_they_come_and_detects_at_its_own_size():
     torch.manual_seed(0)
     detector = detectors.build(TINY, CLASSES)
     assert InputSize.taken_from(detector) == InputSize(min_size=TINY["min_size"], max_size=TINY["max_size"])
     images, targets = images_and_targets()
-    seen = detector.train().train_pass(images, targets)
+    seen = detector.train().forward_train(images, targets)
     assert seen.image_sizes == [tuple(image.shape[-2:]) for image in images]
     assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(seen.targets, targets, strict=True))
     batch, _ = detector.eval().transform(images)
