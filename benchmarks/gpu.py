@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.gpu_loader_runs import data_wait, loading
 from benchmarks.gpu_runs import digits_run, kernel, killed_run, ranks_run
-from benchmarks.gpu_setups import Found, Part, Setting, Skipped, StepInfo, told
+from benchmarks.gpu_setups import Deadline, Found, Part, Setting, Skipped, told
 from benchmarks.gpu_step_runs import compiled, speeds, step_parts, sync_parts
 
 RESERVE_S = 5.0  # for the summary and for ending what runs
@@ -60,14 +60,14 @@ class OutOfTime(BaseException):
 
 
 @contextmanager
-def _ended_by(step_info: StepInfo) -> Iterator[None]:
+def _ended_by(deadline: Deadline) -> Iterator[None]:
     """Raise `OutOfTime` in this thread when the time is over."""
 
     def _over(_signal: int, _frame: FrameType | None) -> None:
         raise OutOfTime("the program's time is over")
 
     before = signal.signal(signal.SIGALRM, _over)
-    signal.setitimer(signal.ITIMER_REAL, max(step_info.left - RESERVE_S, 0.001))
+    signal.setitimer(signal.ITIMER_REAL, max(deadline.left - RESERVE_S, 0.001))
     try:
         yield
     finally:
@@ -80,11 +80,11 @@ def carry_out(part: Part, setting: Setting) -> dict[str, Any]:
     line: dict[str, Any] = {"part": part.name, "ok": None}
     # Tiny sizes take as long on any machine, and nobody knows how long that is.
     needed = part.seconds if setting.judged else 0.0
-    if setting.step_info.left - RESERVE_S <= needed:
-        return line | {"skipped": f"{setting.step_info.left:.0f} s are left, and it takes about {part.seconds:.0f}"}
+    if setting.deadline.left - RESERVE_S <= needed:
+        return line | {"skipped": f"{setting.deadline.left:.0f} s are left, and it takes about {part.seconds:.0f}"}
     begun = time.monotonic()
     try:
-        with _ended_by(setting.step_info):
+        with _ended_by(setting.deadline):
             found = part.work(setting)
     except Skipped as reason:
         line |= {"skipped": str(reason)}
@@ -118,7 +118,7 @@ def summary(lines: Sequence[Mapping[str, Any]], setting: Setting) -> dict[str, A
         "skipped": [line["part"] for line in lines if "skipped" in line],
         "device": setting.device.type,
         "rehearsal": not setting.judged,
-        "seconds": round(setting.step_info.spent, 1),
+        "seconds": round(setting.deadline.spent, 1),
     }
 
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
             device=device,
             small=given.quick or device.type == "cpu",
             home=Path(directory),
-            step_info=StepInfo(given.minutes),
+            deadline=Deadline(given.minutes),
         )
         _say(machine(device))
         result = run([part for part in every if part.group in given.parts], setting, _say)

@@ -167,7 +167,7 @@ def digits_run(setting: Setting) -> Found:
     """Train teacher and student of the digits example in a run directory; the student's AP is as on the CPU."""
     begun = time.monotonic()
     run = _distil(setting, "whole", setting.example.spec(seed=0))
-    found = _student(run, seconds=setting.step_info.left, begun=begun)
+    found = _student(run, seconds=setting.deadline.left, begun=begun)
     return Found(
         measured={**found, "cpu_ap": list(CPU_AP.values())},
         goal="AP at most the spread of the CPU's seeds from their mean",
@@ -186,9 +186,9 @@ def killed_run(setting: Setting) -> Found:
     # Each epoch but the last ends with a checkpoint.
     count = int(spec["teacher"]["schedule"]["epochs"])
     killed = _distil(setting, "killed", spec)
-    checkpoint = killed.kill_after_checkpoints(count, timeout_s=setting.step_info.left)
+    checkpoint = killed.kill_after_checkpoints(count, timeout_s=setting.deadline.left)
     resumed = _distil(setting, "resumed", spec, resume=checkpoint)
-    found = _student(resumed, seconds=setting.step_info.left, begun=begun)
+    found = _student(resumed, seconds=setting.deadline.left, begun=begun)
     weights = [setting.home / name / "artifacts" / "student-last.safetensors" for name in ("whole", "resumed")]
     known = weights[0].exists()
     told = [event["message"] for event in resumed.events("message") if event["code"] == "resumed"]
@@ -218,7 +218,7 @@ def ranks_run(setting: Setting) -> Found:
     for count in (1, 2):
         begun = time.monotonic()
         run = _distil(setting, f"ranks-{count}", {**spec, "resources": {"gpus": count}})
-        rows[f"ranks_{count}"] = _student(run, seconds=setting.step_info.left, begun=begun)
+        rows[f"ranks_{count}"] = _student(run, seconds=setting.deadline.left, begun=begun)
         losses.append(run.events("metrics")[0]["values"]["loss/total"])
     apart = abs(losses[1] / losses[0] - 1)
     return Found(
@@ -236,7 +236,7 @@ def kernel(setting: Setting) -> Found:
     """
     command = [sys.executable, "-m", "benchmarks.loss_kernel", "--device", setting.device.type, "--quick"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=max(setting.step_info.left, 1), check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=max(setting.deadline.left, 1), check=False
     )
     last = done.stdout.strip().rsplit("\n", 1)[-1]
     if not last.startswith("{"):

@@ -1,4 +1,4 @@
-"""What the parts of `benchmarks.gpu` share: the clock, the device, the sizes, and what a part hands back."""
+"""What the parts of `benchmarks.gpu` share: the deadline, the device, the sizes, and what a part hands back."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +87,7 @@ TINY = Example(
 )
 
 
-class StepInfo:
+class Deadline:
     """Says how much of the program's time is left, counted from the start of its process, imports included."""
 
     def __init__(self, minutes: float, *, started: float | None = None) -> None:
@@ -114,13 +114,13 @@ class Setting:
         device: where.
         small: tiny sizes, which show that every part runs and nothing else.
         home: a directory for files.
-        clock: when all must be over.
+        deadline: when all must be over.
     """
 
     device: torch.device
     small: bool
     home: Path
-    step_info: StepInfo
+    deadline: Deadline
 
     @property
     def judged(self) -> bool:

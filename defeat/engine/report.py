@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import signal
 import time
 from collections.abc import Mapping
@@ -16,6 +17,16 @@ FailureClass = Literal["user", "data", "oom", "infra"]
 Level = Literal["info", "warn", "error"]
 Subject = Literal["teacher", "student"]
 Status = Literal["succeeded", "failed", "cancelled"]
+
+
+_MAX_TEXT = 200  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """Return `value` fit for a message: control and undecodable characters escaped, at most 200 characters."""
+    text = value if isinstance(value, str) else reprlib.repr(value)  # bounded in depth and length
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _MAX_TEXT + 1])
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
 
 class RunError(Exception):

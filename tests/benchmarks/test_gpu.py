@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu, gpu_runs, gpu_step_runs
 from benchmarks.gpu_loader_runs import equal
 from benchmarks.gpu_runs import CPU_AP, Run, RunFailed, in_spread
-from benchmarks.gpu_setups import FULL, SMALL, TINY, Found, Part, Setting, Skipped, StepInfo
+from benchmarks.gpu_setups import FULL, SMALL, TINY, Deadline, Found, Part, Setting, Skipped
 from benchmarks.gpu_step_runs import by_group, distillations, kept_bytes, union_length, waits
 from benchmarks.step_time import CASES, CLOCK, Bench, make_batch
 from defeat.engine.training.config import JobConfig
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def setting_for(tmp_path, *, minutes=10.0):
     """A rehearsal whose clock starts now."""
-    return Setting(device=CPU, small=True, home=tmp_path, step_info=StepInfo(minutes, started=time.time()))
+    return Setting(device=CPU, small=True, home=tmp_path, deadline=Deadline(minutes, started=time.time()))
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def broken(_setting):
 
 
 def test_the_clock_counts_from_the_start():
-    step_info = StepInfo(2, started=time.time() - 30)
-    assert step_info.spent == pytest.approx(30, abs=5)
-    assert step_info.left == pytest.approx(90, abs=5)
-    assert 0 < StepInfo(1).spent < 24 * 3600  # this process's own
+    deadline = Deadline(2, started=time.time() - 30)
+    assert deadline.spent == pytest.approx(30, abs=5)
+    assert deadline.left == pytest.approx(90, abs=5)
+    assert 0 < Deadline(1).spent < 24 * 3600  # this process's own
 
 
 def test_a_failing_part_ends_no_other_and_each_line_is_told_at_once(tmp_path, judged):

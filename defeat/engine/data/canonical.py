@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, cast
 
-from defeat.engine.data.importing import archive
+from defeat.engine.data import archive
 from defeat.engine.report import RunError
 
 Split = Literal["train", "val", "test"]

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from defeat.engine.data.segmentation import MAX_CHARACTERS, MAX_RUNS, BadMask, Polygons, Segmentation
-
 Runs = NDArray[np.int64]
 Points = NDArray[np.float64]
 
+MAX_RUNS = 1_000_000
+MAX_CHARACTERS = 7  # of a number in the compressed text: 35 bits
 # Times that a polygon may cross the middle line of a column of pixels: it bounds work and memory for one object.
 MAX_CROSSINGS = 4_000_000
 
@@ -22,20 +22,8 @@ MAX_CROSSINGS = 4_000_000
 _BITS, _MORE, _SIGN, _ZERO = 5, 0x20, 0x10, 48
 
 
-def runs_of(segmentation: Segmentation, height: int, width: int) -> Runs:
-    """Return the runs of an object in its image of `height` and `width` pixels.
-
-    Raises:
-        BadMask: runs that are of another size or cannot be; polygons with too many crossings.
-    """
-    if isinstance(segmentation, Polygons):
-        return rasterise([np.array(part).reshape(-1, 2) for part in segmentation.parts], height, width)
-    if segmentation.size != (height, width):
-        stated = f"{segmentation.size[1]}x{segmentation.size[0]}"
-        raise BadMask(f"is of an image of {stated}, and this is one of {width}x{height}")
-    counts = segmentation.counts
-    runs = from_text(counts) if isinstance(counts, str) else np.array(counts, np.int64)
-    return check_runs(runs, height * width)
+class BadMask(ValueError):
+    """An outline or runs that describe no mask; the message says why, of "the segmentation"."""
 
 
 def rasterise(polygons: Sequence[Points], height: int, width: int) -> Runs:

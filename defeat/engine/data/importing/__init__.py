@@ -5,8 +5,7 @@ from pathlib import Path
 
 from defeat.engine.data.importing import coco, voc
 from defeat.engine.data.importing.base import Format, is_litter
-from defeat.engine.data.importing.problems import shown
-from defeat.engine.report import RunError
+from defeat.engine.report import RunError, shown
 
 FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (voc.FORMAT, coco.FORMAT)}
 

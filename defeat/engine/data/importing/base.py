@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from defeat.engine.data.archive import Tick
 from defeat.engine.data.canonical import Split
-from defeat.engine.data.importing.archive import Tick
-from defeat.engine.data.importing.problems import Problems, shown
-from defeat.engine.data.segmentation import Segmentation
+from defeat.engine.data.importing.problems import Problems
+from defeat.engine.data.importing.segmentation import Segmentation
+from defeat.engine.report import shown
 
 _SPLIT_NAMES: dict[str, Split] = {
     "train": "train",

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from defeat.engine.data.archive import Tick
 from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
-from defeat.engine.data.importing.archive import Tick
 from defeat.engine.data.importing.base import Missing, Parsed, RawBox, RawImage
 from defeat.engine.data.importing.images import Fault, Inspected, inspect_all
-from defeat.engine.data.importing.problems import Problems, shown
-from defeat.engine.data.masks import area, runs_of, to_text
-from defeat.engine.data.segmentation import BadMask
-from defeat.engine.report import RunError
+from defeat.engine.data.importing.problems import Problems
+from defeat.engine.data.importing.segmentation import runs_of
+from defeat.engine.data.masks import BadMask, area, to_text
+from defeat.engine.report import RunError, shown
 
 MAX_CLASSES = 10_000
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from defeat.engine.data.archive import Tick
 from defeat.engine.data.canonical import Split
-from defeat.engine.data.importing.archive import Tick
 from defeat.engine.data.importing.base import (
     Format,
     Parsed,
@@ -22,9 +22,10 @@ from defeat.engine.data.importing.base import (
     is_litter,
     split_of,
 )
-from defeat.engine.data.importing.problems import Problems, shown
-from defeat.engine.data.segmentation import BadMask, Segmentation, read_segmentation
-from defeat.engine.report import RunError
+from defeat.engine.data.importing.problems import Problems
+from defeat.engine.data.importing.segmentation import Segmentation, read_segmentation
+from defeat.engine.data.masks import BadMask
+from defeat.engine.report import RunError, shown
 
 _ROBOFLOW = "_annotations.coco.json"
 _MAX_JSON_BYTES = 2 * 1024**3

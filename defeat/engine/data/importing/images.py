@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-from defeat.engine.data.importing.archive import Tick
-from defeat.engine.data.importing.problems import shown
+from defeat.engine.data.archive import Tick
+from defeat.engine.report import shown
 
 # The formats that are read, by Pillow's name, and the extension under which they are kept. Never Pillow's whole list:
 # some of its decoders start other programs.

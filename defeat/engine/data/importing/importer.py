@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from defeat.engine.data import canonical
-from defeat.engine.data.importing import archive, detect_format
+from defeat.engine.data import archive, canonical
+from defeat.engine.data.importing import detect_format
 from defeat.engine.data.importing.base import Source
 from defeat.engine.data.importing.check import Checked, check, check_classes, check_whole
 from defeat.engine.data.importing.problems import Problems

@@ -1,16 +1,14 @@
 """What was found wrong with a dataset: counted, named, and with a few examples each."""
 
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from defeat.engine.report import RunError
+from defeat.engine.report import RunError, shown
 
 Severity = Literal["note", "dropped", "fatal"]
 
 MAX_EXAMPLES = 20
-_MAX_TEXT = 200
 
 SUMMARIES: dict[str, str] = {
     # The archive.
@@ -61,13 +59,6 @@ SUMMARIES: dict[str, str] = {
     "no_evaluation_split": "there is neither a val nor a test split: nothing can be evaluated",
 }
 """Every problem code and what it means, in one line for people."""
-
-
-def shown(value: object) -> str:
-    """Return `value` fit for a message: control and undecodable characters escaped, at most 200 characters."""
-    text = value if isinstance(value, str) else reprlib.repr(value)  # bounded in depth and length
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _MAX_TEXT + 1])
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
 
 @dataclass

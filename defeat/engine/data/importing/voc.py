@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
+from defeat.engine.data.archive import Tick
 from defeat.engine.data.canonical import Split
-from defeat.engine.data.importing.archive import Tick
 from defeat.engine.data.importing.base import (
     Format,
     Missing,
@@ -23,7 +23,8 @@ from defeat.engine.data.importing.base import (
     is_class_name,
     is_litter,
 )
-from defeat.engine.data.importing.problems import Problems, shown
+from defeat.engine.data.importing.problems import Problems
+from defeat.engine.report import shown
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 

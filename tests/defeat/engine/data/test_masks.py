@@ -7,8 +7,8 @@ import pytest
 from pycocotools import mask as coco
 
 from defeat.engine.data import masks
-from defeat.engine.data.masks import area, check_runs, from_text, rasterise, runs_of, to_bitmap, to_text
-from defeat.engine.data.segmentation import MAX_POINTS, MAX_RUNS, BadMask, Polygons, RunLengths, read_segmentation
+from defeat.engine.data.importing.segmentation import MAX_POINTS, Polygons, RunLengths, read_segmentation, runs_of
+from defeat.engine.data.masks import MAX_RUNS, BadMask, area, check_runs, from_text, rasterise, to_bitmap, to_text
 
 
 def inside(polygon, x, y):

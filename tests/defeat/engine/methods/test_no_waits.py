@@ -116,7 +116,7 @@ def fake_teacher(taught):
     )
 
 
-@pytest.mark.parametrize("clock", [MEASURED, ORDINARY], ids=["measured", "ordinary"])
+@pytest.mark.parametrize("step_info", [MEASURED, ORDINARY], ids=["measured", "ordinary"])
 @pytest.mark.parametrize("boxes", [(0, 0, 0), (2, 0, 5)], ids=["no-boxes", "boxes"])
 @pytest.mark.parametrize("name", SPECS)
 def test_losses_on_a_gpu_wait_for_nothing(passes, monkeypatch, name, boxes, step_info):

@@ -12,7 +12,8 @@ from PIL import Image
 from defeat.engine.data import canonical
 from defeat.engine.data.importing import check
 from defeat.engine.data.importing import images as importing_images
-from defeat.engine.data.importing.problems import MAX_EXAMPLES, SUMMARIES, Problems, shown
+from defeat.engine.data.importing.problems import MAX_EXAMPLES, SUMMARIES, Problems
+from defeat.engine.report import shown
 from tests.defeat.engine.data.conftest import Import
 from tests.support.datasets import GOOD_BOX, HEIGHT, WIDTH, coco, coco_document, image_bytes, put, voc, voc_xml
 

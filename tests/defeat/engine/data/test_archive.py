@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from defeat.engine.data.importing import archive
+from defeat.engine.data import archive
 from defeat.engine.report import Cancelled, RunError
 from tests.support.datasets import put, tar_of, tar_with, zip_of
 

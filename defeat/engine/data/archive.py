@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-from defeat.engine.data.importing.problems import shown
-from defeat.engine.report import RunError
+from defeat.engine.report import RunError, shown
 
 Tick = Callable[[float], None]
 """Called often with the fraction done, 0 to 1; may raise `Cancelled`."""

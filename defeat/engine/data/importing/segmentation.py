@@ -7,21 +7,18 @@ the counts are a list of numbers or the compressed text of one. `defeat.engine.d
 from array import array
 from dataclasses import dataclass
 
-from defeat.engine.data.importing.problems import shown
+import numpy as np
+
+from defeat.engine.data.masks import MAX_CHARACTERS, MAX_RUNS, BadMask, Runs, check_runs, from_text, rasterise
+from defeat.engine.report import shown
 
 # Work and memory for one object are bound by these; what people annotate is a hundredth of it.
 MAX_POINTS = 20_000
-MAX_RUNS = 1_000_000
-MAX_CHARACTERS = 7  # of a number in the compressed text: 35 bits
 
 # Farther out no image reaches, and what is computed with such numbers stays finite.
 _MOST_COORDINATE = 1e7
 _MOST_COUNT = 2**31
 _LEAST_POINTS = 3
-
-
-class BadMask(ValueError):
-    """An outline that describes no mask; the message says why, of "the segmentation"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,22 @@ def read_segmentation(value: object) -> Segmentation | None:
     if isinstance(value, dict):
         return _read_runs(value)
     raise BadMask(f"is neither polygons nor runs: {shown(value)}")
+
+
+def runs_of(segmentation: Segmentation, height: int, width: int) -> Runs:
+    """Return the runs of an object in its image of `height` and `width` pixels.
+
+    Raises:
+        BadMask: runs that are of another size or cannot be; polygons with too many crossings.
+    """
+    if isinstance(segmentation, Polygons):
+        return rasterise([np.array(part).reshape(-1, 2) for part in segmentation.parts], height, width)
+    if segmentation.size != (height, width):
+        stated = f"{segmentation.size[1]}x{segmentation.size[0]}"
+        raise BadMask(f"is of an image of {stated}, and this is one of {width}x{height}")
+    counts = segmentation.counts
+    runs = from_text(counts) if isinstance(counts, str) else np.array(counts, np.int64)
+    return check_runs(runs, height * width)
 
 
 def _read_polygons(value: list[object]) -> Polygons:
