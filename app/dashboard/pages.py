@@ -90,7 +90,7 @@ def _error_page(request: Request, error: ServiceError) -> Response:
 
 
 class PageRoute(APIRoute):
-    """A route that answers people: without a session the sign-in page, for an error a page that tells it."""
+    """A route that answers people: the sign-in page without a session, and a page that reports an error."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's own handler."""

@@ -1,4 +1,4 @@
-"""Drawn pictures that look like a blood smear, with the exact boxes of what was drawn."""
+"""Drawn images that look like a blood smear, with the exact boxes of what was drawn."""
 
 import io
 import random

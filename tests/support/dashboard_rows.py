@@ -109,15 +109,15 @@ class Seeder:
             )
         )
 
-    def gallery(self, job: Job, *, pictures: int = 6) -> None:
-        """Add drawn pictures with truth, a teacher that is good and a student that is nearly as good."""
-        images = []
-        for number in range(pictures):
-            picture, truth = draw_cells(seed=number)
+    def gallery(self, job: Job, *, images: int = 6) -> None:
+        """Add drawn images with ground truth, a teacher that is good and a student that is nearly as good."""
+        index = []
+        for number in range(images):
+            content, truth = draw_cells(seed=number)
             name = f"gallery/{number}.jpg"
-            self.artifact(job, name, "gallery", "image/jpeg", picture)
+            self.artifact(job, name, "gallery", "image/jpeg", content)
             rng = random.Random(100 + number)
-            images.append(
+            index.append(
                 {
                     "file": name,
                     "width": 320,
@@ -128,7 +128,7 @@ class Seeder:
                     "student": _detected(truth, rng, recall=0.9, jitter=3.0, least=0.4),
                 }
             )
-        content = json.dumps({"classes": CLASSES, "images": images}).encode()
+        content = json.dumps({"classes": CLASSES, "images": index}).encode()
         self.artifact(job, "gallery.json", "gallery", "application/json", content)
 
     def _tick(self) -> datetime:
@@ -166,7 +166,7 @@ def _datasets(seeder: Seeder) -> tuple[Dataset, Dataset]:
         "code": "too_many_dropped",
         "severity": "fatal",
         "count": 1,
-        "summary": "31 % of the boxes would be left out, and 5 % are allowed",
+        "summary": "31 % of the boxes would be dropped, and 5 % are allowed",
         "examples": [],
     }
     invalid = seeder.dataset(
@@ -176,7 +176,7 @@ def _datasets(seeder: Seeder) -> tuple[Dataset, Dataset]:
         failure={
             "class": "data",
             "code": "too_many_dropped",
-            "detail": "31 % of the boxes are unusable (max_dropped_fraction is 0.05): mend them or allow more",
+            "detail": "31 % of the boxes are unusable (max_dropped_fraction is 0.05): correct them or allow more",
             "log_tail": [],
         },
     )
@@ -222,9 +222,9 @@ def _showcase(seeder: Seeder, dataset: Dataset) -> Job:
     assert job.started_at is not None
     for minute, level, code, message in (
         (0, "info", "claimed", "A worker took the job (attempt 1)."),
-        (0, "info", "dataset_ready", "205 pictures to train on, 87 to evaluate."),
+        (0, "info", "dataset_ready", "205 images to train on, 87 to evaluate on."),
         (12, "info", "teacher_trained", "The teacher reached AP 0.629 after 10 epochs."),
-        (14, "warn", "slow_input", "Reading pictures takes 38 % of a step: more workers would help."),
+        (14, "warn", "slow_input", "Reading images takes 38 % of a step; more loader processes would help."),
         (31, "info", "succeeded", "The student reached AP 0.572, 91 % of the teacher's."),
     ):
         seeder.event(job, level, code, message, job.started_at + timedelta(minutes=minute))

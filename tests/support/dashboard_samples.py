@@ -159,7 +159,7 @@ def report() -> dict[str, Any]:
                 "code": "box_outside",
                 "severity": "note",
                 "count": 12,
-                "summary": "boxes reach beyond their picture and were cut at its border",
+                "summary": "boxes reach beyond their image and were clipped to it",
                 "examples": [{"file": "Annotations/BloodImage_00016.xml", "detail": "xmax 642 > width 640"}],
             },
             {

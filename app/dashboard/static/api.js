@@ -9,7 +9,7 @@ const LONGEST_RETRY_MS = 10000;
 /** The API's answer was a problem document. */
 export class ApiError extends Error {
   constructor(status, problem) {
-    super(problem?.detail ?? `The server answered with status ${status}.`);
+    super(problem?.detail ?? `The server returned status ${status}.`);
     this.status = status;
   }
 }
@@ -30,7 +30,7 @@ async function answer(method, path, content) {
     const isJson = response.headers.get("content-type")?.includes("json");
     return { ok: response.ok, status: response.status, body: isJson ? await response.json() : null };
   } catch (error) {
-    throw new Unreachable(`${method} ${path}: ${error.message}`, { cause: error });
+    throw new Unreachable(`Cannot reach the server (${error.message}); try again.`, { cause: error });
   }
 }
 
@@ -75,10 +75,11 @@ function showContact() {
 const passes = (error) =>
   error instanceof Unreachable || (error instanceof ApiError && (error.status >= 500 || error.status === 429));
 
-/** Show why a poll failed and return how long to wait before the next, or null to stop. */
+/** Show why a poll failed; return how long to wait before the next (milliseconds), or null to stop. */
 function afterFailure(error, failures) {
   if (passes(error)) {
-    showBanner(`The server can't be reached; trying again. What you see is from ${clockTime(lastContact)}.`);
+    const reason = error instanceof Unreachable ? "Cannot reach the server" : `The server returned status ${error.status}`;
+    showBanner(`${reason}; retrying. This page shows data from ${clockTime(lastContact)}.`);
     return Math.min(LONGEST_RETRY_MS, 1000 * 2 ** failures);
   }
   if (error.status !== 401) showBanner(error.message);
@@ -88,7 +89,7 @@ function afterFailure(error, failures) {
 
 /**
  * Run `task` now and again. It returns how long to wait in milliseconds, or null to stop. A hidden tab waits ten times
- * longer and catches up when it is shown. While the server is away the page says so, and recovers by itself.
+ * longer and catches up when it is shown. While the server does not answer, a banner reports it and the polls go on.
  * Returns `{wake}`, which runs the task at once (or right after the run in progress), also after it had stopped.
  */
 export function poll(task) {

@@ -1,9 +1,9 @@
-// The two live charts, drawn by Plotly, which is loaded after the rest of the page stands.
+// The two live charts. Plotly draws them; it is loaded after the rest of the page.
 
-import { setAttribute } from "./dom.js";
+import { setAttribute, setText } from "./dom.js";
 import * as format from "./format.js";
 
-// A curve keeps at most this many points: more than the pixels it is drawn on help nobody.
+// A curve keeps at most this many points: more than there are pixels to draw them on add nothing.
 const MOST_POINTS = 800;
 const CONFIG = { displayModeBar: false, responsive: true };
 
@@ -54,6 +54,16 @@ function layout(element, xTitle, yTitle, x, y) {
   };
 }
 
+/** Draw traces and set the text that screen readers read; show `empty` instead where there are no traces. */
+async function plot(element, empty, traces, axes, label) {
+  empty.hidden = traces.length > 0;
+  element.hidden = traces.length === 0;
+  if (traces.length === 0) return;
+  const Plotly = await loadPlotly();
+  await Plotly.react(element, traces, axes, CONFIG);
+  setAttribute(element, "aria-label", label);
+}
+
 const redrawOnTheme = (draw) => matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 /** Average neighbours until at most `most` points are left; nulls count for nothing. */
@@ -72,8 +82,15 @@ export function thin(x, y, most = MOST_POINTS) {
 /** "loss/neck_object" and "gradient_share/neck_object" as "neck object". */
 const partName = (name) => name.slice(name.indexOf("/") + 1).replaceAll("_", " ").replaceAll("/", " ");
 
-// Class names and loss names come from people, and Plotly reads <b> and the like in them.
+// Loss names hold text that Plotly would read as markup, such as <b>.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
+/** The names of the values that rows hold under a prefix ("loss/"), in order. */
+const valueNames = (rows, prefix) =>
+  [...new Set(rows.flatMap((row) => Object.keys(row.values)))].filter((name) => name.startsWith(prefix)).sort();
+
+/** What the curves of a loss term and of its share have in common; a line through one point would not be seen. */
+const trace = (name, x, y) => ({ x, y, name: plain(partName(name)), mode: x.length === 1 ? "markers" : "lines" });
 
 // A short curve starts at 0 on a linear scale; a logarithm has no 0.
 const AXES = {
@@ -82,22 +99,17 @@ const AXES = {
   share: { type: "linear", range: [0, 1], tickformat: ".0%" },
 };
 
-/** The loss by step, one curve for each part, of the teacher's training or of the student's. */
+/** The loss by step, one curve for each loss term, of the teacher's training or of the student's. */
 export function lossChart(element, empty) {
   const rows = { teacher: [], student: [] };
   let subject = "student";
   let scale = "linear";
 
-  /** Each part's share of the gradient, one on the other: they add up to 1 wherever they were measured. */
+  /** Each loss term's share of the gradient, stacked: the shares of one step add up to 1. */
   function shares() {
-    const measured = rows[subject].filter((row) => Object.keys(row.values).some((name) => name.startsWith("gradient_share/")));
-    const names = new Set(measured.flatMap((row) => Object.keys(row.values)));
-    const parts = [...names].filter((name) => name.startsWith("gradient_share/")).sort();
-    return parts.map((name, index) => ({
-      x: measured.map((row) => row.step),
-      y: measured.map((row) => row.values[name] ?? 0),
-      name: plain(partName(name)),
-      mode: measured.length === 1 ? "markers" : "lines",
+    const measured = rows[subject].filter((row) => valueNames([row], "gradient_share/").length > 0);
+    return valueNames(measured, "gradient_share/").map((name, index) => ({
+      ...trace(name, measured.map((row) => row.step), measured.map((row) => row.values[name] ?? 0)),
       stackgroup: "shares",
       line: { width: 1, color: color(`series-${index % 8}`) },
       hovertemplate: "%{y:.1%}",
@@ -106,17 +118,14 @@ export function lossChart(element, empty) {
 
   function traces() {
     const steps = rows[subject].map((row) => row.step);
-    const names = new Set(rows[subject].flatMap((row) => Object.keys(row.values)));
-    const parts = [...names].filter((name) => name.startsWith("loss/")).sort();
-    // The total comes first, whatever the alphabet says: it is what people look for.
-    parts.sort((a, b) => (b === "loss/total") - (a === "loss/total"));
-    return parts.map((name, index) => {
+    const names = valueNames(rows[subject], "loss/");
+    // The total comes first: it is what people look for.
+    names.sort((a, b) => (b === "loss/total") - (a === "loss/total"));
+    return names.map((name, index) => {
       const total = name === "loss/total";
-      const values = rows[subject].map((row) => row.values[name] ?? null);
+      const { x, y } = thin(steps, rows[subject].map((row) => row.values[name] ?? null));
       return {
-        ...thin(steps, values),
-        name: plain(partName(name)),
-        mode: steps.length === 1 ? "markers" : "lines",
+        ...trace(name, x, y),
         line: { width: total ? 2.5 : 1.5, color: total ? color("text") : color(`series-${index % 8}`) },
         hovertemplate: "%{y:.4g}",
       };
@@ -124,24 +133,13 @@ export function lossChart(element, empty) {
   }
 
   async function draw() {
-    const drawn = scale === "share" ? shares() : traces();
-    empty.hidden = drawn.length > 0;
-    empty.textContent = scale === "share" ? "No gradient measured so far." : "No losses logged so far.";
-    element.hidden = drawn.length === 0;
-    if (drawn.length === 0) return;
-    const Plotly = await loadPlotly();
+    const byShare = scale === "share";
+    setText(empty, byShare ? "No gradient measured yet." : "No loss logged yet.");
+    const axes = layout(element, "step", byShare ? "share of the gradient" : "loss", {}, AXES[scale]);
     const last = rows[subject].at(-1);
-    await Plotly.react(
-      element,
-      drawn,
-      layout(element, "step", scale === "share" ? "share of the gradient" : "loss", {}, AXES[scale]),
-      CONFIG,
-    );
-    setAttribute(
-      element,
-      "aria-label",
-      `Loss of the ${subject} by step; at step ${last.step} the total is ${last.values["loss/total"] ?? "not known"}`,
-    );
+    const total = last?.values["loss/total"] ?? "unknown";
+    const label = `Loss of the ${subject} by step; at step ${last?.step} the total is ${total}`;
+    await plot(element, empty, byShare ? shares() : traces(), axes, label);
   }
 
   redrawOnTheme(draw);
@@ -172,7 +170,7 @@ function curve(points, metric, name, shade, dash) {
   };
 }
 
-/** A line over the whole width at a detector's AP, with its value at hand when hovered. */
+/** A horizontal line at the teacher's AP; a point at every epoch lets its value show on hover. */
 function level(epochs, value, name, dash) {
   return {
     x: epochs,
@@ -205,17 +203,14 @@ export function accuracyChart(element, empty, job) {
 
   async function draw() {
     const { drawn, student, teacher } = traces();
-    empty.hidden = drawn.length > 0;
-    element.hidden = drawn.length === 0;
-    if (drawn.length === 0) return;
-    const Plotly = await loadPlotly();
     const x = { range: [-0.02 * epochs, 1.02 * epochs], dtick: epochs <= 12 ? 1 : undefined };
     const y = { rangemode: "tozero", tickformat: ".2f" };
-    await Plotly.react(element, drawn, layout(element, "epoch", "AP", x, y), CONFIG);
     const latest = student.at(-1);
-    const words = [latest ? `student AP at epoch ${latest.epoch} is ${format.score(latest.metrics.ap)}` : "no student yet"];
-    if (teacher) words.push(`the teacher's is ${format.score(teacher.metrics.ap)}`);
-    setAttribute(element, "aria-label", `AP by epoch: ${words.join("; ")}`);
+    const words = [
+      latest ? `student AP at epoch ${latest.epoch} is ${format.score(latest.metrics.ap)}` : "no student evaluated yet",
+    ];
+    if (teacher) words.push(`teacher AP is ${format.score(teacher.metrics.ap)}`);
+    await plot(element, empty, drawn, layout(element, "epoch", "AP", x, y), `AP by epoch: ${words.join("; ")}`);
   }
 
   redrawOnTheme(draw);

@@ -1,33 +1,32 @@
 // A dataset's page: facts, classes by split, and what its check found.
 
 import { get, poll } from "./api.js";
-import { byId, el, initialData, setBadge, setText, showFailure } from "./dom.js";
+import { byId, el, initialData, setBadge, setText } from "./dom.js";
+import { showFailure } from "./failure.js";
 import * as format from "./format.js";
 
 const LIVE_MS = 2000;
 const ENDED = new Set(["ready", "invalid", "failed"]);
 
 const NOTES = {
-  awaiting_upload: "Waiting for its archive to be uploaded.",
-  queued: "Waiting to be checked.",
-  checking: "Being unpacked and checked.",
-  ready: "Ready to be used by jobs.",
-  invalid: "The check found something that has to be mended; upload it again as a new dataset.",
-  failed: "The check could not be carried out.",
+  awaiting_upload: "Waiting for you to upload the archive.",
+  queued: "Waiting for a worker to check it.",
+  checking: "A worker is unpacking and checking it.",
+  ready: "Jobs can use this dataset.",
+  invalid: "The check found errors. Correct them and upload the data as a new dataset.",
+  failed: "The worker could not finish the check.",
 };
 
-const SEVERITIES = { note: "Note", dropped: "Left out", fatal: "Fatal" };
+const SEVERITIES = { note: "Note", dropped: "Dropped", fatal: "Fatal" };
 
 const initial = initialData();
-
-const sum = (splits, what) => Object.values(splits).reduce((total, split) => total + split[what], 0);
 
 function showFacts(dataset) {
   setBadge(byId("status"), dataset.status, format.words(dataset.status));
   setText(byId("state-note"), NOTES[dataset.status] ?? "");
   setText(byId("fact-format"), dataset.format?.toUpperCase() ?? format.NONE);
-  setText(byId("fact-images"), dataset.splits ? format.count(sum(dataset.splits, "images")) : format.NONE);
-  setText(byId("fact-boxes"), dataset.splits ? format.count(sum(dataset.splits, "boxes")) : format.NONE);
+  setText(byId("fact-images"), format.splitTotal(dataset.splits, "images"));
+  setText(byId("fact-boxes"), format.splitTotal(dataset.splits, "boxes"));
   setText(byId("fact-classes"), format.count(dataset.classes?.length));
   setText(byId("fact-size"), format.bytes(dataset.size_bytes));
   setText(byId("fact-hash"), dataset.content_hash ?? "");
@@ -71,7 +70,7 @@ function problemItem(problem) {
       ? el(
           "details",
           {},
-          el("summary", {}, `${format.count(problem.examples.length)} of ${format.count(problem.count)}`),
+          el("summary", {}, `Examples: ${format.count(problem.examples.length)} of ${format.count(problem.count)}`),
           el("ul", { class: "examples" }, ...problem.examples.map(example)),
         )
       : null,
@@ -91,7 +90,7 @@ function showReport(report) {
   showProblems(report);
 }
 
-/** A check that never came to an end has no report: 404 is the API's word for that. */
+/** Show the report if there is one: the API answers 404 or 409 while no check has ended. */
 async function refreshReport() {
   const report = await get(`/v1/datasets/${initial.id}/report`).catch((error) => {
     if (error.status === 404 || error.status === 409) return null;

@@ -61,24 +61,20 @@ export function reconcile(parent, items, key, create, update) {
 /** The resource that the server put into the page, so that the first paint needs no request. */
 export const initialData = () => JSON.parse(byId("initial").textContent);
 
-/** Fill the failure panel (`null` hides it): class, code, detail and the log's last lines. */
-export function showFailure(failure) {
-  byId("failure").hidden = !failure;
-  if (!failure) return;
-  setText(byId("failure-class"), failure.class);
-  setText(byId("failure-code"), failure.code);
-  setText(byId("failure-detail"), failure.detail);
-  const log = failure.log_tail ?? [];
-  byId("failure-log-box").hidden = log.length === 0;
-  setText(byId("failure-log"), log.join("\n"));
-}
-
-/** A group of buttons of which one is pressed; calls `choose(value)` on a change. */
+/**
+ * Make a group of buttons a choice of one: `choose(value)` is called when another is pressed. Returns `{press}`, which
+ * presses the button with a value.
+ */
 export function segments(group, choose) {
-  group.addEventListener("click", (event) => {
-    const chosen = event.target.closest("button");
-    if (!chosen || chosen.getAttribute("aria-pressed") === "true") return;
-    for (const button of group.querySelectorAll("button")) setAttribute(button, "aria-pressed", button === chosen);
-    choose(chosen.value);
-  });
+  const buttons = [...group.querySelectorAll("button")];
+
+  function press(value) {
+    const chosen = buttons.find((button) => button.value === value);
+    if (chosen.getAttribute("aria-pressed") === "true") return;
+    for (const button of buttons) setAttribute(button, "aria-pressed", button === chosen);
+    choose(value);
+  }
+
+  for (const button of buttons) button.addEventListener("click", () => press(button.value));
+  return { press };
 }

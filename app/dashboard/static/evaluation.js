@@ -29,9 +29,9 @@ export function showTiles(job, evaluations) {
   setText(byId("tile-student"), format.score(student?.ap));
   setText(byId("tile-student-note"), epochNote(student) || "not evaluated yet");
   setText(byId("tile-teacher"), format.score(teacher?.ap));
-  setText(byId("tile-teacher-note"), job.spec.teacher ? epochNote(teacher) || "the line to reach" : "a baseline: no teacher");
+  setText(byId("tile-teacher-note"), job.spec.teacher ? epochNote(teacher) || "target for the student" : "baseline: no teacher");
   setText(byId("tile-ap50"), `${format.score(student?.ap50)} / ${format.score(teacher?.ap50)}`);
-  setText(byId("tile-ap50-note"), maskNote(student, teacher) || "boxes that overlap by half");
+  setText(byId("tile-ap50-note"), maskNote(student, teacher) || "AP at IoU 0.5");
   setText(byId("tile-share"), format.percent(share));
 }
 
@@ -82,8 +82,8 @@ export function showClasses(job, evaluations) {
   const { student, teacher } = best(job, evaluations);
   rows = joined(student, teacher);
   byId("classes-card").hidden = rows.length === 0;
-  const parts = [`${format.count(rows.length)} classes`];
-  if (student) parts.push(`student at ${epochNote(student)}`);
+  const parts = [format.counted(rows.length, "class", "classes")];
+  if (epochNote(student)) parts.push(`student at ${epochNote(student)}`);
   setText(byId("classes-note"), parts.join(" · "));
   draw();
 }

@@ -18,6 +18,13 @@ export const percent = (fraction, decimals = 0) => (fraction == null ? NONE : `$
 
 export const count = (value) => (value == null ? NONE : integer.format(value));
 
+/** "1 job", "2 jobs". */
+export const counted = (value, one, many) => `${count(value)} ${value === 1 ? one : many}`;
+
+/** The images or boxes (`what`) of all splits together; null splits are unknown. */
+export const splitTotal = (splits, what) =>
+  count(splits && Object.values(splits).reduce((total, split) => total + split[what], 0));
+
 /** "7 / 12", or one number where the other is unknown. */
 export function outOf(value, total) {
   if (value == null) return NONE;

@@ -1,12 +1,13 @@
-// Validation pictures with the boxes of truth, teacher and student drawn over them.
+// Images of the evaluation split, with the boxes of the ground truth, the teacher and the student drawn over them.
 
 import { artifactUrl, get } from "./api.js";
 import { byId, el, setText, svg } from "./dom.js";
 
-const SUBJECTS = ["truth", "teacher", "student"];
+// By the key of their boxes in the index, which is the class of their layer too.
+const SUBJECTS = { truth: "ground truth", teacher: "teacher", student: "student" };
 const INDEX = "gallery.json";
 
-/** One box: its outline in the picture's own pixels, and its class (and score) written at its corner. */
+/** One box: its outline in pixels of the image, and its class (and score) written at its corner. */
 function drawBox(box, subject, classes, width) {
   const [x1, y1, x2, y2] = box.box.map(Number);
   const name = classes[box.class] ?? `class ${box.class}`;
@@ -18,22 +19,21 @@ function drawBox(box, subject, classes, width) {
     "g",
     { class: "box", "data-score": box.score ?? 1 },
     svg("rect", { class: "halo", x: x1, y: y1, width: x2 - x1, height: y2 - y1 }),
-    svg("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1 }, svg("title", {}, `${subject}: ${text}`)),
+    svg("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1 }, svg("title", {}, `${SUBJECTS[subject]}: ${text}`)),
     subject === "truth" ? null : svg("text", { x: x1, y, "font-size": size, "stroke-width": size / 5 }, text),
   );
 }
 
-function countLine(image) {
-  return SUBJECTS.map((subject) => `${subject} ${image[subject]?.length ?? 0}`).join(", ");
-}
+const countLine = (image) =>
+  Object.entries(SUBJECTS).map(([subject, name]) => `${name} ${image[subject]?.length ?? 0}`).join(", ");
 
-function drawPicture(jobId, image, classes, lazy) {
-  const layers = SUBJECTS.map((subject) =>
+function drawImage(jobId, image, classes, lazy) {
+  const layers = Object.keys(SUBJECTS).map((subject) =>
     svg("g", { class: `layer ${subject}` }, ...(image[subject] ?? []).map((box) => drawBox(box, subject, classes, image.width))),
   );
   return el(
     "div",
-    { class: "picture" },
+    { class: "image" },
     el("img", {
       src: artifactUrl(jobId, image.file),
       alt: `${image.name} (boxes: ${countLine(image)})`,
@@ -57,7 +57,7 @@ function applyThreshold() {
   hideBelowThreshold(byId("gallery"));
 }
 
-/** Let the slider begin where the boxes do: below the lowest score it would change nothing. */
+/** Let the slider start just below the lowest score: lower thresholds would hide no box. */
 function setLowestThreshold(images) {
   const scores = images.flatMap((image) => [...(image.teacher ?? []), ...(image.student ?? [])].map((box) => box.score));
   byId("threshold").min = Math.floor(10 * Math.min(0.5, ...scores)) / 10;
@@ -68,18 +68,18 @@ function showSubject(box) {
 }
 
 function openViewer(jobId, image, classes) {
-  const picture = drawPicture(jobId, image, classes, false);
-  hideBelowThreshold(picture);
-  byId("viewer-picture").replaceChildren(picture);
+  const drawn = drawImage(jobId, image, classes, false);
+  hideBelowThreshold(drawn);
+  byId("viewer-picture").replaceChildren(drawn);
   // Wide enough to see, and never taller than the window.
-  picture.style.setProperty("--ratio", image.width / image.height);
+  drawn.style.setProperty("--ratio", image.width / image.height);
   setText(byId("viewer-name"), image.name);
   byId("viewer").showModal();
 }
 
 function thumbnail(jobId, image, classes) {
-  const picture = drawPicture(jobId, image, classes, true);
-  const button = el("button", { type: "button", class: "open", "aria-label": `Enlarge ${image.name}` }, picture);
+  const drawn = drawImage(jobId, image, classes, true);
+  const button = el("button", { type: "button", class: "open", "aria-label": `Enlarge ${image.name}` }, drawn);
   button.addEventListener("click", () => openViewer(jobId, image, classes));
   return el("figure", {}, button, el("figcaption", {}, image.name));
 }
@@ -89,7 +89,7 @@ export async function showGallery(jobId, artifacts) {
   const names = new Set(artifacts.map((artifact) => artifact.name));
   if (!names.has(INDEX)) return;
   const { classes, images } = await get(artifactUrl(jobId, INDEX));
-  // Only the job's own artifacts: the file names in the index lead nowhere else.
+  // Show only the job's own artifacts, whatever file names the index holds.
   const known = images.filter((image) => names.has(image.file));
   byId("gallery").replaceChildren(...known.map((image) => thumbnail(jobId, image, classes)));
   byId("gallery-card").hidden = known.length === 0;
@@ -100,8 +100,8 @@ export async function showGallery(jobId, artifacts) {
 byId("threshold").addEventListener("input", applyThreshold);
 for (const box of byId("gallery-card").querySelectorAll('input[type="checkbox"]')) {
   box.addEventListener("change", () => showSubject(box));
-  // A browser may bring back a choice from before a reload.
+  // A browser may restore a choice from before a reload.
   showSubject(box);
 }
-// A click beside the picture closes it, as people expect.
+// A click outside the image closes the viewer.
 byId("viewer").addEventListener("click", (event) => event.target === byId("viewer") && byId("viewer").close());

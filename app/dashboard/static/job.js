@@ -2,11 +2,13 @@
 
 import { get, getAll, patch, poll, post } from "./api.js";
 import { accuracyChart, lossChart } from "./charts.js";
-import { byId, initialData, segments, showFailure } from "./dom.js";
+import { byId, initialData, segments, setText } from "./dom.js";
 import { showClasses, showTiles } from "./evaluation.js";
+import { showFailure } from "./failure.js";
 import { showGallery } from "./gallery.js";
 import { addEvents, showDownloads } from "./lists.js";
-import { isTerminal, showProgress } from "./progress.js";
+import { showProgress } from "./progress.js";
+import { isTerminal } from "./states.js";
 
 const LIVE_MS = 2000;
 const METRICS_PAGE = 1000;
@@ -20,6 +22,14 @@ const accuracy = accuracyChart(byId("map-chart"), byId("map-empty"), initial);
 const trainsTeacher = initial.spec.teacher?.source === "train";
 
 const seen = { attempt: initial.attempt, event: null, step: { ...NO_STEPS }, subject: null, artifacts: null };
+
+/** The rows of one of the job's lists that come after a cursor; null: all of them. */
+const getPart = (part, after) =>
+  getAll(
+    (cursor) => `${base}/${part}?limit=100${cursor ? `&after=${encodeURIComponent(cursor)}` : ""}`,
+    (page) => page.next_cursor,
+    after,
+  );
 
 async function refreshMetrics(subject) {
   const rows = await getAll(
@@ -40,29 +50,21 @@ async function refreshEvaluations(job) {
 }
 
 async function refreshEvents() {
-  const rows = await getAll(
-    (cursor) => `${base}/events?limit=100${cursor ? `&after=${encodeURIComponent(cursor)}` : ""}`,
-    (page) => page.next_cursor,
-    seen.event,
-  );
+  const rows = await getPart("events", seen.event);
   if (rows.length) seen.event = rows.at(-1).id;
   addEvents(rows);
 }
 
 async function refreshArtifacts(job) {
-  // Artifacts are recorded when a run ends, so they are asked for at first and at a change of status.
+  // The service records artifacts when a run ends: read them at first and after a change of status.
   if (seen.artifacts === job.status) return;
-  const rows = await getAll(
-    (cursor) => `${base}/artifacts?limit=100${cursor ? `&after=${encodeURIComponent(cursor)}` : ""}`,
-    (page) => page.next_cursor,
-    null,
-  );
+  const rows = await getPart("artifacts", null);
   showDownloads(job.id, rows);
   await showGallery(job.id, rows);
   seen.artifacts = job.status;
 }
 
-/** Another attempt goes on from a checkpoint and logs some steps once more: read the metrics afresh. */
+/** A new attempt continues from a checkpoint and logs some steps again: read all metrics again. */
 function restartOnNewAttempt(job) {
   if (job.attempt === seen.attempt) return;
   seen.attempt = job.attempt;
@@ -70,20 +72,19 @@ function restartOnNewAttempt(job) {
   losses.clear();
 }
 
-/** Show the training in progress, until the reader chooses; a finished job shows its student. */
+/** Show the losses of the model in training, or of the student once the job has ended; a reader may choose another. */
 function followSubject(job) {
   const atTeacher = trainsTeacher && job.progress?.phase === "teacher" && !isTerminal(job.status);
   const training = atTeacher ? "teacher" : "student";
   if (seen.subject === training) return;
   seen.subject = training;
-  byId("loss-subject").querySelector(`[value=${training}]`).click();
+  lossSubject.press(training);
 }
 
 async function refresh() {
   const job = await get(base);
-  // Asked for first: when it has ended, everything that is asked for after it is complete.
-  showProgress(job);
-  showFailure(job.failure);
+  // The job comes first: once it has ended, all that is read after it is complete.
+  showJob(job);
   restartOnNewAttempt(job);
   followSubject(job);
   await Promise.all([
@@ -97,7 +98,29 @@ async function refresh() {
   return isTerminal(job.status) ? null : LIVE_MS;
 }
 
-function listenToCancel(wake) {
+function showJob(job) {
+  showProgress(job);
+  showFailure(job.failure);
+}
+
+/** Send a change of the job and show the job that the API returns; show in `error` why the change failed. */
+async function change(button, error, send) {
+  button.disabled = true;
+  error.hidden = true;
+  try {
+    showJob(await send());
+    wake();
+    return true;
+  } catch (problem) {
+    setText(error, problem.message);
+    error.hidden = false;
+    return false;
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function listenToCancel() {
   const dialog = byId("cancel-dialog");
   const error = byId("cancel-error");
   const confirm = byId("cancel-confirm");
@@ -106,64 +129,30 @@ function listenToCancel(wake) {
     dialog.showModal();
   });
   confirm.addEventListener("click", async () => {
-    confirm.disabled = true;
-    try {
-      showProgress(await post(`${base}/cancel`));
-      dialog.close();
-      wake();
-    } catch (problem) {
-      error.textContent = problem.message;
-      error.hidden = false;
-    } finally {
-      confirm.disabled = false;
-    }
+    if (await change(confirm, error, () => post(`${base}/cancel`))) dialog.close();
   });
 }
 
-function listenToPriority(wake) {
-  const error = byId("priority-error");
-  byId("priority-form").addEventListener("submit", async (event) => {
+function listenToPriority() {
+  byId("priority-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    error.hidden = true;
-    try {
-      showProgress(await patch(base, { priority: byId("priority").valueAsNumber }));
-      wake();
-    } catch (problem) {
-      error.textContent = problem.message;
-      error.hidden = false;
-    }
+    const priority = byId("priority").valueAsNumber;
+    change(event.submitter, byId("priority-error"), () => patch(base, { priority }));
   });
 }
 
-/** Pause, resume and retry lose nothing, so they are asked for at once. */
-function listenToActions(wake) {
-  const error = byId("action-error");
-  for (const action of ["pause", "resume", "retry"]) {
-    const button = byId(action);
-    button.addEventListener("click", async () => {
-      button.disabled = true;
-      error.hidden = true;
-      try {
-        const job = await post(`${base}/${action}`);
-        showProgress(job);
-        showFailure(job.failure);
-        wake();
-      } catch (problem) {
-        error.textContent = problem.message;
-        error.hidden = false;
-      } finally {
-        button.disabled = false;
-      }
-    });
+/** Pause, resume and retry lose nothing, so the page sends them without a question. */
+function listenToActions() {
+  for (const button of [byId("pause"), byId("resume"), byId("retry")]) {
+    button.addEventListener("click", () => change(button, byId("action-error"), () => post(`${base}/${button.id}`)));
   }
 }
 
 byId("loss-subject").hidden = !trainsTeacher;
-segments(byId("loss-subject"), (subject) => losses.select(subject));
+const lossSubject = segments(byId("loss-subject"), (subject) => losses.select(subject));
 segments(byId("loss-scale"), (scale) => losses.scale(scale));
-showProgress(initial);
-showFailure(initial.failure);
+showJob(initial);
 const { wake } = poll(refresh);
-listenToCancel(wake);
-listenToPriority(wake);
-listenToActions(wake);
+listenToCancel();
+listenToPriority();
+listenToActions();

@@ -1,19 +1,21 @@
 // The list of jobs: filters and page in the address, rows updated in place.
 
 import { get, poll } from "./api.js";
-import { byId, el, initialData, reconcile, setAttribute, setBadge, setText } from "./dom.js";
+import { byId, el, initialData, setAttribute, setText } from "./dom.js";
 import * as format from "./format.js";
-import { describeProgress, isTerminal } from "./progress.js";
+import { addressWith, query, showPages } from "./paging.js";
+import { describeProgress, isTerminal } from "./states.js";
+import { fillStatus, fillTime, nameCell, showRows, statusCell, timeCell } from "./table.js";
 
 const LIVE_MS = 2000;
 const IDLE_MS = 10000;
 
-function newRow(job) {
-  return el(
+const newRow = (job) =>
+  el(
     "tr",
     {},
-    el("td", { class: "name" }, el("a", { href: `/jobs/${job.id}` }, job.name), el("span", { class: "under" })),
-    el("td", { "data-label": "Status" }, el("span", { class: "badge" })),
+    nameCell(`/jobs/${job.id}`, job.name),
+    statusCell(),
     el(
       "td",
       { class: "progress", "data-label": "Progress" },
@@ -23,16 +25,15 @@ function newRow(job) {
     el("td", { class: "number time", "data-label": "Time" }, el("span"), el("span", { class: "under" })),
     el("td", { class: "number pair", "data-label": "AP" }, el("b"), el("span")),
     el("td", { class: "number pair", "data-label": "AP50" }, el("b"), el("span")),
-    el("td", { class: "number created", "data-label": "Created" }, el("time", { datetime: job.created_at })),
+    timeCell("Created", job.created_at),
   );
-}
 
 function fillScores(cell, results, name) {
   setText(cell.children[0], format.score(results?.student?.[name]));
   setText(cell.children[1], ` / ${format.score(results?.teacher?.[name])}`);
 }
 
-function fillTime(cell, job) {
+function fillDuration(cell, job) {
   const eta = isTerminal(job.status) ? null : job.progress?.eta_s;
   setText(cell.children[0], format.duration(format.elapsed(job.started_at, job.finished_at)));
   setText(cell.children[1], eta == null ? "" : `${format.duration(eta)} left`);
@@ -44,42 +45,23 @@ function fillRow(row, job) {
   const [name, status, progress, time, ap, ap50, created] = row.children;
   const labels = Object.entries(job.labels).map(([key, value]) => `${key}: ${value}`);
   setText(name.children[1], [methods(job.spec), ...labels].join(" · "));
-  setBadge(status.firstElementChild, job.status, format.words(job.status));
+  fillStatus(status, job.status);
   const { fraction, text } = describeProgress(job);
   setAttribute(progress.children[0], "value", fraction);
   setAttribute(progress.children[0], "class", job.status);
   setText(progress.children[1], text);
-  fillTime(time, job);
+  fillDuration(time, job);
   fillScores(ap, job.results, "ap");
   fillScores(ap50, job.results, "ap50");
-  setText(created.firstElementChild, format.ago(job.created_at));
-  setAttribute(created.firstElementChild, "title", format.fullTime(job.created_at));
-}
-
-const query = () => new URLSearchParams(location.search);
-
-function addressWith(changes) {
-  const params = query();
-  for (const [name, value] of Object.entries(changes)) {
-    if (value) params.set(name, value);
-    else params.delete(name);
-  }
-  const text = params.toString();
-  return text ? `/jobs?${text}` : "/jobs";
+  fillTime(created, job.created_at);
 }
 
 function show(page) {
-  const params = query();
-  const filtered = params.has("name") || params.has("status");
-  const empty = page.data.length === 0;
-  reconcile(byId("jobs").tBodies[0], page.data, (job) => job.id, newRow, fillRow);
-  byId("jobs").hidden = empty;
-  byId("no-jobs").hidden = !empty || filtered || params.has("after");
-  byId("no-matches").hidden = !empty || byId("no-jobs").hidden === false;
-  byId("newest").hidden = !params.has("after");
-  byId("newest").href = addressWith({ after: null });
-  byId("older").hidden = !page.has_more;
-  if (page.has_more) byId("older").href = addressWith({ after: page.next_cursor });
+  const narrowed = ["name", "status", "after"].some((parameter) => query().get(parameter));
+  const [empty, other] = narrowed ? [byId("no-matches"), byId("no-jobs")] : [byId("no-jobs"), byId("no-matches")];
+  other.hidden = true;
+  showRows(byId("jobs"), empty, page.data, newRow, fillRow);
+  showPages(page);
 }
 
 async function refresh() {

@@ -5,15 +5,15 @@ import { byId, el, reconcile } from "./dom.js";
 import * as format from "./format.js";
 
 const MOST_EVENTS = 300;
-const LEVELS = new Set(["info", "warn", "error"]);
+const LEVELS = { info: "", warn: "Warning: ", error: "Error: " };
 
 function newEvent(event) {
-  const level = LEVELS.has(event.level) ? event.level : "info";
+  const level = Object.hasOwn(LEVELS, event.level) ? event.level : "info";
   return el(
     "li",
     { class: level },
     el("time", { datetime: event.created_at, title: format.fullTime(event.created_at) }, format.clockTime(event.created_at)),
-    el("span", {}, level === "info" ? null : el("strong", {}, `${format.words(level)}: `), event.message),
+    el("span", {}, LEVELS[level] ? el("strong", {}, LEVELS[level]) : null, event.message),
     el("code", {}, event.code),
   );
 }

@@ -1,8 +1,9 @@
 // The list of workers, updated in place.
 
 import { get, poll } from "./api.js";
-import { byId, el, initialData, reconcile, setAttribute, setBadge, setText } from "./dom.js";
+import { byId, el, initialData, setAttribute, setText } from "./dom.js";
 import * as format from "./format.js";
+import { cell, fillStatus, fillTime, numberCell, showRows, statusCell, timeCell } from "./table.js";
 
 const LIVE_MS = 3000;
 
@@ -11,21 +12,17 @@ function newRow(worker) {
     "tr",
     {},
     el("td", { class: "name" }, el("b", {}, worker.name)),
-    el("td", { "data-label": "Status" }, el("span", { class: "badge" })),
-    el("td", { "data-label": "Works on" }, el("a")),
-    el("td", { "data-label": "Takes" }, worker.queues.join(", ")),
-    el("td", { "data-label": "Labels" }, worker.labels.join(", ") || format.NONE),
-    el("td", { class: "number", "data-label": "GPUs" }, format.count(worker.gpus)),
-    el(
-      "td",
-      { class: "number", "data-label": "GPU memory" },
-      worker.gpu_memory_gb === null ? format.NONE : `${worker.gpu_memory_gb} GB`,
-    ),
-    el("td", { class: "number", "data-label": "Up since" }, el("time", { datetime: worker.started_at })),
+    statusCell(),
+    cell("Working on", el("a")),
+    cell("Queues", worker.queues.join(", ")),
+    cell("Labels", worker.labels.join(", ") || format.NONE),
+    numberCell("GPUs", format.count(worker.gpus)),
+    numberCell("GPU memory", worker.gpu_memory_gb === null ? format.NONE : `${worker.gpu_memory_gb} GB`),
+    timeCell("Started", worker.started_at),
   );
 }
 
-// The rows that have a page of their own; a checkpoint has none.
+// The pages of what a worker works on, by the prefix of its id; a checkpoint has no page.
 const PAGES = { job: "jobs", ds: "datasets" };
 
 function fillWork(link, work) {
@@ -36,17 +33,14 @@ function fillWork(link, work) {
 }
 
 function fillRow(row, worker) {
-  setBadge(row.children[1].firstElementChild, worker.status, format.words(worker.status));
-  fillWork(row.children[2].firstElementChild, worker.working_on);
-  const since = row.children[7].firstElementChild;
-  setText(since, format.ago(worker.started_at));
-  setAttribute(since, "title", format.fullTime(worker.started_at));
+  const [, status, work, , , , , started] = row.children;
+  fillStatus(status, worker.status);
+  fillWork(work.firstElementChild, worker.working_on);
+  fillTime(started, worker.started_at);
 }
 
 function show({ data }) {
-  reconcile(byId("workers").tBodies[0], data, (worker) => worker.id, newRow, fillRow);
-  byId("workers").hidden = data.length === 0;
-  byId("no-workers").hidden = data.length > 0;
+  showRows(byId("workers"), byId("no-workers"), data, newRow, fillRow);
 }
 
 show(initialData());

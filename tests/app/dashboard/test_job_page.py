@@ -41,7 +41,7 @@ def curves(page: Page, chart: str) -> dict[str, dict[str, Any]]:
     return {trace["name"]: trace for trace in data}
 
 
-def test_the_head_tells_state_and_progress(page: Page, service: Service) -> None:
+def test_the_head_shows_state_and_progress(page: Page, service: Service) -> None:
     open_job(page, service.seeded.running)
     expect(page.locator("#status")).to_have_text("Running")
     expect(page.locator("#phase")).to_have_text("Distilling the student")
@@ -145,7 +145,7 @@ def test_tiles_and_classes_compare_student_and_teacher(page: Page, service: Serv
     expect(page.locator("th[aria-sort=descending]")).to_have_text("Student AP")
 
 
-def test_masks_that_were_measured_are_told(page: Page, service: Service) -> None:
+def test_measured_masks_are_shown(page: Page, service: Service) -> None:
     with service.database.write() as session:
         job = session.get_one(Job, service.seeded.succeeded)
         plain = job.results
@@ -166,11 +166,11 @@ def gallery_of(service: Service) -> dict[str, Any]:
     return json.loads(b"".join(service.storage.stream(row.storage_key)))
 
 
-def pixel_box(picture: Locator, rect: Locator, width: int) -> list[float]:
-    """Return where a drawn outline lies on its picture, in the picture's own pixels."""
-    image = picture.locator("img").bounding_box()
+def pixel_box(shown: Locator, rect: Locator, width: int) -> list[float]:
+    """Return where a drawn outline lies on its image, in pixels of the image."""
+    image = shown.locator("img").bounding_box()
     box = rect.evaluate("(e) => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }")
-    origin = picture.locator("img").evaluate("(e) => { const b = e.getBoundingClientRect(); return [b.left, b.top]; }")
+    origin = shown.locator("img").evaluate("(e) => { const b = e.getBoundingClientRect(); return [b.left, b.top]; }")
     assert image is not None
     scale = width / image["width"]
     return [(value - origin[number % 2]) * scale for number, value in enumerate(box)]
@@ -179,35 +179,34 @@ def pixel_box(picture: Locator, rect: Locator, width: int) -> list[float]:
 def test_the_gallerys_boxes_lie_where_they_belong(page: Page, service: Service) -> None:
     open_job(page, service.seeded.succeeded)
     images = gallery_of(service)["images"]
-    pictures = page.locator("#gallery .picture")
-    expect(pictures).to_have_count(len(images))
-    picture, image = pictures.nth(0), images[0]
+    expect(page.locator("#gallery .image")).to_have_count(len(images))
+    shown, image = page.locator("#gallery .image").first, images[0]
     wait_until(page, "document.querySelector('#gallery img').naturalWidth === 320")
-    outlines = picture.locator(".truth rect:not(.halo)")
+    outlines = shown.locator(".truth rect:not(.halo)")
     expect(outlines).to_have_count(len(image["truth"]))
     for number, truth in enumerate(image["truth"]):
         # The outline's own width counts in: allow for its two pixels.
-        assert pixel_box(picture, outlines.nth(number), 320) == pytest.approx(truth["box"], abs=2.5)
+        assert pixel_box(shown, outlines.nth(number), 320) == pytest.approx(truth["box"], abs=2.5)
 
 
 def test_toggles_and_threshold_choose_what_is_drawn(page: Page, service: Service) -> None:
     open_job(page, service.seeded.succeeded)
     image = gallery_of(service)["images"][0]
-    picture = page.locator("#gallery .picture").nth(0)
-    teacher, student = picture.locator(".teacher rect:not(.halo)"), picture.locator(".student rect:not(.halo):visible")
+    shown = page.locator("#gallery .image").first
+    teacher, student = shown.locator(".teacher rect:not(.halo)"), shown.locator(".student rect:not(.halo):visible")
     expect(teacher.first).to_be_hidden()
     page.get_by_label("Teacher", exact=True).check()
     expect(teacher.first).to_be_visible()
     expect(student).to_have_count(sum(box["score"] >= 0.5 for box in image["student"]))
-    page.get_by_label("Score at least").fill("0.8")
+    page.get_by_label("Minimum score").fill("0.8")
     expect(page.locator("#threshold-value")).to_have_text("0.80")
     expect(student).to_have_count(sum(box["score"] >= 0.8 for box in image["student"]))
     page.get_by_label("Student", exact=True).uncheck()
     expect(student).to_have_count(0)
-    expect(picture.locator(".truth rect:not(.halo):visible")).to_have_count(len(image["truth"]))
+    expect(shown.locator(".truth rect:not(.halo):visible")).to_have_count(len(image["truth"]))
 
 
-def test_a_picture_opens_large_with_its_labels(page: Page, service: Service) -> None:
+def test_an_image_opens_large_with_its_labels(page: Page, service: Service) -> None:
     open_job(page, service.seeded.succeeded)
     image = gallery_of(service)["images"][0]
     page.get_by_role("button", name=f"Enlarge {image['name']}").click()
@@ -230,7 +229,7 @@ def test_files_are_listed_and_come_whole(page: Page, service: Service) -> None:
     assert download.value.path().read_bytes() == b"\x08" * 1_482_116
 
 
-def test_a_failure_tells_class_code_detail_and_log(page: Page, service: Service) -> None:
+def test_a_failure_shows_class_code_detail_and_log(page: Page, service: Service) -> None:
     open_job(page, service.seeded.failed)
     panel = page.locator("#failure")
     expect(panel).to_contain_text("out_of_memory")
@@ -242,7 +241,7 @@ def test_a_failure_tells_class_code_detail_and_log(page: Page, service: Service)
 def test_cancelling_asks_first(page: Page, service: Service, running_job: str) -> None:
     open_job(page, running_job)
     page.get_by_role("button", name="Cancel job").click()
-    page.get_by_role("button", name="Keep it running").click()
+    page.get_by_role("button", name="Keep running").click()
     expect(page.locator("#status")).to_have_text("Running")
     page.get_by_role("button", name="Cancel job").click()
     page.get_by_role("button", name="Cancel the job").click()
@@ -252,7 +251,7 @@ def test_cancelling_asks_first(page: Page, service: Service, running_job: str) -
         assert session.get_one(Job, running_job).status == "cancelling"
 
 
-def test_a_job_is_paused_resumed_and_tried_again(page: Page, service: Service, running_job: str) -> None:
+def test_a_job_is_paused_resumed_and_retried(page: Page, service: Service, running_job: str) -> None:
     def _leave(status: str) -> None:
         with service.database.write() as session:
             session.get_one(Job, running_job).status = status
@@ -262,20 +261,20 @@ def test_a_job_is_paused_resumed_and_tried_again(page: Page, service: Service, r
     expect(button("Resume")).to_be_hidden()
     button("Pause").click()
     expect(status).to_have_text("Pausing")
-    expect(page.locator("#phase")).to_have_text("Saving before it pauses")
+    expect(page.locator("#phase")).to_have_text("Saving a checkpoint before pausing")
     expect(button("Pause")).to_be_hidden()
     _leave("paused")
     button("Resume").click()
     expect(status).to_have_text("Queued")
     _leave("failed")
     expect(status).to_have_text("Failed")
-    button("Try again").click()
+    button("Retry").click()
     expect(status).to_have_text("Queued")
-    expect(button("Try again")).to_be_hidden()
+    expect(button("Retry")).to_be_hidden()
     expect(page.locator("#events")).to_contain_text("the job is tried again")
 
 
-def test_what_was_moved_meanwhile_says_so(page: Page, running_job: str, complaints: Complaints) -> None:
+def test_a_rejected_action_shows_why(page: Page, running_job: str, complaints: Complaints) -> None:
     complaints.expected = ["409 (Conflict)"]
     open_job(page, running_job)
     page.route("**/pause", lambda route: route.fulfill(status=409, json={"detail": "it is cancelling"}))

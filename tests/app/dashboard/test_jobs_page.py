@@ -26,7 +26,7 @@ def row(page: Page, job_id: str) -> Locator:
     return page.locator(f'#jobs tr[data-key="{job_id}"]')
 
 
-def test_a_row_tells_where_a_job_is_and_how_good_it_is(page: Page, service: Service) -> None:
+def test_a_row_shows_a_jobs_progress_and_accuracy(page: Page, service: Service) -> None:
     page.goto("/jobs")
     running = row(page, service.seeded.running)
     expect(running).to_contain_text("cells-mobilenet-defeat-decoupled")
@@ -123,7 +123,7 @@ def test_hostile_names_are_shown_as_text(page: Page, service: Service) -> None:
         session.delete(session.get_one(Job, job.id))
 
 
-def test_says_when_the_server_is_away_and_recovers(
+def test_the_page_reports_an_unreachable_server_and_recovers(
     page: Page, service: Service, moving_job: str, complaints: Complaints
 ) -> None:
     complaints.expected = ["net::ERR_FAILED"]
@@ -135,7 +135,7 @@ def test_says_when_the_server_is_away_and_recovers(
         route.abort()
 
     page.route("**/v1/jobs*", _away)
-    expect(banner).to_contain_text("The server can't be reached; trying again.")
+    expect(banner).to_contain_text("Cannot reach the server; retrying.")
     expect(row(page, moving_job)).to_be_visible()
     with service.database.write() as session:
         session.get_one(Job, moving_job).status = "cancelled"
@@ -144,7 +144,7 @@ def test_says_when_the_server_is_away_and_recovers(
     expect(banner).to_be_hidden()
 
 
-def test_without_jobs_the_page_says_how_to_begin(visitor: BrowserContext, service: Service) -> None:
+def test_without_jobs_the_page_shows_how_to_start(visitor: BrowserContext, service: Service) -> None:
     key_id, _ = service.new_key("newcomers")
     sign_in(visitor, service, key_id)
     page = visitor.new_page()
@@ -153,6 +153,7 @@ def test_without_jobs_the_page_says_how_to_begin(visitor: BrowserContext, servic
     expect(page.locator("#no-jobs code")).to_contain_text("defeat jobs submit")
     page.goto("/datasets")
     expect(page.get_by_role("heading", name="No datasets yet")).to_be_visible()
+    expect(page.locator("#no-datasets code")).to_contain_text("defeat datasets add")
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/{succeeded}", "/jobs/{failed}", "/datasets", "/datasets/{dataset}"])

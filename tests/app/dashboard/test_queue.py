@@ -10,7 +10,7 @@ from tests.app.workers.test_workers import worker
 from tests.support.dashboard_rows import Seeder
 
 
-def test_a_queued_job_tells_where_it_stands_and_is_moved(page: Page, service: Service) -> None:
+def test_a_queued_job_shows_its_place_and_priority_moves_it(page: Page, service: Service) -> None:
     with service.database.write() as session:
         dataset = session.get_one(Dataset, service.seeded.dataset)
         seeder = Seeder(session, service.storage, service.seeded.tenant_id)

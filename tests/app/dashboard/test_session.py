@@ -26,7 +26,7 @@ def test_signing_in_leads_to_the_page_that_was_asked_for(visitor: BrowserContext
     assert service.key not in cookie["value"]
 
 
-def test_a_wrong_key_is_told_and_changes_nothing(visitor: BrowserContext, complaints: Complaints) -> None:
+def test_a_wrong_key_is_reported_and_changes_nothing(visitor: BrowserContext, complaints: Complaints) -> None:
     complaints.expected = ["401"]
     page = visitor.new_page()
     page.goto("/login")
