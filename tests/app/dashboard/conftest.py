@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, ViewportSize, sync_playwright
@@ -46,6 +47,12 @@ class Service:
 
     def cookie(self, key_id: str) -> str:
         return make_session(self.settings, key_id)
+
+    def read_page(self, path: str) -> str:
+        """Return a page as a signed-in browser gets it, before its script runs."""
+        response = httpx2.get(self.url + path, cookies={SESSION_COOKIE: self.cookie(self.key_id)})
+        assert response.status_code == 200, f"{path}: {response.status_code}"
+        return response.text
 
 
 @pytest.fixture(scope="session")
