@@ -27,7 +27,7 @@ const newRow = (dataset) =>
 function fillRow(row, dataset) {
   const [name, status, kind, classes, images, boxes, size, created] = row.children;
   const splits = Object.entries(dataset.splits ?? {}).map(([split, { images: n }]) => `${split} ${format.count(n)}`);
-  setText(name.children[1], splits.join(" · ") || (dataset.source.kind === "reference" ? "by reference" : "uploaded"));
+  setText(name.children[1], splits.join(" · ") || dataset.source.kind);
   fillStatus(status, dataset.status);
   setText(kind, dataset.format?.toUpperCase() ?? format.NONE);
   setText(classes, format.count(dataset.classes?.length));

@@ -3,6 +3,8 @@
 import { byId, el, reconcile, setAttribute, setText } from "./dom.js";
 import * as format from "./format.js";
 
+const NOT_YET = "not evaluated yet";
+
 const order = { by: "class", descending: false };
 let rows = [];
 
@@ -19,6 +21,8 @@ function best(job, evaluations) {
 
 const epochNote = (metrics) => (metrics?.epoch == null ? "" : `epoch ${metrics.epoch}`);
 
+const teacherNote = (teacher) => (teacher ? epochNote(teacher) || "target for the student" : NOT_YET);
+
 const maskNote = (student, teacher) =>
   student?.masks ? `masks ${format.score(student.masks.ap50)} / ${format.score(teacher?.masks?.ap50)}` : "";
 
@@ -27,9 +31,9 @@ export function showTiles(job, evaluations) {
   const { student, teacher } = best(job, evaluations);
   const share = student?.ap != null && teacher?.ap ? student.ap / teacher.ap : null;
   setText(byId("tile-student"), format.score(student?.ap));
-  setText(byId("tile-student-note"), epochNote(student) || "not evaluated yet");
+  setText(byId("tile-student-note"), student ? epochNote(student) : NOT_YET);
   setText(byId("tile-teacher"), format.score(teacher?.ap));
-  setText(byId("tile-teacher-note"), job.spec.teacher ? epochNote(teacher) || "target for the student" : "baseline: no teacher");
+  setText(byId("tile-teacher-note"), job.spec.teacher ? teacherNote(teacher) : "baseline: no teacher");
   setText(byId("tile-ap50"), `${format.score(student?.ap50)} / ${format.score(teacher?.ap50)}`);
   setText(byId("tile-ap50-note"), maskNote(student, teacher) || "AP at IoU 0.5");
   setText(byId("tile-share"), format.percent(share));

@@ -25,10 +25,10 @@ export const counted = (value, one, many) => `${count(value)} ${value === 1 ? on
 export const splitTotal = (splits, what) =>
   count(splits && Object.values(splits).reduce((total, split) => total + split[what], 0));
 
-/** "7 / 12", or one number where the other is unknown. */
+/** "7 / 12" on one line, or one number where the other is unknown. */
 export function outOf(value, total) {
   if (value == null) return NONE;
-  return total == null ? count(value) : `${count(value)} / ${count(total)}`;
+  return total == null ? count(value) : `${count(value)}\u00a0/\u00a0${count(total)}`;
 }
 
 /** Seconds as "12 s", "3 min 20 s", "1 h 05 min" or "2 d 3 h". */

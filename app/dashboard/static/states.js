@@ -31,7 +31,7 @@ export function describeQueue(queue) {
   const words = [queue.jobs_ahead === 0 ? "Next in the queue" : ahead, `waits for ${queue.waiting_for}`];
   if (queue.eta_s !== null) {
     const spread = `${format.duration(queue.eta_low_s)} to ${format.duration(queue.eta_high_s)}`;
-    words.push(`starts in about ${format.duration(queue.eta_s)} (${spread})`);
+    words.push(queue.eta_high_s < 1 ? "starts soon" : `starts in about ${format.duration(queue.eta_s)} (${spread})`);
   }
   return words.join(" · ");
 }
@@ -52,7 +52,7 @@ export function describeProgress(job) {
   if (job.queue && !(waitsUntil(job) > Date.now())) return { fraction, text: describeQueue(job.queue) };
   const words = [phaseOf(job)];
   if (progress?.epoch != null && job.status !== "succeeded") {
-    words.push(`epoch ${format.outOf(progress.epoch, progress.epochs)}`);
+    words.push(`epoch\u00a0${format.outOf(progress.epoch, progress.epochs)}`);
   }
   return { fraction, text: words.join(" · ") };
 }

@@ -156,7 +156,9 @@ def test_without_jobs_the_page_shows_how_to_start(visitor: BrowserContext, servi
     expect(page.locator("#no-datasets code")).to_contain_text("defeat datasets add")
 
 
-@pytest.mark.parametrize("path", ["/jobs", "/jobs/{succeeded}", "/jobs/{failed}", "/datasets", "/datasets/{dataset}"])
+@pytest.mark.parametrize(
+    "path", ["/jobs", "/jobs/{succeeded}", "/jobs/{failed}", "/jobs/{queued}", "/datasets", "/datasets/{dataset}"]
+)
 def test_a_phone_needs_no_sideways_scrolling(path: str, page: Page, service: Service) -> None:
     page.set_viewport_size({"width": 360, "height": 780})
     page.goto(path.format_map(vars(service.seeded)))

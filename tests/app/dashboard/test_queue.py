@@ -36,3 +36,5 @@ def test_workers_are_listed_live(page: Page, service: Service) -> None:
     row = page.locator("#workers tbody tr")
     for text in ("gpu@one", "Idle", "jobs", "lab", "2", "80 GB"):
         expect(row).to_contain_text(text)
+    page.set_viewport_size({"width": 360, "height": 780})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
