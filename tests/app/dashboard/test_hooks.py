@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import app.dashboard
-from tests.dashboard.conftest import Service
+from tests.app.dashboard.conftest import Service
 
 ROOT = Path(app.dashboard.__file__).parent
 MODULES = {path.name: path.read_text() for path in ROOT.glob("static/*.js")}
