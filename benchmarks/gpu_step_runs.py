@@ -47,11 +47,11 @@ STUDENTS = "faster_rcnn, student's proposals"
 _WAITS = "called a synchronizing CUDA operation"
 # Whose an operation is, by the innermost of these folders that its Python stack goes through.
 _PLACES = {
-    "worker/methods/": "method",
-    "worker/detectors/": "detector",
+    "defeat/engine/methods/": "method",
+    "defeat/engine/detectors/": "detector",
     "torchvision/": "detector",
-    "worker/engine/": "engine",
-    "worker/data/": "engine",
+    "defeat/engine/training/": "engine",
+    "defeat/engine/data/": "engine",
 }
 _HEADS = "detector: torchvision/"
 MEASURED, ORDINARY = (StepInfo(step=step, steps=1000, epoch=0, epochs=1) for step in (100, 101))

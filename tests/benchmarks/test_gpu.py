@@ -138,8 +138,8 @@ def test_a_run_that_fails_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("file", "places"),
     [
-        ("/x/worker/methods/defeat.py", {"method: defeat/engine/methods/defeat.py:2": 2}),
-        ("/x/worker/detectors/faster_rcnn.py", {"detector: defeat/engine/detectors/faster_rcnn.py:2": 2}),
+        ("/x/defeat/engine/methods/defeat.py", {"method: defeat/engine/methods/defeat.py:2": 2}),
+        ("/x/defeat/engine/detectors/faster_rcnn.py", {"detector: defeat/engine/detectors/faster_rcnn.py:2": 2}),
         ("/lib/torchvision/ops/poolers.py", {"detector: torchvision/ops/poolers.py:2": 2}),
         ("/lib/torch/autograd/__init__.py", {"backward": 2}),
         # Of neither: the caller's.
@@ -154,7 +154,7 @@ def test_a_wait_is_that_of_the_innermost_code(file, places):
     space = {"warnings": warnings, "text": "called a synchronizing CUDA operation (Triggered internally)"}
     exec(compile("def work():\n    warnings.warn(text)\n    warnings.warn('else')\n", file, "exec"), space)
     outer = {"work": space["work"]}
-    exec(compile("def outer():\n    work()\n    work()\n", "/x/worker/engine/train.py", "exec"), outer)
+    exec(compile("def outer():\n    work()\n    work()\n", "/x/defeat/engine/training/train.py", "exec"), outer)
     found = waits(outer["outer"], CPU)
     assert found == Counter(places)
     assert sum(by_group(found).values()) == 2
