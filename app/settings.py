@@ -52,8 +52,8 @@ class Settings(BaseSettings):
     )
     secret: SecretStr = Field(
         default=SecretStr(""),
-        description="Secret that keys API-key hashes and dashboard sessions, at least 16 characters. Default: made "
-        "once under home.",
+        description="Secret that keys API-key hashes and dashboard sessions, at least 16 characters. Default: "
+        "generated once under home.",
     )
     dataset_roots: list[Path] = Field(
         default=[],
@@ -61,82 +61,85 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(default=20 * GIB, gt=0, description="Largest dataset archive or checkpoint, bytes.")
     max_unpacked_bytes: int = Field(
-        default=100 * GIB, gt=0, description="Most bytes that one archive may unpack to; more is refused."
+        default=100 * GIB, gt=0, description="Maximum size of an unpacked archive, bytes; a larger one is rejected."
     )
-    max_unpacked_files: int = Field(default=2_000_000, gt=0, description="Most files in one archive; more is refused.")
-    lease_s: float = Field(default=30.0, gt=0, description="How long a worker's claim holds without renewal, seconds.")
-    sweep_s: float = Field(default=10.0, gt=0, description="Time between two sweeps for lost work, seconds.")
+    max_unpacked_files: int = Field(
+        default=2_000_000, gt=0, description="Maximum number of files in an archive; one with more is rejected."
+    )
+    lease_s: float = Field(default=30.0, gt=0, description="Duration of a worker's lease without renewal, seconds.")
+    sweep_s: float = Field(default=10.0, gt=0, description="Time between two sweeps for lost rows, seconds.")
     redeliver_s: float = Field(
-        default=120.0, gt=0, description="A queued row whose last message is older than this is sent again, seconds."
+        default=120.0,
+        gt=0,
+        description="The sweep sends another message for a queued row whose last message is older than this, seconds.",
     )
     max_attempts: int = Field(
         default=5,
         ge=1,
-        description="Attempts in a row that may end by a lost worker or an infra failure, with no new training "
-        "checkpoint between them, before a row is given up as failed.",
+        description="Consecutive attempts that may end by a lost worker or an infra failure, with no new training "
+        "checkpoint between them, before the row fails.",
     )
     retry_backoff_s: float = Field(
         default=10.0,
         gt=0,
-        description="Pause before a row is tried again after an infra failure, seconds; doubled with each in a row.",
+        description="Pause before the retry after an infra failure, seconds; it doubles with each consecutive failure.",
     )
-    retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Longest of these pauses, seconds.")
+    retry_backoff_max_s: float = Field(default=600.0, gt=0, description="Maximum of these pauses, seconds.")
     storage_patience_s: float = Field(
         default=900.0,
         ge=0,
-        description="How long a worker waits for an object store that refuses or does not answer, to fetch a run's "
-        "inputs or to store what it left, seconds; after that another attempt goes on from the last training "
-        "checkpoint.",
+        description="How long a worker retries an object store that fails, to fetch a run's inputs or to store its "
+        "outputs, seconds; then another attempt resumes from the last training checkpoint.",
     )
     cancel_grace_s: float = Field(
         default=20.0,
         gt=0,
-        description="How long a cancelled run may take to save and end before it is killed, seconds.",
+        description="How long a cancelled run may take to save and exit before the worker kills it, seconds.",
     )
     retention_s: float = Field(
-        default=3600.0, gt=0, description="Time between two passes that delete what the rules below let go, seconds."
+        default=3600.0, gt=0, description="Time between two passes of the retention rules below, seconds."
     )
     keep_training_checkpoints_s: float | None = Field(
         default=30 * DAY_S,
         ge=0,
-        description="How long an ended job keeps the training checkpoint that it could go on from, seconds. None: for "
-        "ever.",
+        description="How long an ended job keeps the training checkpoint that a retry would resume from, seconds. "
+        "None: forever.",
     )
     keep_empty_uploads_s: float | None = Field(
         default=7 * DAY_S,
         ge=HOUR_S,
         description="How long a dataset or checkpoint may wait for its content before it is deleted, seconds, at least "
-        "3600. None: for ever.",
+        "3600. None: forever.",
     )
     keep_failed_uploads_s: float | None = Field(
         default=30 * DAY_S,
         ge=0,
-        description="How long the upload of a dataset or checkpoint whose check failed is kept, seconds. None: for "
-        "ever.",
+        description="How long the upload of a dataset or checkpoint whose check failed is kept, seconds. None: "
+        "forever.",
     )
     keep_orphans_s: float | None = Field(
         default=7 * DAY_S,
         ge=HOUR_S,
-        description="How long an object that no row refers to stays in the store, seconds, at least 3600. None: for "
-        "ever.",
+        description="How long an object that no row refers to stays in the store, seconds, at least 3600. None: "
+        "forever.",
     )
     keep_history_s: float | None = Field(
         default=None,
         ge=0,
         description="How long an ended job keeps all its metrics and events; later it keeps `history_points` of each "
-        "series, and its warnings, errors and last events, seconds. None: for ever.",
+        "series, and its warnings, errors and last events, seconds. None: forever.",
     )
     history_points: int = Field(
         default=1000,
         ge=2,
         le=10_000,
-        description="Metrics of one series, and events, that a job's reduced history keeps.",
+        description="Points of each metric, and events, that a reduced history keeps.",
     )
     keep_teachers_s: float | None = Field(
         default=None,
         ge=0,
         description="How long a checkpoint that a job trained as its teacher is kept when no job's spec names it, from "
-        "its end or its last download, seconds. None: for ever.",
+        "its end or its last download, seconds. None: forever.",
     )
     quota_queued_jobs: int | None = Field(
         default=None, ge=0, description="Jobs that a tenant may have queued at once. None: no limit."
@@ -157,39 +160,39 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", description="Device of runs: auto, cpu, cuda or cuda:N.")
     labels: list[str] = Field(
         default=[],
-        description="What this worker is called in a job's `resources.label`, as a JSON list: a job with a label "
-        "runs on a worker that has it.",
+        description="Labels of this worker, as a JSON list: a job with `resources.label` runs on a worker that has "
+        "this label.",
     )
     gpus: int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="Most `resources.gpus` of a job that this worker takes. None: its GPUs, or on a worker without "
-        "any, as many processes as it has cores.",
+        description="Maximum `resources.gpus` of a job that this worker takes. None: its number of GPUs, or, without "
+        "a GPU, its number of cores.",
     )
-    max_job_gpus: int = Field(default=64, ge=1, description="Jobs that ask for more GPUs than this are refused.")
+    max_job_gpus: int = Field(default=64, ge=1, description="The API rejects jobs that ask for more GPUs than this.")
     max_job_gpu_memory_gb: float | None = Field(
-        default=None, gt=0, description="Jobs that ask for more memory of each GPU are refused, GB. None: no limit."
+        default=None, gt=0, description="The API rejects jobs that ask for more memory per GPU, GB. None: no limit."
     )
     worker_silent_s: float = Field(
-        default=600.0, gt=0, description="A worker that is not heard of for this long is forgotten, seconds."
+        default=600.0, gt=0, description="The sweep removes a worker that has not reported for this long, seconds."
     )
     image_memory_bytes: int | None = Field(
         default=None,
         # The second is the name of 0.1; it goes with 0.3.
         validation_alias=AliasChoices("DEFEAT_IMAGE_MEMORY_BYTES", "DEFEAT_PICTURE_MEMORY_BYTES"),
         ge=0,
-        description="Most memory in which a run keeps decoded images, bytes. None: 2 GiB or a quarter of what is "
-        "free, whichever is less.",
+        description="Maximum memory for decoded images in a run, bytes. None: 2 GiB or a quarter of the free "
+        "memory, whichever is less.",
     )
     metrics_port: int | None = Field(
-        default=None, ge=1, le=65535, description="Port on which /metrics is served, without a key. None: not at all."
+        default=None, ge=1, le=65535, description="Port that serves /metrics, without a key. None: no /metrics."
     )
     metrics_host: str = Field(
         default="127.0.0.1",
-        description="Address on which /metrics is served. Nobody outside may reach it: it counts what all tenants do.",
+        description="Address that serves /metrics. Keep it private: it counts what all tenants do.",
     )
-    log_level: str = Field(default="INFO", description="Least level that is logged.")
+    log_level: str = Field(default="INFO", description="Minimum log level: DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("secret")
     @classmethod
