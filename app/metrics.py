@@ -1,6 +1,6 @@
-"""What Prometheus reads: counters of this process, and what the database says about queues and storage.
+"""Prometheus metrics: counters of this process, and gauges of queues and storage from the database.
 
-Served on a port of its own (`DEFEAT_METRICS_PORT`), never by the API: the numbers tell what every tenant does.
+Served on a port of its own (`DEFEAT_METRICS_PORT`), never by the API: the numbers cover every tenant.
 """
 
 import shutil
@@ -30,27 +30,29 @@ from app.states import ASSET_MOVES, JOB_MOVES
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-# What a job's label that no registered worker has is counted as: tenants choose labels, and each would be a series.
+# The value of `label` for jobs whose label no registered worker has: tenants choose labels, and each would be a series.
 OTHER_LABEL: Final = "other"
-# A scrape costs the database a few small queries; what is summed over whole tables is asked for rarely.
+# A scrape costs the database a few small queries; sums over whole tables are cached for longer.
 _QUEUES_KEPT_S: Final = 5.0
 _SUMS_KEPT_S: Final = 300.0
 _LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
 
 HTTP_REQUESTS: Final = Histogram(
     "defeat_http_request_duration_seconds",
-    "Time from a request's first byte to its answer's last, by the route's template.",
+    "Time from the first byte of a request to the last byte of its response, by route template.",
     ["method", "route", "status"],
     buckets=_LATENCY_S,
 )
 ROWS_RESENT: Final = Counter(
-    "defeat_rows_resent", "Rows whose message or worker was lost and whose message was sent again.", ["queue"]
+    "defeat_rows_resent",
+    "Rows whose message or worker was lost and for which the sweep sent another message.",
+    ["queue"],
 )
-SWEEPS_FAILED: Final = Counter("defeat_sweeps_failed", "Sweeps for lost work that could not be made.")
+SWEEPS_FAILED: Final = Counter("defeat_sweeps_failed", "Sweeps for lost rows that failed.")
 
 
 class Kept(Generic[T]):
-    """A value that is asked for again only when it is older than `kept_s`. Safe between threads."""
+    """A cached value, computed again when it is older than `kept_s` seconds. Thread-safe."""
 
     def __init__(self, ask: Callable[[], T], kept_s: float) -> None:
         self._ask, self._kept_s = ask, kept_s
@@ -59,7 +61,7 @@ class Kept(Generic[T]):
         self._asked_at = -float("inf")
 
     def get(self) -> T:
-        """Return the value as of at most `kept_s` ago. Raises what asking raises."""
+        """Return the value, at most `kept_s` seconds old. Raises what the computation raises."""
         with self._lock:
             if self._value is None or time.monotonic() - self._asked_at > self._kept_s:
                 self._value = self._ask()
@@ -84,7 +86,7 @@ class ServiceCollector(Collector):
             return query(session)
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: registering must not ask the database."""
+        """Return nothing, so that registration does not query the database."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
@@ -110,7 +112,7 @@ def _queue_families(session: Session) -> list[Metric]:
     )
     oldest = GaugeMetricFamily(
         "defeat_queue_oldest_seconds",
-        "How long the oldest row of the queue has waited; 0: none waits.",
+        "Age of the oldest row in the queue, seconds; 0: the queue is empty.",
         labels=["queue"],
     )
     offered = {label for labels in session.scalars(select(Worker.labels)) for label in labels}
@@ -134,7 +136,7 @@ def _queue_families(session: Session) -> list[Metric]:
 def _alive(
     session: Session, model: LeasedModel, offered: Collection[str]
 ) -> dict[tuple[str, str], tuple[int, datetime | None]]:
-    """Return how many rows there are and since when, for each status that is no end and each label."""
+    """Return the number of rows and the oldest, for each status that is not terminal and each label."""
     # Ended rows are left out: there may be millions, and nobody watches them.
     states = [state for state, onward in (JOB_MOVES if model is Job else ASSET_MOVES).items() if onward]
     labels = {"", OTHER_LABEL, *offered} if model is Job else {""}
@@ -160,7 +162,7 @@ def kind_of(model: LeasedModel) -> str:
 
 def _stored_family(session: Session) -> list[Metric]:
     stored = GaugeMetricFamily(
-        "defeat_stored_bytes", "Bytes of finished objects in the object store, by what they are.", labels=["kind"]
+        "defeat_stored_bytes", "Bytes of finished objects in the object store, by kind.", labels=["kind"]
     )
     for kind, column in (
         ("artifact", Artifact.size_bytes),
@@ -172,11 +174,11 @@ def _stored_family(session: Session) -> list[Metric]:
 
 
 def disk_families(settings: Settings) -> Iterator[Metric]:
-    """Yield the size of the disk that holds `DEFEAT_HOME`, or will once it is made, and what is free on it."""
+    """Yield the size of the disk under `DEFEAT_HOME`, which need not exist yet, and its free space."""
     place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
     usage = shutil.disk_usage(place)
     yield GaugeMetricFamily("defeat_disk_bytes", "Size of the disk under DEFEAT_HOME.", value=usage.total)
-    yield GaugeMetricFamily("defeat_disk_free_bytes", "Free room on the disk under DEFEAT_HOME.", value=usage.free)
+    yield GaugeMetricFamily("defeat_disk_free_bytes", "Free space on the disk under DEFEAT_HOME.", value=usage.free)
 
 
 def serve(registry: CollectorRegistry, settings: Settings) -> Callable[[], None]:
@@ -198,7 +200,7 @@ def serve(registry: CollectorRegistry, settings: Settings) -> Callable[[], None]
 
 
 def api_registry(database: Database, settings: Settings) -> CollectorRegistry:
-    """Return what an API process serves: its own counters and what the database says."""
+    """Return the registry of an API process: its own counters and the gauges from the database."""
     registry = CollectorRegistry()
     registry.register(REGISTRY)
     registry.register(ServiceCollector(database, settings))
