@@ -1,21 +1,34 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PYTHON ?= python3.11
 BIN := .venv/bin
+# A Python that we support and that can make a virtual environment: Debian has the modules for that in a package apart.
+SUPPORTED := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3; do \
+	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --group build --universal --python-version 3.11 \
+	--fork-strategy fewest --generate-hashes --custom-compile-command 'make lock'
 BENCHMARKS := $(filter-out __init__ %_runs %_setups,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: help setup setup-browser demo up test test-fast test-slow test-storage test-faults test-gpu bench lint types catalog format clean
+.PHONY: help setup setup-browser demo up test test-fast test-slow test-storage test-faults test-gpu bench lint types \
+	catalog migration lock format clean
 
 help: ## print every command
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: .venv/.installed ## make .venv with the pinned dependencies
+setup: .venv/.installed ## make .venv with the pinned packages: PYTHON=/path/to/python3 chooses the Python
 
-# `constraints.txt` pins every package, so two machines install the same.
-.venv/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# pip, since every Python brings it, and the hashes of requirements/dev.txt, so that two machines install the same files.
+# The build backend is among them: nothing is fetched to install the project itself.
+.venv/.installed: pyproject.toml requirements/dev.txt
+	@$(PIP) --version >/dev/null 2>&1 || $(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo 'No Python 3.11, 3.12, 3.13 or 3.14 that can make a virtual environment was found.'; \
+		echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make setup PYTHON=/path/to/python3'; \
+		exit 1; } >&2
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PIP) install --quiet --require-hashes --requirement requirements/dev.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 setup-browser: ## install Debian's Chromium for the dashboard's tests, where it is missing and can be had
@@ -29,8 +42,8 @@ demo: setup ## the whole service in two minutes: teacher, student, detections (d
 up: setup ## serve on http://127.0.0.1:8765 until Ctrl-C (data in DEFEAT_HOME, else .defeat)
 	$(BIN)/defeat up
 
-test: setup setup-browser lint types ## everything that needs no GPU and no minutes
-	$(PYTEST)
+test: $(if $(T),setup,setup setup-browser lint types) ## everything that needs no GPU and no minutes; T=PATH: those tests alone
+	$(PYTEST) $(T)
 
 test-fast: setup ## unit tests only: no stack, no browser
 	$(PYTEST) tests/app tests/defeat/client tests/defeat/cli tests/defeat/engine/data tests/defeat/engine/methods tests/defeat/engine/detectors --ignore tests/app/stack --ignore tests/app/dashboard
@@ -50,10 +63,12 @@ test-gpu: setup ## what needs a GPU
 bench: setup ## every benchmark in its short form; each prints one JSON object on its last line
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || true; done
 
-lint: setup ## ruff, import rules, and whether app/specs/catalog.json is up to date
+lint: setup ## ruff, import rules, Markdown and its links, spelling, and whether app/specs/catalog.json is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/rumdl check --quiet --no-cache .
+	$(BIN)/codespell
 	$(BIN)/python -m defeat.engine.catalog --check app/specs/catalog.json
 
 types: setup ## mypy
@@ -62,9 +77,28 @@ types: setup ## mypy
 catalog: setup ## write app/specs/catalog.json from the engine's configs
 	$(BIN)/python -m defeat.engine.catalog app/specs/catalog.json
 
-format: setup ## format the code
+migration: setup ## write a migration from the difference between app/models.py and the migrations: M='add a column'
+	@test -n "$$M" || { echo "Name what it does: make migration M='add a column'" >&2; exit 1; }
+	@home=$$(mktemp --directory) && trap 'rm -r "$$home"' EXIT && export DATABASE_URL="sqlite:///$$home/db.sqlite3" \
+		&& last=$$(basename "$$(ls migrations/versions/[0-9]*.py | tail -n 1)") \
+		&& slug=$$(tr -cs '[:alnum:]' _ <<< "$${M,,}") \
+		&& $(BIN)/alembic upgrade head \
+		&& $(BIN)/alembic revision --autogenerate --message "$$M" \
+			--rev-id "$$(printf '%04d' $$((10#$${last%%_*} + 1)))_$$(sed 's/^_*//; s/_*$$//' <<< "$$slug")"
+	$(BIN)/ruff check --quiet --fix migrations/versions
+	$(BIN)/ruff format --quiet migrations/versions
+
+# One file for each thing that is installed, since pip takes hashes only from a file whose every line it installs. All are
+# resolved within dev.txt, so a package has one version in all, for every Python and platform. What is pinned stays.
+lock: setup ## write requirements/ from pyproject.toml; FLAGS=--upgrade or FLAGS='--upgrade-package timm' moves pins
+	$(COMPILE) --extra dev --output-file requirements/dev.txt $(FLAGS)
+	$(COMPILE) --extra app --extra traces --constraint requirements/dev.txt --output-file requirements/app.txt
+	$(COMPILE) --extra worker --extra traces --constraint requirements/dev.txt --output-file requirements/worker.txt
+
+format: setup ## format the code and the documents
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/rumdl fmt --quiet --no-cache .
 
 clean: ## remove what the commands above made, the installation apart
 	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
