@@ -19,12 +19,13 @@ help: ## print every command
 
 setup: .venv/.installed ## make .venv with the pinned packages: PYTHON=/path/to/python3 chooses the Python
 
-# pip, since every Python brings it, and the hashes of requirements/dev.txt, so that two machines install the same files.
-# The build backend is among them: nothing is fetched to install the project itself.
+# pip, since every Python brings it; with hashes, so that two machines install the same files. The lock holds the build
+# backend too: nothing more is fetched to install the project itself.
 .venv/.installed: pyproject.toml requirements/dev.txt
 	@$(PIP) --version >/dev/null 2>&1 || $(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { \
 		echo 'No Python 3.11, 3.12, 3.13 or 3.14 that can make a virtual environment was found.'; \
-		echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make setup PYTHON=/path/to/python3'; \
+		echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv)'; \
+		echo 'or name one: make setup PYTHON=/path/to/python3'; \
 		exit 1; } >&2
 	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --quiet --require-hashes --requirement requirements/dev.txt
@@ -42,7 +43,7 @@ demo: setup ## the whole service in two minutes: teacher, student, detections (d
 up: setup ## serve on http://127.0.0.1:8765 until Ctrl-C (data in DEFEAT_HOME, else .defeat)
 	$(BIN)/defeat up
 
-test: $(if $(T),setup,setup setup-browser lint types) ## everything that needs no GPU and no minutes; T=PATH: those tests alone
+test: $(if $(T),setup,setup setup-browser lint types) ## what needs no GPU and no minutes; T=PATH: those tests alone
 	$(PYTEST) $(T)
 
 test-fast: setup ## unit tests only: no stack, no browser
@@ -85,8 +86,8 @@ migration: setup ## write a migration from the difference between app/models.py 
 		&& $(BIN)/alembic upgrade head \
 		&& $(BIN)/alembic revision --autogenerate --message "$$M" \
 			--rev-id "$$(printf '%04d' $$((10#$${last%%_*} + 1)))_$$(sed 's/^_*//; s/_*$$//' <<< "$$slug")"
-	$(BIN)/ruff check --quiet --fix migrations/versions
 	$(BIN)/ruff format --quiet migrations/versions
+	$(BIN)/ruff check --quiet --fix migrations/versions
 
 # One file for each thing that is installed, since pip takes hashes only from a file whose every line it installs. All are
 # resolved within dev.txt, so a package has one version in all, for every Python and platform. What is pinned stays.
