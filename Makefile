@@ -89,8 +89,8 @@ migration: setup ## write a migration from the difference between app/models.py 
 	$(BIN)/ruff format --quiet migrations/versions
 	$(BIN)/ruff check --quiet --fix migrations/versions
 
-# One file for each thing that is installed, since pip takes hashes only from a file whose every line it installs. All are
-# resolved within dev.txt, so a package has one version in all, for every Python and platform. What is pinned stays.
+# One file for each thing that is installed, since pip installs every line of a file with hashes. All are resolved within
+# dev.txt, so that a package has one version in all, for every Python and platform. What is pinned stays.
 lock: setup ## write requirements/ from pyproject.toml; FLAGS=--upgrade or FLAGS='--upgrade-package timm' moves pins
 	$(COMPILE) --extra dev --output-file requirements/dev.txt $(FLAGS)
 	$(COMPILE) --extra app --extra traces --constraint requirements/dev.txt --output-file requirements/app.txt
