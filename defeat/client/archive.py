@@ -51,7 +51,9 @@ def _files(directory: Path, root: Path, above: frozenset[Path]) -> Iterator[Path
 def _resolved(path: Path, root: Path) -> Path:
     try:
         real = path.resolve(strict=True)
-    except (FileNotFoundError, RuntimeError) as error:
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
         raise InvalidInput(f"{path} is a link that leads nowhere: remove it") from error
     if not real.is_relative_to(root):
         raise InvalidInput(f"{path} is a link to {real}, outside {root}: copy what it leads to into the directory")
