@@ -99,7 +99,7 @@ lock: setup ## write requirements/ from pyproject.toml; FLAGS=--upgrade or FLAGS
 format: setup ## format the code and the documents
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/rumdl fmt --quiet --no-cache .
+	$(BIN)/rumdl fmt --silent --no-cache .
 
 clean: ## remove what the commands above made, the installation apart
 	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
