@@ -102,8 +102,8 @@ class Leased:
     """A row that a worker claims, renews and finishes: see `app.queue.leases`.
 
     `attempt` counts claims and is the fencing token: every write of a worker is conditional on the attempt it
-    claimed, so one that lost its lease can change nothing. `losses` is what is held against the row: attempts in a
-    row whose worker was lost or whose machine failed, with no new checkpoint between them.
+    claimed, so one that lost its lease can change nothing. `failed_attempts` counts attempts in a row whose worker was
+    lost or whose machine failed, with no new training checkpoint between them.
     """
 
     CLAIMABLE: ClassVar[str] = QUEUED
@@ -118,7 +118,9 @@ class Leased:
     status: Mapped[str] = mapped_column(String(20))
     failure: Mapped[dict[str, Any] | None]
     attempt: Mapped[int] = mapped_column(default=0)
-    losses: Mapped[int] = mapped_column(default=0, server_default="0")
+    # The column keeps its old name. In an upgrade processes of the release before still use the migrated tables, and
+    # they know only that name; 1.0, whose upgrade stops all processes first, renames it.
+    failed_attempts: Mapped[int] = mapped_column("losses", default=0, server_default="0")
     not_before: Mapped[datetime | None]  # when a queued row may be claimed, where that is not at once
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]

@@ -34,7 +34,7 @@ from defeat.engine.data import canonical
 from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
 from tests.support.worker_world import World
 from worker.supervisor import Supervisor
-from worker.tasks import ADAPTERS
+from worker.tasks import HANDLERS
 
 # A run does more than its lower bound (inputs, configs, a larger teacher, distillation), and imports torch with less
 # effort. It came to 0.99 by the clock and 0.95 of the processor; the rest is room for a machine's noise. A library of a
@@ -144,7 +144,7 @@ class Bench:
         thread = threading.Thread(target=witness.follow)
         claimed = time.time()
         thread.start()
-        supervisor.work(ADAPTERS[Job.TASK](self.world.context))
+        supervisor.work(HANDLERS[Job.TASK](self.world.context))
         thread.join()
         return witness.parts(claimed)
 

@@ -37,7 +37,7 @@ from app.jobs.schemas import EvaluationOut, JobOut
 from app.migrate import upgrade
 from app.models import Job
 from app.queue import leases
-from app.queue.scheduling import Offer
+from app.queue.scheduling import WorkerResources
 from tests.support import postgres
 
 GOAL: Final = 1.5
@@ -210,7 +210,7 @@ class Installation:
         """A worker takes the job that is next, which is then put back, untimed: see `put_back`."""
         del at
         with self.database.write() as session:
-            row = leases.claim_next(session, Job, Offer(), owner="benchmark", lease_s=30, max_attempts=5)
+            row = leases.claim_next(session, Job, WorkerResources(), owner="benchmark", lease_s=30, max_attempts=5)
         if row is None:
             raise AssertionError("nothing was to be claimed")
 

@@ -38,7 +38,7 @@ from tests.support.datasets import put, tar_with, voc, zip_of
 from tests.support.training import CLASSES, TINY
 from tests.support.waiting import until
 from worker.supervisor import Supervisor
-from worker.tasks import ADAPTERS
+from worker.tasks import HANDLERS
 from worker.tasks.base import Context
 
 PROBLEM = "application/problem+json"
@@ -75,7 +75,7 @@ class Front:
         supervisor = Supervisor(context, owner="test", stop=threading.Event(), tick_s=0.02, backoff_s=0.01)
         while self.queue.sent:
             task, _row_id = self.queue.sent.pop()
-            supervisor.work(ADAPTERS[task](context))
+            supervisor.work(HANDLERS[task](context))
 
     def page(self, path: str) -> Any:
         """Get a page of the dashboard."""

@@ -1,8 +1,8 @@
 """Starts a worker: `python -m worker --queues jobs,checks`.
 
-One worker does one thing at a time. Give jobs and checks a worker each, or a long job holds up every dataset's check.
-SIGTERM ends it within `DEFEAT_CANCEL_GRACE_S` and a little: its run is told to save, and the row goes back to the
-queue.
+A worker works on one row at a time. Start one worker for jobs and another for checks, or a long job delays every
+dataset's check. SIGTERM ends a worker within `DEFEAT_CANCEL_GRACE_S` and some seconds: its run saves, and the row
+returns to the queue.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from app.models import QUEUES
 def main() -> None:
     """Parse the command line and become the worker."""
     parser = argparse.ArgumentParser(prog="python -m worker", description="Works on jobs, datasets and checkpoints.")
-    parser.add_argument("--queues", default=",".join(QUEUES), help="what to work on, default: %(default)s")
-    parser.add_argument("--name", default="worker", help="tells workers on one machine apart, default: %(default)s")
+    parser.add_argument("--queues", default=",".join(QUEUES), help="queues to work on, default: %(default)s")
+    parser.add_argument("--name", default="worker", help="unique on this machine, default: %(default)s")
     arguments = parser.parse_args()
     if unknown := set(arguments.queues.split(",")) - set(QUEUES):
-        parser.error(f"unknown queue {', '.join(sorted(unknown))}; there are: {', '.join(QUEUES)}")
-    # Celery waits for the whole task at SIGTERM, unless it is told to take it as SIGQUIT, which cancels the task: the
-    # pool's child gets a signal, by which the supervisor knows. It reads this when it is imported.
+        parser.error(f"unknown queue {', '.join(sorted(unknown))}; use one of: {', '.join(QUEUES)}")
+    # At SIGTERM Celery waits for the end of the task, unless this variable makes it a SIGQUIT, which cancels the task:
+    # the pool's child then gets a signal, which the supervisor sees. Celery reads the variable at import.
     os.environ["REMAP_SIGTERM"] = "SIGQUIT"
     with tempfile.TemporaryDirectory(prefix="defeat-metrics-") as folder:
-        # Counters lie in files that the pool's child writes and the parent serves. This is read at import, too.
+        # The pool's child writes the counters to files and the parent serves them. Read at import as well.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
         from worker.main import start
 

@@ -1,4 +1,4 @@
-"""What is told of an attempt at a row: the row's ids on every line that is logged, and a span for the whole."""
+"""The context of an attempt in logs and traces: the row's ids on every log line, and a span for the whole."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from app.models import Leased
 
 @contextmanager
 def attempt(row: Leased) -> Iterator[None]:
-    """Trace what is done inside as an attempt at the row, and bind the row to what is logged.
+    """Trace the body as an attempt at the row, and add the row's ids to its log lines.
 
-    The span belongs to the trace of the request that made the row, however long ago that was. The message that woke
-    this worker may have been another row's: it is a link.
+    The span belongs to the trace of the request that created the row, however long ago that was. The message that woke
+    this worker may have been sent for another row, so it is a link.
     """
     kind = type(row).__name__.lower()
     attributes = {"defeat.kind": kind, "defeat.row": row.id, "defeat.attempt": row.attempt}
@@ -38,7 +38,7 @@ def attempt(row: Leased) -> Iterator[None]:
 
 
 def ended(how: str, failure: Mapping[str, Any] | None = None) -> None:
-    """Note in the attempt's span how it ended; with a failure, its class and code and nothing that tenants wrote."""
+    """Set the outcome in the attempt's span; of a failure only class and code, because tenants write the rest."""
     span = trace.get_current_span()
     span.set_attribute("defeat.outcome", how)
     if failure is not None:

@@ -1,4 +1,4 @@
-"""What this machine has for jobs, and what it has run out of. No torch: GPUs are asked of `nvidia-smi`."""
+"""The hardware that this machine has for jobs, and the memory that it ran out of. No torch: `nvidia-smi` lists GPUs."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 def gpu_memories_gb(device: str) -> list[float]:
     """Return the memory of each GPU that runs on `device` (auto, cpu, cuda or cuda:N) may use, GB.
 
-    `CUDA_VISIBLE_DEVICES` counts, by number or by uuid, as it does for the runs. Empty where there is no driver.
+    It respects `CUDA_VISIBLE_DEVICES`, by index or by UUID, as the runs do. Empty where there is no driver.
     """
     command = shutil.which("nvidia-smi")
     if device == "cpu" or command is None:
@@ -49,7 +49,7 @@ def _visible(lines: Sequence[str], chosen: str | None) -> list[float]:
     order: list[str] = []
     for line in lines:
         index, uuid, mebibytes = (part.strip() for part in line.split(","))
-        # Some machines with unified memory have no number to give.
+        # Some machines with unified memory report no number.
         memory = float(mebibytes) / _MIB_PER_GB if mebibytes.replace(".", "").isdigit() else 0.0
         memories |= {index: memory, uuid: memory}
         order.append(index)
@@ -62,16 +62,16 @@ def _visible(lines: Sequence[str], chosen: str | None) -> list[float]:
             else next((uuid for uuid in memories if not uuid.isdigit() and uuid.startswith(name)), None)
         )
         if full is None:
-            break  # CUDA too ignores what comes after a name that it does not know
+            break  # as CUDA does: it ignores every name after an unknown one
         found.append(round(memories[full], 1))
     return found
 
 
 def memory_kills() -> int | None:
-    """Return how many processes of this one's control group the kernel has killed, ever, since memory ran out.
+    """Return how many processes of this process's control group the kernel has killed so far for lack of memory.
 
-    That of the machine or that of the group's limit; runs are in their worker's group. None where nobody says: not on
-    Linux, not in a group of its own, or not allowed to look.
+    That includes the memory of the machine and the limit of the group; runs are in their worker's group. None where the
+    count is unknown: not on Linux, not in a control group, or no permission to read it.
     """
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
@@ -85,7 +85,7 @@ def memory_kills() -> int | None:
             mount, name = _CGROUPS / "memory", "memory.oom_control"  # of version 1
         else:
             continue
-        # A container may be told its path on the host and be shown only its own group.
+        # In a container the path may be the one on the host, while only the own group is mounted.
         for file in (mount / path.lstrip("/") / name, mount / name):
             kills = _counted(file, "oom_kill")
             if kills is not None:
@@ -102,7 +102,7 @@ def _counted(file: Path, name: str) -> int | None:
 
 
 def describe(settings: Settings, *, name: str, queues: Sequence[str]) -> Worker:
-    """Return this worker as it is registered, with a new id; it is in no session."""
+    """Return the row that registers this worker, with a new id; it belongs to no session."""
     memories, host = gpu_memories_gb(settings.device), socket.gethostname()
     on_gpu = bool(memories)
     processes = settings.gpus if settings.gpus is not None else len(memories) or os.cpu_count() or 1

@@ -1,8 +1,8 @@
 """The Celery app. Start a worker with `python -m worker --queues jobs,checks`.
 
-A message wakes a worker up and is acknowledged at once; the lease in the database guards the work, so nothing here
-depends on the broker to remember a task that runs. What the worker then works on is the row that is next for it (see
-`app.queue.scheduling`). A message that wakes one which cannot meet its row's demands goes on to the others that wait.
+A message wakes a worker and is acknowledged at once. The lease in the database protects the work, so the broker need
+not remember a task that runs. The worker then claims the row that is next for it (see `app.queue.scheduling`). If its
+resources do not satisfy the row of the message, it sends the message on to other workers.
 """
 
 import os
@@ -36,15 +36,15 @@ from app.models import LEASED, Worker
 from app.ops.sweep import sweep
 from app.queue import scheduling
 from app.queue.messages import BROKER_ERRORS, WORKER_COMMAND, Queue
-from app.queue.scheduling import Offer
+from app.queue.scheduling import WorkerResources
 from app.settings import get_settings
 from app.storage import Storage
 from app.workers import registry, repository
 from worker import metrics
 from worker.hardware import describe
 from worker.supervisor import Supervisor
-from worker.tasks import ADAPTERS
-from worker.tasks.base import Adapter, Context
+from worker.tasks import HANDLERS
+from worker.tasks.base import Context, Handler
 
 log = structlog.get_logger(__name__)
 
@@ -54,13 +54,13 @@ celery = Celery("defeat")
 celery.conf.update(
     broker_url=get_settings().redis_url,
     broker_connection_retry_on_startup=True,
-    broker_connection_max_retries=None,  # for ever
+    broker_connection_max_retries=None,  # no limit
     task_serializer="json",
     accept_content=["json"],
     task_ignore_result=True,
-    # Late acknowledgement would deliver a task again and again once it takes longer than the visibility timeout.
+    # With late acknowledgement the broker would deliver a task again once it takes longer than the visibility timeout.
     task_acks_late=False,
-    # One message at a time: a message behind a long job could be done by an idle worker.
+    # One message at a time, because an idle worker could take a message that waits behind a long job.
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
     # A run does not need the broker.
@@ -71,14 +71,14 @@ celery.conf.update(
 
 @lru_cache(maxsize=1)
 def _context() -> Context:
-    """Return the process's connections: made in the pool's child, as none of them survives a fork."""
+    """Return the process's connections; called in the pool's child, because none of them survives a fork."""
     settings = get_settings()
     return Context(Database(settings.database_url), Storage(settings.storage_url), settings)
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Give an event that is set when the worker cancels its task in order to end (see `worker/__main__.py`)."""
+    """Return an event that is set when the worker ends and so cancels its task (see `worker/__main__.py`)."""
     stop = threading.Event()
 
     def _on_signal(_signal: int, _frame: FrameType | None) -> None:
@@ -94,12 +94,12 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 
 @lru_cache(maxsize=1)
 def _queue() -> Queue:
-    """Return the process's producer: likewise."""
+    """Return the process's connection to the broker; likewise."""
     return Queue(get_settings().redis_url)
 
 
 class _Presence:
-    """This worker's row, made before the pool's child is forked, which thereby has the same."""
+    """This worker's row, created before the fork of the pool's child, so that both have the same."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
@@ -116,7 +116,7 @@ _presence = _Presence()
 
 
 def start(*, name: str, queues: Sequence[str]) -> None:
-    """Become the worker of this name and work on these queues."""
+    """Run as the worker of this name on these queues until it is stopped."""
     _presence.worker = describe(get_settings(), name=name, queues=queues)
     options = ("--pool", "prefork", "--concurrency", "1", "--without-gossip", "--without-mingle", "--without-heartbeat")
     try:
@@ -126,29 +126,29 @@ def start(*, name: str, queues: Sequence[str]) -> None:
         _forget(_presence.registered)
 
 
-def _register(name: str, adapter: type[Adapter[Any]]) -> None:
+def _register(name: str, handler: type[Handler[Any]]) -> None:
     @celery.task(name=name, bind=True)
     def _task(self: "Task[Any, Any]", row_id: str, hops: int = 0) -> None:
         context, worker = _context(), _presence.registered
         owner = f"{worker.id}/{socket.gethostname()}:{os.getpid()}"
-        # Checks first: they are short, and a long job would hold them up.
-        kinds = [kind for kind in reversed(ADAPTERS.values()) if kind.model.QUEUE in worker.queues]
-        # No span of its own: a worker that finds one row after the other may be at one message for days.
+        # Checks first, because they are short and a long job would delay them.
+        kinds = [kind for kind in reversed(HANDLERS.values()) if kind.model.QUEUE in worker.queues]
+        # No span here: a worker that finds one row after another may work on one message for days.
         with _stop_on_signal() as stop, traces.within(self.request.get("traceparent")):
-            supervisor = Supervisor(context, owner=owner, stop=stop, offer=Offer.of(worker))
+            supervisor = Supervisor(context, owner=owner, stop=stop, resources=WorkerResources.of(worker))
             if not supervisor.serve([kind(context) for kind in kinds]) and not stop.is_set():
-                _pass_on(context, worker, adapter.model, row_id, hops)
+                _pass_on(context, worker, handler.model, row_id, hops)
 
 
 def _pass_on(context: Context, worker: Worker, model: Any, row_id: str, hops: int) -> None:
-    """Wake another worker for a row that still waits: each that is there in turn, as the longest idle one hears next.
+    """Send the message of a row that still waits to the next worker; the broker gives it to the one idle longest.
 
-    Where none could take it, the one that can finds it as soon as it is free or starts.
+    The message visits each worker at most once. A worker that can take the row finds it when it becomes free or starts.
     """
     with context.database.read() as session:
         waits = scheduling.waits(session, model, row_id)
         present = registry.present(session, context.settings, queue=model.QUEUE)
-    # One that drains is not among those that are there, but still hears messages until it ends.
+    # Workers that drain are not counted, but receive messages until they end.
     others = sum(other.id != worker.id for other in present)
     if not waits or hops >= others:
         log.info("nothing_to_do", row=row_id)
@@ -159,8 +159,8 @@ def _pass_on(context: Context, worker: Worker, model: Any, row_id: str, hops: in
         log.warning("message_not_sent", row=row_id, error=str(error))
 
 
-for _name, _adapter in ADAPTERS.items():
-    _register(_name, _adapter)
+for _name, _handler in HANDLERS.items():
+    _register(_name, _handler)
 
 
 @celeryd_init.connect
@@ -169,16 +169,16 @@ def _set_up_logs(**_: object) -> None:
 
 
 @inspect_command(name=WORKER_COMMAND)
-def _answer(told: Any) -> dict[str, Any]:
-    """Say on the broker which queues this worker hears and which version it is; see `Queue.workers`."""
-    consumer = told.consumer.task_consumer
+def _answer(panel: Any) -> dict[str, Any]:
+    """Answer on the broker with this worker's queues and version; see `Queue.workers`."""
+    consumer = panel.consumer.task_consumer
     queues = [queue.name for queue in consumer.queues] if consumer else []
     return {"queues": queues, "version": version("defeat-service")}
 
 
 @worker_process_init.connect
 def _set_up_traces(**_: object) -> None:
-    """Trace the pool's child, which does the work: an exporter's thread and connections would not survive the fork."""
+    """Configure traces in the pool's child, because an exporter's thread and connections do not survive the fork."""
     traces.configure("defeat-worker")
 
 
@@ -189,11 +189,10 @@ def _export_the_rest(**_: object) -> None:
 
 @worker_init.connect
 def _drain_on_signal(**_: object) -> None:
-    """Let SIGUSR2 drain this worker: it finishes what it is at, takes nothing new, and ends.
+    """Let SIGUSR2 drain this worker: it finishes its row, claims no other, and ends.
 
-    It sets the same flag in the worker's row as `python -m app.workers --drain`, by which the pool's child claims
-    nothing more; its end is Celery's warm shutdown. SIGTERM still makes it hand over at once, before and while it
-    drains.
+    It sets the same flag in the worker's row as `defeat admin workers --drain`, which stops the claims of the pool's
+    child, and then ends with Celery's warm shutdown. SIGTERM still ends the worker at once, also while it drains.
     """
 
     def _on_signal(_signal: int, _frame: FrameType | None) -> None:
@@ -205,7 +204,7 @@ def _drain_on_signal(**_: object) -> None:
 
 
 def _drain() -> None:
-    """Set the flag as soon as the database is there, and let Celery end once its task has, whether it is or not."""
+    """Let Celery end after its task, and set the flag as soon as the database answers."""
     database = Database(get_settings().database_url)
     while not _presence.ended.is_set():
         try:
@@ -250,16 +249,16 @@ def _forget(worker: Worker) -> None:
 
 
 def _wake(database: Database, queue: Queue, worker: Worker) -> None:
-    """Send for the rows that have waited for a worker like this one: their messages have found nobody."""
+    """Send a message for each queue with a row that waits for a worker like this one: earlier messages found none."""
     for model in LEASED:
         if model.QUEUE in worker.queues:
             with database.read() as session:
-                row_id = scheduling.next_id(session, model, Offer.of(worker))
+                row_id = scheduling.next_id(session, model, WorkerResources.of(worker))
             if row_id is not None:
                 queue.send(model, row_id)
 
 
-_AWAY: tuple[type[Exception], ...] = (SQLAlchemyError, *BROKER_ERRORS)
+_NOT_ANSWERING: tuple[type[Exception], ...] = (SQLAlchemyError, *BROKER_ERRORS)
 
 
 def _repeat(
@@ -270,9 +269,9 @@ def _repeat(
     first: Callable[[], object] | None = None,
     failed: Callable[[], object] = lambda: None,
 ) -> None:
-    """Do `action` in a thread as long as the worker lives, `first` the first time; what is away is asked again.
+    """Call `action` in a thread every `every_s` seconds until the worker ends; the first time call `first` instead.
 
-    `failed` is called each time that it is.
+    If database or broker do not answer, it calls `failed` and tries again after the same pause.
     """
 
     def _loop() -> None:
@@ -281,7 +280,7 @@ def _repeat(
             try:
                 current()
                 current = action
-            except _AWAY as error:
+            except _NOT_ANSWERING as error:
                 log.warning(f"{name}_failed", error=logs.first_line(error))
                 failed()
             _presence.ended.wait(every_s)

@@ -1,4 +1,4 @@
-"""The process of one run: started apart, watched, told to end, and ended with everything it started."""
+"""The process of one run: starts it in a session of its own, waits for it, and ends it with all its children."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ HOST_OUT_OF_MEMORY: Final = "host_out_of_memory"
 
 _LEAST_ROOM_BYTES: Final = 1024 * 1024
 
-# A run opens files that strangers made, so it gets none of the service's secrets: OTEL_EXPORTER_OTLP_HEADERS is one.
+# A run opens files from strangers, so it gets none of the service's secrets; OTEL_EXPORTER_OTLP_HEADERS is one.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
 _SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_", "OTEL_")
 
@@ -37,9 +37,9 @@ def run_environment() -> dict[str, str]:
 
 
 class RunProcess:
-    """A run, started as `command + [directory]` in its own session; it dies with this process.
+    """A run, started as `command + [directory]` in its own session; it ends when this process ends.
 
-    What it prints goes to `log`. Start it from the main thread: see `app.stack.processes.dies_with_parent`.
+    Its output goes to `log`. Start it from the main thread: see `app.stack.processes.dies_with_parent`.
     """
 
     def __init__(self, command: Sequence[str], directory: Path, *, log: Path) -> None:
@@ -63,8 +63,8 @@ class RunProcess:
         return self._process.pid
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait for the end; return the exit code (negative: the signal's number), or None if it still runs."""
-        # Popen's own wait looks twenty times a second, for days; a descriptor of the process wakes us up once.
+        """Wait for the end; return the exit code (negative: the signal's number), or None if the run has not ended."""
+        # Popen's own wait polls twenty times a second, for days; a descriptor of the process wakes this one once.
         if self._ended is not None:
             ended = select.poll()
             ended.register(self._ended, select.POLLIN)
@@ -76,33 +76,33 @@ class RunProcess:
             return None
 
     def death(self, code: int) -> RunError:
-        """Return what an end without a result is to be called, soon after `wait` has returned its exit code.
+        """Return the failure of a run that left no result; call it soon after `wait` has returned the exit code.
 
-        The kernel counts before it kills, so that a kill for memory is seen by then.
+        The kernel counts a kill for memory before it kills, so the count has changed by then.
         """
         if code > 0 and shutil.disk_usage(self._directory).free < _LEAST_ROOM_BYTES:
-            # It could not even write down what went wrong.
+            # The run could not even write its result.
             detail = f"{_in_words(code)}; the disk of its worker's scratch directory is full: free some space"
             return RunError("infra", "disk_full", detail)
         kills = memory_kills()
         if -code != signal.SIGKILL or self._kills_before is None or kills is None:
             return RunError("infra", "run_died", _in_words(code))
         if kills <= self._kills_before:
-            told = "not by the kernel for memory, so by a person or another program"
-            return RunError("infra", "run_died", f"the run was killed by SIGKILL, {told}, and left no result")
+            by = "by a person or a program and not by the kernel for memory"
+            return RunError("infra", "run_died", f"the run was killed by SIGKILL, {by}, and left no result")
         detail = (
-            "the kernel killed the run since memory ran out, that of its machine or of its worker's limit; give the "
-            "worker more, or let the run take less"
+            "the kernel killed the run because the memory of the machine, or of the worker's limit, was exhausted; "
+            "give the worker more memory, or make the run need less"
         )
         return RunError("oom", HOST_OUT_OF_MEMORY, detail)
 
     def terminate(self) -> None:
-        """Ask the run to save and end (SIGTERM). Its helpers are its own to end."""
+        """Send SIGTERM, on which the run saves and ends. The run ends its own children."""
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the run and everything it started that is still there."""
-        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        """Kill the run and all its children that are alive."""
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         if self._ended is not None:
@@ -111,7 +111,7 @@ class RunProcess:
 
 
 def _descriptor(pid: int) -> int | None:
-    """Return a descriptor that is readable once the process has ended; None where the system has none (not Linux)."""
+    """Return a descriptor that is readable once the process has ended; None on systems without them (not Linux)."""
     if not hasattr(os, "pidfd_open"):
         return None
     try:

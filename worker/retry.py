@@ -1,85 +1,84 @@
-"""Whether another attempt may end better than the one that failed, and what people are told.
+"""Whether another attempt may succeed after one that failed, and what the job's events say about it.
 
-The machine's failures (`infra`) pass: they are tried again, each time after a longer pause. Memory (`oom`) does not
-grow, so it is tried again once, with less of the batch at a time. The spec's and the data's failures stay.
+Failures of the machine (`infra`) are temporary: the row is tried again, each time after a longer pause. Memory (`oom`)
+does not grow, so the row is tried again once, with less of the batch at a time. Failures of the spec and of the data
+are final.
 """
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from app.models import Leased
 from app.settings import Settings
 from app.states import PAUSED, PAUSING, QUEUED
-from worker.rundir import Message
-from worker.tasks.base import Adapter, Outcome
+from worker.patience import pause_s
+from worker.rundir import RecordedMessage
+from worker.tasks.base import Handler, Outcome
 
-PASSING = frozenset({"infra", "oom"})
-"""Classes of failure after which another attempt may end better."""
+RETRYABLE: Final = frozenset({"infra", "oom"})
+"""Classes of failure after which another attempt may succeed."""
 
 
 @dataclass(frozen=True)
-class Again:
-    """Another attempt: the row's status and what else changes in it, and what people are told."""
+class Retry:
+    """Another attempt: the row's status, the columns that change with it, and the message for the job's events."""
 
     status: str
     values: dict[str, Any]
-    message: Message
+    message: RecordedMessage
 
 
 def worker_error(error: Exception) -> Outcome:
-    """Return what a failure of the worker itself is called."""
+    """Return the outcome of an attempt that failed by a defect of the worker itself."""
     if isinstance(error, OSError):
         return Outcome.failed("infra", "worker_disk", f"the worker's scratch directory failed: {error}")
     detail = f"unexpected {type(error).__name__} in the worker; its log has the details"
     return Outcome.failed("infra", "worker_error", detail)
 
 
-def another(
-    adapter: Adapter[Any], row: Leased, failure: dict[str, Any], settings: Settings, *, present: datetime
-) -> Again | None:
-    """Return what lets a row that failed just now be tried again, None if its failure stands.
+def next_attempt(
+    handler: Handler[Any], row: Leased, failure: dict[str, Any], settings: Settings, *, present: datetime
+) -> Retry | None:
+    """Return the attempt that follows this failure of the row, or None if the failure is final.
 
-    A job that is to be paused waits for its owner instead of the clock. `row` is as it is at `present`, by the
-    database's clock.
+    A job whose owner has requested a pause waits for its owner and not for the clock.
+
+    Args:
+        row: as it is at `present`, by the database's clock.
     """
     if failure["class"] == "oom":
-        lighter = adapter.lighten(row)
-        if lighter is None:
+        reduced = handler.reduce_memory(row)
+        if reduced is None:
             return None
-        columns, how = lighter
+        columns, how = reduced
         due = present
-    elif failure["class"] == "infra" and row.losses + 1 < settings.max_attempts:
-        columns = {"losses": row.losses + 1}
-        how = f"failure {row.losses + 1} of at most {settings.max_attempts} in a row"
-        wait_s = pause_s(settings.retry_backoff_s, row.losses, most_s=settings.retry_backoff_max_s)
+    elif failure["class"] == "infra" and row.failed_attempts + 1 < settings.max_attempts:
+        columns = {"failed_attempts": row.failed_attempts + 1}
+        how = f"failed attempt {row.failed_attempts + 1} of at most {settings.max_attempts} in a row"
+        wait_s = pause_s(settings.retry_backoff_s, row.failed_attempts, most_s=settings.retry_backoff_max_s)
         due = present + timedelta(seconds=wait_s)
     else:
         return None
     pausing = row.status == PAUSING
-    when = "when it is resumed" if pausing else f"at {due:%Y-%m-%d %H:%M:%S} UTC"
+    when = "when its owner resumes it" if pausing else f"at {due:%Y-%m-%d %H:%M:%S} UTC"
     reason = f"{failure['class']} failure {failure['code']}: {failure['detail']}"[:15_000]
-    text = f"{reason}; it is tried again {when}, {adapter.goes_on(row)}: {how}"
-    return Again(
+    text = f"{reason}; the next attempt starts {when}, {handler.resume_point(row)}: {how}"
+    return Retry(
         PAUSED if pausing else QUEUED,
         {**columns, "not_before": None if pausing else due},
-        Message(level="warn", code="retrying", message=text),
+        RecordedMessage(level="warn", code="retrying", message=text),
     )
 
 
-def pause_s(first_s: float, before: int, *, most_s: float) -> float:
-    """Return the pause after a failure, seconds: `first_s`, doubled for each failure in a row `before` this one."""
-    return min(first_s * 2.0 ** min(before, 60), most_s)
-
-
-def explained(adapter: Adapter[Any], row: Leased, outcome: Outcome) -> Outcome:
-    """Return the outcome with a failure that says why it is not tried again, and what would do."""
+def with_advice(handler: Handler[Any], row: Leased, outcome: Outcome) -> Outcome:
+    """Return the outcome; a failure gets the reason why there is no further attempt, and what to change."""
     failure = outcome.failure
-    if failure is None or failure["class"] not in PASSING:
+    if failure is None or failure["class"] not in RETRYABLE:
         return outcome
     if failure["class"] == "oom":
-        hint = adapter.memory_hint(row, failure["code"])
+        advice = handler.memory_advice(row, failure["code"])
     else:
-        count = row.losses + 1
-        hint = f"given up after {count} attempts in a row that ended so or lost their worker" if row.losses else ""
-    return replace(outcome, failure={**failure, "detail": f"{failure['detail']}; {hint}"}) if hint else outcome
+        count = row.failed_attempts + 1
+        advice = f"no further attempt, because {count} in a row failed or lost their worker" if count > 1 else ""
+    return replace(outcome, failure={**failure, "detail": f"{failure['detail']}; {advice}"}) if advice else outcome

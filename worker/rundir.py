@@ -1,19 +1,21 @@
-"""The run directory, from the supervisor's side. See docs/architecture.md for the format.
+"""The run directory, as the supervisor reads it. docs/architecture.md has the format.
 
-A run opens hostile files, so nothing that it writes is believed: events and result are validated, text is cleaned of
-what a database would refuse, sizes are bounded, and a path may not lead out of the directory.
+A run opens hostile files, so the supervisor trusts nothing that a run writes: it validates events and result, replaces
+characters that a database rejects, bounds sizes, and refuses paths that lead out of the directory.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from app.stack.processes import Locked, locked
 from app.storage import check_key
+from defeat.engine.events import CheckpointOffer, Evaluation, Event, Failure, Message, Metrics, Progress, Result
 
 MAX_LINE_BYTES = 1024 * 1024
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -22,111 +24,36 @@ _LOG_TAIL_BYTES = 64 * 1024
 _MAX_LOG_LINE = 500
 _MAX_DETAIL = 20_000
 
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+_RESULT = TypeAdapter(Result)
 
 
-class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class RecordedMessage(Message):
+    """A message as the worker records it: from the run, or from the worker itself.
 
-    time: AwareDatetime | None = None
-
-
-class Progress(_Event):
-    """Where the run is; `fraction` is of the whole run."""
-
-    type: Literal["progress"]
-    phase: str = Field(max_length=40)
-    fraction: float = Field(ge=0, le=1)
-    epoch: Count | None = None
-    epochs: Count | None = None
-    step: Count | None = None
-    steps: Count | None = None
-    eta_s: Finite | None = None
-    images_per_s: Finite | None = None
-
-
-class Message(_Event):
-    """Something to tell people.
-
-    `origin` is where in this attempt it comes from, by which it is recorded once however often it is sent: the place of
-    its line in `events.jsonl`, or what the worker calls it. None: it is sent with a write that can happen only once.
+    Attributes:
+        origin: where in this attempt it comes from: the byte offset of its line in `events.jsonl`, or a name that the
+            worker gives it. A message that is sent twice is recorded once, by its origin. None: it belongs to a write
+            that can happen only once.
     """
 
-    type: Literal["message"] = "message"
-    origin: str | None = Field(default=None, max_length=40)
-    level: Literal["info", "warn", "error"]
-    code: str = Field(max_length=60)
-    message: str = Field(max_length=20_000)
+    origin: str | None = None
 
 
-class Metrics(_Event):
-    """What was logged at one optimiser step."""
-
-    type: Literal["metrics"]
-    subject: Literal["teacher", "student"]
-    step: Count
-    epoch: Finite
-    values: dict[str, Finite | None]
-
-
-class Evaluation(_Event):
-    """COCO metrics of one detector after one epoch."""
-
-    type: Literal["evaluation"]
-    subject: Literal["teacher", "student"]
-    epoch: Count
-    metrics: dict[str, Any]
-
-
-class CheckpointOffer(_Event):
-    """A training checkpoint, by its path in the run directory, for another attempt to go on from."""
-
-    type: Literal["checkpoint"]
-    path: str = Field(max_length=200)
-
-
-Event = Progress | Message | Metrics | Evaluation | CheckpointOffer
-_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
-
-
-class Failure(BaseModel):
-    """Why a run failed, as it said."""
-
-    failure_class: Literal["user", "data", "oom", "infra"] = Field(alias="class")
-    code: str = Field(max_length=60)
-    # Cut rather than refused: a reason that quotes too much of a hostile file is still the reason.
-    detail: Annotated[str, AfterValidator(lambda detail: detail[:_MAX_DETAIL])]
-
-
-class ResultArtifact(BaseModel):
-    """A file under `artifacts/`, as the run registered it."""
-
-    name: str = Field(max_length=200)
-    kind: str = Field(max_length=20)
-    content_type: str = Field(max_length=100, pattern=r"^[\w.+-]+/[\w.+-]+(; ?charset=[\w-]+)?$")
-    details: dict[str, Any]
-
-
-class Result(BaseModel):
-    """`result.json`."""
-
-    status: Literal["succeeded", "failed", "cancelled"]
-    results: dict[str, Any] = {}
-    failure: Failure | None = None
-    artifacts: list[ResultArtifact] = Field(default=[], max_length=1000)
+RecordedEvent = Progress | RecordedMessage | Metrics | Evaluation | CheckpointOffer
 
 
 class BadResult(Exception):
-    """A document that the run left cannot be read; the message says why."""
+    """A document that the run wrote cannot be read; the message names the reason."""
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
 def _clean(value: Any) -> Any:
-    """Replace what no database takes in text: NUL, and halves of surrogate pairs."""
+    """Replace the characters that databases reject in text: NUL and unpaired surrogates."""
     if isinstance(value, str):
         return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -139,38 +66,38 @@ def _clean(value: Any) -> Any:
 def _load_json(data: bytes) -> Any:
     """Return the JSON document, cleaned. Raises `ValueError`."""
     try:
-        return _clean(json.loads(data, parse_constant=_refuse_constant))
+        return _clean(json.loads(data, parse_constant=_reject_constant))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def _parse_event(line: bytes) -> Event:
+def _parse_event(line: bytes, offset: int) -> RecordedEvent:
+    """Return the event in the line that begins at byte `offset`, or a warning for one that is malformed."""
     try:
-        return _EVENT.validate_python(_load_json(line))
+        event = _EVENT.validate_python(_load_json(line))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        return _malformed(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", line)
+        return _malformed(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", line, offset)
     except ValueError as error:
-        return _malformed(str(error), line)
+        return _malformed(str(error), line, offset)
+    return RecordedMessage(**vars(event), origin=str(offset)) if isinstance(event, Message) else event
 
 
-def _malformed(reason: str, line: bytes) -> Message:
+def _malformed(reason: str, line: bytes, offset: int) -> RecordedMessage:
     start = _clean(line[:200].decode("utf-8", "replace"))
-    return Message(
-        level="warn", code="malformed_event", message=f"the run wrote an unreadable event ({reason}): {start}"
+    return RecordedMessage(
+        level="warn",
+        code="malformed_event",
+        message=f"the run wrote an unreadable event ({reason}): {start}",
+        origin=str(offset),
     )
 
 
-def _at(place: int, event: Event) -> Event:
-    """Return the event as the line that begins at byte `place`, whatever it says of itself."""
-    return event.model_copy(update={"origin": str(place)}) if isinstance(event, Message) else event
-
-
 class EventTail:
-    """Reads `events.jsonl` while it grows, whole lines only.
+    """Reads `events.jsonl` while it grows, in whole lines.
 
-    What was read is read again until `commit` says that it was recorded, so no event is lost while the database is
-    away, and none is held in memory.
+    `read` returns the same events until `commit` confirms that they were recorded, so no event is lost while the
+    database does not answer, and none is held in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -178,7 +105,7 @@ class EventTail:
         self._offset = self._next_offset = 0
         self._in_long_line = self._next_in_long_line = False
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[RecordedEvent]:
         """Return the events of the next whole lines, at most about 1 MiB of them; none if there are none yet."""
         data = self._data()
         end = data.rfind(b"\n") + 1
@@ -190,15 +117,15 @@ class EventTail:
             self._next_offset, self._next_in_long_line = self._offset + len(data), True
             if self._in_long_line:
                 return []
-            return [_at(self._offset, _malformed(f"a line of more than {MAX_LINE_BYTES} bytes", data))]
+            return [_malformed(f"a line of more than {MAX_LINE_BYTES} bytes", data, self._offset)]
         self._next_offset, self._next_in_long_line = self._offset + end, False
-        events: list[Event] = []
-        place = self._offset
+        events: list[RecordedEvent] = []
+        offset = self._offset
         for number, line in enumerate(data[:end].split(b"\n")[:-1]):
-            # The rest of a line whose start was refused is no event.
+            # The first line may be the rest of a line that was rejected as too long.
             if number or not self._in_long_line:
-                events.append(_at(place, _parse_event(line)))
-            place += len(line) + 1
+                events.append(_parse_event(line, offset))
+            offset += len(line) + 1
         return events
 
     def _data(self) -> bytes:
@@ -210,12 +137,12 @@ class EventTail:
             return b""
 
     def commit(self) -> None:
-        """Go on behind what the last `read` returned."""
+        """Continue after what the last `read` returned."""
         self._offset, self._in_long_line = self._next_offset, self._next_in_long_line
 
     @property
     def exhausted(self) -> bool:
-        """Whether every whole line has been read and committed."""
+        """Whether every whole line was read and committed."""
         data = self._data()
         return b"\n" not in data and len(data) < MAX_LINE_BYTES
 
@@ -233,17 +160,17 @@ class RunDirectory:
         (self.path / "run.json").write_text(json.dumps(request), encoding="utf-8")
 
     def result(self) -> Result | None:
-        """Return the run's result, or None if it left none. Raises `BadResult` if it cannot be read."""
+        """Return the run's result, or None if it wrote none. Raises `BadResult` if it cannot be read."""
         document = self.read_json("result.json")
         if document is None:
             return None
         try:
-            result = Result.model_validate(document)
+            result = _RESULT.validate_python(document)
             for artifact in result.artifacts:
                 self.file(f"artifacts/{artifact.name}")
         except ValueError as error:
             raise BadResult(f"result.json: {error}") from error
-        return result
+        return result if result.failure is None else replace(result, failure=_cut(result.failure))
 
     def read_json(self, name: str) -> Any:
         """Return the JSON document in the file `name`, or None if there is no such file. Raises `BadResult`."""
@@ -261,7 +188,7 @@ class RunDirectory:
     def file(self, name: str) -> Path:
         """Return the path of the regular file `name` in the directory.
 
-        Raises `ValueError` for a name that is not made of plain segments, or that a link leads out of the directory.
+        Raises `ValueError` for a name that is not made of plain segments, and for a link.
         """
         path = self.path / check_key(name)
         if path.resolve() != self.path.resolve() / name:
@@ -271,7 +198,7 @@ class RunDirectory:
         return path
 
     def log_tail(self) -> list[str]:
-        """Return the last lines of what the run printed, at most 20 of at most 500 characters."""
+        """Return the last lines of the run's output, at most 20, each cut to 500 characters."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
@@ -281,8 +208,13 @@ class RunDirectory:
         return [_clean(line[:_MAX_LOG_LINE]) for line in text.splitlines()[-LOG_TAIL_LINES:]]
 
 
+def _cut(failure: Failure) -> Failure:
+    """Shorten a detail that is too long: one that quotes much of a hostile file still names the reason."""
+    return {"class": failure["class"], "code": failure["code"], "detail": failure["detail"][:_MAX_DETAIL]}
+
+
 def remove_dead_runs(runs: Path) -> None:
-    """Remove the run directories whose supervisor is gone. Safe while others work."""
+    """Remove the run directories whose supervisor has ended. Safe while other workers use theirs."""
     for lock in runs.glob("*.lock"):
         try:
             with locked(lock):

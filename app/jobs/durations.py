@@ -1,10 +1,10 @@
-"""How long a job will take, learned from those before it.
+"""The expected duration of a job, estimated from earlier jobs.
 
-Jobs are alike if student and teacher have the same architecture, backbone and image size, and the methods and the
-number of GPUs are the same: their `recipe` is then equal. Their time is taken as proportional to the `workload`: how
-many images pass through training, of the student and, where the job trains one, of the teacher. So what is learned
-is seconds by image, of the newest jobs of that recipe that succeeded at the first attempt, whosever they were; the
-median and the quartiles say how long another workload will take, and how sure that is.
+Two jobs have the same `recipe` if student and teacher have the same architecture, backbone and image size, and if
+methods and number of GPUs are the same. The duration is assumed to be proportional to the `workload`: the number of
+images that pass through training of the student and, if the job trains one, of the teacher. The estimate uses seconds
+per image of the newest jobs with the same recipe, of any tenant, that succeeded in their first attempt. Median and
+quartiles give the duration of another workload and its uncertainty.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Spread = tuple[float, float, float]
 
 
 def recipe_of(spec: Mapping[str, Any]) -> str:
-    """Return what jobs that are alike have in common: 40 hexadecimal digits."""
+    """Return a hash of what determines the time per image: 40 hexadecimal digits."""
     methods = spec["distillation"] if isinstance(spec["distillation"], list) else [spec["distillation"]]
     teacher = spec["teacher"]
     parts = [
@@ -46,7 +46,7 @@ def _detector(side: Mapping[str, Any]) -> Any:
 
 
 def workload_of(spec: Mapping[str, Any], splits: Mapping[str, Any] | None) -> float | None:
-    """Return how many images pass through training, over all epochs; None for a dataset that does not say."""
+    """Return how many images pass through training, over all epochs; None if the dataset has no counts."""
     images = ((splits or {}).get("train") or {}).get("images")
     if not images:
         return None
@@ -57,14 +57,14 @@ def workload_of(spec: Mapping[str, Any], splits: Mapping[str, Any] | None) -> fl
 
 
 class Durations:
-    """How long jobs take; each recipe is looked up once."""
+    """Durations of jobs; it queries each recipe once."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._rates: dict[str, Spread | None] = {}
 
     def of(self, recipe: str | None, workload: float | None) -> Spread | None:
-        """Return how long such a job takes, seconds; None where fewer than three like it have ended well."""
+        """Return the duration of such a job, seconds; None if fewer than three with its recipe have succeeded."""
         if recipe is None or workload is None:
             return None
         if recipe not in self._rates:

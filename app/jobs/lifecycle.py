@@ -134,7 +134,7 @@ def retry(
         "started_at": None,
         "finished_at": None,
         "not_before": None,
-        "losses": 0,
+        "failed_attempts": 0,
         "progress": row.progress and {**row.progress, "eta_s": None, "images_per_s": None},
     }
     again = start != "beginning" and row.resume_key is not None

@@ -1,6 +1,6 @@
-"""Looks at everything that the service needs and says what is wrong and what would do: `python -m app.ops.doctor`.
+"""Checks everything that the service needs and reports problems with advice: `defeat doctor`.
 
-Exit code 0: nothing is wrong (there may be warnings); 1: something is; 2: the settings themselves cannot be read.
+Exit code 0: nothing is wrong (there may be warnings); 1: a check found something wrong; 2: the settings are invalid.
 """
 
 import argparse
@@ -36,22 +36,22 @@ _MARKS: Final[dict[State, str]] = {"ok": "ok     ", "warning": "warning", "wrong
 _PACKAGES: Final = ("defeat-service", "fastapi", "celery", "sqlalchemy", "obstore", "torch", "torchvision")
 _LEAST_POSTGRES: Final = 13
 _SKEW_WARNING_S: Final = 2.0
-# Amazon S3 and its like refuse a request that was signed this far from their own time.
+# Amazon S3 and compatible stores reject a request whose signature differs this much from their own time.
 _SKEW_WRONG_S: Final = 900.0
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108
-# What NCCL may want of it, to exchange the gradients of several GPUs; containers have 64 MiB unless told otherwise.
+# NCCL may need this much to exchange the gradients of several GPUs; the default of containers is 64 MiB.
 _LEAST_SHARED_MEMORY: Final = GIB // 2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        check: what was looked at.
-        state: `wrong` keeps the service or a part of it from working; `warning` will, or loses something.
+        check: what was checked.
+        state: `wrong`: the service or a part of it does not work; `warning`: it may stop working or lose data.
         detail: what was found.
-        advice: what would do; None where nothing need be done.
+        advice: what to change; None if nothing need change.
     """
 
     check: str
@@ -62,12 +62,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Beat:
-    """What the table of workers says of one.
+    """A worker's row in the table of workers.
 
     Attributes:
-        queues: what it takes.
-        draining: whether it takes nothing new.
-        age_s: how long ago it was heard of.
+        queues: the queues that it works on.
+        draining: whether it claims no more rows.
+        age_s: time since its last heartbeat, seconds.
     """
 
     queues: tuple[str, ...]
@@ -76,7 +76,7 @@ class Beat:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Yield what each check finds. Writes and deletes one probe in the object store and one in the scratch space."""
+    """Yield the finding of each check. Writes and deletes a probe in object store and scratch directory."""
     yield _versions()
     yield _secret(settings)
     yield _scratch(settings)
@@ -100,7 +100,7 @@ def _versions() -> Finding:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"no {name}")  # an API has no torch
+            found.append(f"no {name}")  # an API's installation has no torch
     return Finding("versions", "ok", ", ".join(found))
 
 
@@ -108,17 +108,17 @@ def _secret(settings: Settings) -> Finding:
     if settings.secret.get_secret_value():
         return Finding("secret", "ok", "DEFEAT_SECRET is set")
     if settings.database_url.startswith("sqlite"):
-        return Finding("secret", "ok", f"kept in {settings.home / 'secret'}")
+        return Finding("secret", "ok", f"stored in {settings.home / 'secret'}")
     return Finding(
         "secret",
         "warning",
-        f"DEFEAT_SECRET is not set, so each machine makes its own under {settings.home}",
-        "give every API the same DEFEAT_SECRET, or keys made by one are unknown to the others",
+        f"DEFEAT_SECRET is not set, so each machine creates its own in {settings.home}",
+        "set the same DEFEAT_SECRET for every API; otherwise keys from one are invalid for the others",
     )
 
 
 def _scratch(settings: Settings) -> Finding:
-    advice = "give DEFEAT_HOME a disk with room for the datasets worked on, three times over"
+    advice = "put DEFEAT_HOME on a disk with three times the space of the datasets in work"
     try:
         settings.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=settings.scratch) as file:
@@ -133,15 +133,15 @@ def _scratch(settings: Settings) -> Finding:
 
 
 def _shared_memory() -> Finding:
-    """Say whether several GPUs could exchange gradients here. Loading images takes none of it."""
+    """Check whether several GPUs can exchange gradients here. The loading of images uses no shared memory."""
     if shutil.which("nvidia-smi") is None:
-        return Finding("shared memory", "ok", "not wanted: this machine has no GPUs that would exchange gradients")
+        return Finding("shared memory", "ok", "not needed: this machine has no GPUs")
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError as error:
         return Finding("shared memory", "warning", f"{_SHARED_MEMORY} cannot be read: {error.strerror}")
     room = f"{free / GIB:.2f} GiB are free in {_SHARED_MEMORY}"
-    advice = "give the container 1 GiB (shm_size in compose, a Memory emptyDir in Kubernetes): NCCL fails without"
+    advice = "give the container 1 GiB (shm_size in Compose, a Memory emptyDir in Kubernetes); NCCL fails without it"
     return Finding("shared memory", "ok" if free >= _LEAST_SHARED_MEMORY else "warning", room, advice)
 
 
@@ -159,7 +159,7 @@ def _database(database: Database) -> Iterator[Finding]:
             name = connection.dialect.name
     except SQLAlchemyError as error:
         yield Finding(
-            "database", "wrong", first_line(error), "start the database, or mend DATABASE_URL and the network to it"
+            "database", "wrong", first_line(error), "start the database, or correct DATABASE_URL and the network to it"
         )
         return
     yield _server(name, str(server))
@@ -177,15 +177,15 @@ def _server(name: str, found: str) -> Finding:
 def _migrations(current: str | None, head: str) -> Finding:
     if current == head:
         return Finding("migrations", "ok", f"at revision {head}")
-    detail = f"the database is at revision {current or 'none'}, and this version needs {head}"
-    return Finding("migrations", "wrong", detail, "python -m app.migrate, with the newest version that runs here")
+    detail = f"the database is at revision {current or 'none'}, but this version needs {head}"
+    return Finding("migrations", "wrong", detail, "run `defeat admin migrate` with the newest version that is in use")
 
 
 def _clock(skew_s: float) -> Finding:
     detail = f"this machine is {abs(skew_s):.2f} s {'ahead of' if skew_s > 0 else 'behind'} the database"
-    advice = "let both keep time by NTP: the times that people read, and signatures for S3, go by this machine's clock"
+    advice = "synchronise both by NTP: displayed times and signatures for S3 depend on this machine's clock"
     if abs(skew_s) > _SKEW_WRONG_S:
-        return Finding("clock", "wrong", f"{detail}; an S3 server refuses what is signed so far off", advice)
+        return Finding("clock", "wrong", f"{detail}; an S3 server rejects signatures with this difference", advice)
     return Finding("clock", "warning" if abs(skew_s) > _SKEW_WARNING_S else "ok", detail, advice)
 
 
@@ -194,18 +194,18 @@ def _storage(settings: Settings) -> Finding:
         start = time.perf_counter()
         Storage(settings.storage_url).ping()
     except (OSError, ValueError, ObjectMissing) as error:
-        advice = "see STORAGE_URL, the AWS_* variables, and what the credentials may do: write, read, list and delete"
+        advice = "check STORAGE_URL, the AWS_* variables, and that the credentials may write, read, list and delete"
         return Finding("storage", "wrong", first_line(error), advice)
     took = time.perf_counter() - start
     return Finding("storage", "ok", f"wrote, read and deleted a probe in {took * 1000:.0f} ms")
 
 
 def _broker(queue: Queue) -> tuple[Finding, dict[str, Answer] | None]:
-    """Return what is found of the broker, and what its workers answer; None: it is away."""
+    """Return the finding about the broker, and the answers of its workers; None: the broker does not answer."""
     try:
         server, answers = queue.server(), queue.workers()
     except BROKER_ERRORS as error:
-        advice = "start the broker, or mend REDIS_URL and the network to it"
+        advice = "start the broker, or correct REDIS_URL and the network to it"
         return Finding("broker", "wrong", first_line(error), advice), None
     found = f"version {server['version']}"
     if server["eviction"] == "noeviction":
@@ -215,7 +215,7 @@ def _broker(queue: Queue) -> tuple[Finding, dict[str, Answer] | None]:
 
 
 def _beats(database: Database) -> dict[str, Beat]:
-    """Return what is known of each worker, by name; of several with one name, of the one heard of last."""
+    """Return the row of each worker, by name; of several with the same name, the one with the newest heartbeat."""
     with database.read() as session:
         present = now(session)
         rows = sorted(repository.all_workers(session), key=lambda row: row.seen_at)
@@ -228,9 +228,9 @@ def _beats(database: Database) -> dict[str, Beat]:
 def _workers(
     beats: Mapping[str, Beat] | None, answers: Mapping[str, Answer] | None, settings: Settings
 ) -> Iterator[Finding]:
-    """Say who takes each queue, and what is wrong with a worker that only one of database and broker hears of.
+    """Yield the workers of each queue, and the problem of a worker that only one of database and broker knows.
 
-    None: that service is away, and the other's word is taken.
+    None: that service does not answer, and only the other one counts.
     """
     troubles: list[Finding] = []
     taking: dict[str, tuple[str, ...]] = {}
@@ -245,8 +245,8 @@ def _workers(
             queues = beat.queues if beat is not None else answer.queues if answer is not None else ()
             (draining if beat is not None and beat.draining else taking)[name] = queues
         if answer is not None and answer.version != own:
-            detail = f"runs version {answer.version or 'older than its question'}, and this is {own}"
-            troubles.append(Finding(f"version of {name}", "warning", detail, "let all be of one version"))
+            detail = f"runs version {answer.version or 'unknown, an old one'}, but this is {own}"
+            troubles.append(Finding(f"version of {name}", "warning", detail, "install the same version everywhere"))
     for wanted in QUEUES:
         takers = [name for name, queues in taking.items() if wanted in queues]
         yield _queue(wanted, takers, [name for name, queues in draining.items() if wanted in queues])
@@ -256,20 +256,20 @@ def _workers(
 def _trouble(
     name: str, beat: Beat | None, answer: Answer | None, settings: Settings, *, database: bool, broker: bool
 ) -> Finding | None:
-    """Return what is wrong with a worker by what it said to the database and to the broker, those that were asked."""
+    """Return the problem of a worker by its row in the database and its answer on the broker, if these are known."""
     check = f"worker {name}"
     silent = beat is not None and beat.age_s > settings.lease_s
-    heard = f"it was last heard of {beat.age_s:.0f} s ago" if beat is not None else "it is not registered"
+    heard = f"its last heartbeat was {beat.age_s:.0f} s ago" if beat is not None else "it is not registered"
     if database and answer is not None and (beat is None or silent):
         detail = f"answers on the broker, but does not reach the database: {heard}"
-        return Finding(check, "wrong", detail, "see its log, its DATABASE_URL and the network from there")
+        return Finding(check, "wrong", detail, "check its log, its DATABASE_URL and the network from there")
     if silent:
-        advice = "see whether it was killed, and start it again; its row goes to another worker"
-        return Finding(check, "warning", f"is gone: {heard}", advice)
-    # One that ends once its work is done hears no messages any more.
+        advice = "check whether it was killed, and restart it; another worker takes over its row"
+        return Finding(check, "warning", f"has stopped: {heard}", advice)
+    # A worker that drains receives no messages once it has begun to end.
     if broker and answer is None and beat is not None and not beat.draining:
-        detail = "reaches the database, but does not answer on the broker: no message wakes it"
-        return Finding(check, "wrong", detail, "see its log, its REDIS_URL and the network from there; start it again")
+        detail = "reaches the database, but does not answer on the broker, so no message wakes it"
+        return Finding(check, "wrong", detail, "check its log, its REDIS_URL and the network from there; restart it")
     return None
 
 
@@ -279,9 +279,9 @@ def _queue(wanted: str, takers: Sequence[str], draining: Sequence[str]) -> Findi
     if takers:
         return Finding(check, "ok", "; ".join([", ".join(takers), *([drained] if draining else [])]))
     if draining:
-        advice = f"python -m app.workers --undrain {draining[0]}, or {start}"
-        return Finding(check, "wrong", f"none takes anything new; {drained}", advice)
-    return Finding(check, "wrong", "none takes this queue", start)
+        advice = f"defeat admin workers --undrain {draining[0]}, or {start}"
+        return Finding(check, "wrong", f"none is running that claims new rows; {drained}", advice)
+    return Finding(check, "wrong", f"none is running for queue `{wanted}`", start)
 
 
 def _print_line(finding: Finding) -> None:
@@ -296,8 +296,8 @@ def _worst(findings: Sequence[Finding]) -> State:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check everything and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m app.ops.doctor", description="Checks what the service needs.")
+    """Run all checks, print the findings and return the exit code."""
+    parser = argparse.ArgumentParser(prog="defeat doctor", description="Checks what the service needs.")
     parser.add_argument("--json", action="store_true", help="print one JSON object: status and checks")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The sweep: finds work whose message or worker was lost, and sends its message again. Silent workers are forgotten."""
+"""The sweep: sends the messages of rows again whose message or worker was lost, and removes silent workers."""
 
 import structlog
 
@@ -13,9 +13,9 @@ log = structlog.get_logger()
 
 
 def sweep(database: Database, queue: Queue, settings: Settings) -> int:
-    """Send the message of every lost row again and return how many there were. Safe anywhere, at any time.
+    """Send the message of every lost row again and return their number. It may run anywhere at any time.
 
-    Does nothing while the broker is away: the rows stay lost, and the next sweep finds them.
+    Does nothing while the broker does not answer: the next sweep finds the same rows.
     """
     try:
         untaken = queue.untaken()

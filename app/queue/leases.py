@@ -1,8 +1,8 @@
-"""Who works on a row: claim, renew, give up, sweep. The row is the truth; a queue message only wakes somebody up.
+"""Leases on rows: claim, renew, finish, give back, and find lost ones. The row is the truth, not the queue's message.
 
-`app.queue.scheduling` says which row is next. A claim is one conditional UPDATE that raises `attempt`, the
-fencing token: everything a worker writes goes through `fenced`, which matches the attempt, so that a worker whose lease
-was taken over changes nothing.
+`app.queue.scheduling` chooses the next row. A claim is one conditional UPDATE that increments `attempt`, the fencing
+token. Every write of a worker goes through `fenced`, which matches the attempt, so that a worker whose lease another
+one has taken over changes nothing.
 """
 
 from collections.abc import Collection
@@ -16,32 +16,34 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from app.db import now, update_count
 from app.models import LEASED, Checkpoint, Dataset, Job, JobEvent, Leased
 from app.queue import scheduling
-from app.queue.scheduling import Offer
+from app.queue.scheduling import WorkerResources
 from app.states import CANCELLING, FAILED, PAUSED, PAUSING
 
 Row = TypeVar("Row", Dataset, Checkpoint, Job)
 
 
 class LeaseLost(Exception):
-    """Another claim holds the row, or it has ended: this worker must stop and write nothing."""
+    """Another attempt holds the row, or the row has ended: this worker must stop and write nothing."""
 
 
 def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_s: float) -> Row | None:
-    """Claim the row if it is queued and due, or if its lease has expired; return it, or None if it is not to be had.
+    """Claim the row if it is queued and due, or if its lease has expired; return it, or None if neither holds.
 
-    An expired lease is a loss, which counts towards the limit of attempts. A row that was handed back has lost nothing.
+    An expired lease counts as a failed attempt. A row that its worker gave back does not.
     """
     present = now(session)
-    # A row that somebody else is just changing is passed over: nobody waits for another's transaction.
+    # Skips a row that another transaction is changing, rather than wait for that transaction.
     free = select(model.id).where(model.id == row_id, scheduling.free(model, present)).with_for_update(skip_locked=True)
     values: dict[str, Any] = {
         "attempt": model.attempt + 1,
-        "losses": case((model.status == model.CLAIMABLE, model.losses), else_=model.losses + 1),
+        "failed_attempts": case(
+            (model.status == model.CLAIMABLE, model.failed_attempts), else_=model.failed_attempts + 1
+        ),
         "not_before": None,
         "lease_owner": owner,
         "lease_expires_at": present + timedelta(seconds=lease_s),
         "started_at": func.coalesce(model.started_at, present),
-        # A job that was being cancelled when its worker died stays `cancelling`: its next worker ends it.
+        # A job that was being cancelled when its worker was lost stays `cancelling`; its next worker ends it.
         "status": case((model.status == CANCELLING, CANCELLING), else_=model.CLAIMED),
     }
     if not update_count(session, update(model).where(model.id == free.scalar_subquery()).values(**values)):
@@ -50,17 +52,17 @@ def claim(session: Session, model: type[Row], row_id: str, *, owner: str, lease_
 
 
 def claim_next(
-    session: Session, model: type[Row], offer: Offer, *, owner: str, lease_s: float, max_attempts: int
+    session: Session, model: type[Row], resources: WorkerResources, *, owner: str, lease_s: float, max_attempts: int
 ) -> Row | None:
-    """Claim the row that is next for a worker with this offer; None if there is none, or the worker is draining.
+    """Claim the next row for a worker with these resources; None if there is none, or the worker is draining.
 
-    What others claim at the same moment is left to them. A row whose losses have reached the limit is left to the
-    sweep, which fails it.
+    Skips rows that other workers claim at the same moment, and rows whose failed attempts have reached the limit: the
+    sweep fails those.
     """
-    if scheduling.draining(session, offer):
+    if scheduling.draining(session, resources):
         return None
     passed: set[str] = set()
-    while (row_id := scheduling.next_id(session, model, offer, passed=passed, max_attempts=max_attempts)) is not None:
+    while row_id := scheduling.next_id(session, model, resources, passed=passed, max_attempts=max_attempts):
         row = claim(session, model, row_id, owner=owner, lease_s=lease_s)
         if row is not None:
             return row
@@ -71,7 +73,7 @@ def claim_next(
 def fenced(session: Session, row: Leased, **values: Any) -> None:
     """Update the row if this attempt still holds it, else raise `LeaseLost`.
 
-    A finished row has no lease owner, so it matches no more.
+    A finished row has no lease owner and therefore does not match.
     """
     model = type(row)
     mine = and_(model.id == row.id, model.attempt == row.attempt, model.lease_owner == row.lease_owner)
@@ -80,7 +82,7 @@ def fenced(session: Session, row: Leased, **values: Any) -> None:
 
 
 def renew(session: Session, row: Row, *, lease_s: float) -> Row:
-    """Extend the lease and return the row as it is now (its status may say `cancelling` or `pausing`).
+    """Extend the lease and return the row as it is now; its status may be `cancelling` or `pausing`.
 
     Raises `LeaseLost` if another attempt holds the row.
     """
@@ -97,21 +99,22 @@ def finish(session: Session, row: Leased, *, status: str, **values: Any) -> None
 
 
 def give_back(session: Session, row: Leased, *, status: str, **values: Any) -> None:
-    """Let go of a row that has not ended, in one fenced write; where it is queued, the sweep sends its message."""
+    """Release a row that has not ended, in one fenced write; if it is queued, the sweep sends its message."""
     fenced(session, row, status=status, lease_expires_at=None, lease_owner=None, enqueued_at=None, **values)
 
 
 def find_lost(
     session: Session, *, redeliver_s: float, max_attempts: int, untaken: Collection[str] = ()
 ) -> list[tuple[type[Leased], str]]:
-    """Return the rows whose message must be sent (again), and settle what no worker needs to see.
+    """Return the rows whose message must be sent again, and end those that no worker needs to see.
 
-    Lost are: queued rows that may be claimed by now and whose last message is older than `redeliver_s`, and held rows
-    whose lease has expired. Of the latter, those that have used up their attempts fail here, and those that were to be
-    paused are paused. Safe to run anywhere at any time: a row that is found twice is claimed once.
+    Lost rows are: queued rows that are due and whose last message is older than `redeliver_s`, and held rows whose
+    lease has expired. Of the latter, this function fails those that have used all attempts, and pauses those that were
+    about to be paused. It may run anywhere at any time: a row that is found twice is still claimed once.
 
-    Of a queue in `untaken`, which holds messages that nobody has taken yet, no row is returned: its workers are busy,
-    and one that comes free finds the rows by itself. Messages would only pile up.
+    Args:
+        untaken: queues that hold messages which no worker has taken. Their workers are busy and will find the rows when
+            they become free, so no row of these queues is returned: the messages would only accumulate.
     """
     present = now(session)
     lost: list[tuple[type[Leased], str]] = []
@@ -121,7 +124,7 @@ def find_lost(
             continue
         expired = scheduling.abandoned(model, present)
         stale = or_(model.enqueued_at.is_(None), model.enqueued_at < present - timedelta(seconds=redeliver_s))
-        # A message sent before the lease ended was the one that led to it, so the first new one goes out at once.
+        # A message from before the end of the lease is the one that led to it, so the next one is due at once.
         unanswered = or_(stale, model.enqueued_at < model.lease_expires_at)
         unsent = and_(model.status == model.CLAIMABLE, scheduling.due(model, present), stale)
         found = select(model.id).where(or_(unsent, and_(expired, unanswered))).limit(1000)
@@ -133,28 +136,37 @@ def find_lost(
 
 
 def _settle_lost(session: Session, model: type[Leased], present: datetime, max_attempts: int) -> None:
-    """Fail the rows whose lease has expired once too often, and pause those that were about to be."""
-    released: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None, "losses": model.losses + 1}
+    """Fail the rows whose lease expired in their last attempt, and pause those that were about to be paused."""
+    failed_attempts = model.failed_attempts + 1
+    released: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None, "failed_attempts": failed_attempts}
     expired = update(model).where(model.status.in_(model.HELD), model.lease_expires_at < present).returning(model.id)
     paused = expired.where(model.status == PAUSING).values(status=PAUSED, **released)
-    _tell(session, model, paused, "info", "paused", "its worker was lost; the job is paused at its last checkpoint")
+    _change(
+        session,
+        model,
+        paused,
+        "info",
+        "paused",
+        "the worker was lost; the job is paused at its last training checkpoint",
+    )
     failure = {
         "class": "infra",
         "code": "attempts_exhausted",
-        "detail": f"its worker was lost or its machine failed {max_attempts} times with no new training checkpoint "
-        "between; the last one gave no reason: look at the workers' logs, and whether the run takes more memory or "
-        "disk than its machine has, then try it again",
+        "detail": f"{max_attempts} attempts in a row failed or lost their worker, without a new training checkpoint "
+        "between them; the last one reported no reason: read the workers' logs, check whether the run needs more "
+        "memory or disk than its machine has, and retry",
     }
-    given_up = expired.where(model.losses + 1 >= max_attempts, model.status.not_in((CANCELLING, PAUSING)))
+    given_up = expired.where(failed_attempts >= max_attempts, model.status.not_in((CANCELLING, PAUSING)))
     given_up = given_up.values(status=FAILED, finished_at=present, failure=failure, **released)
     message = f"infra failure {failure['code']}: {failure['detail']}"
-    _tell(session, model, given_up, "error", "failed", message)
+    _change(session, model, given_up, "error", "failed", message)
 
 
-def _tell(session: Session, model: type[Leased], change: ReturningUpdate[Any], *note: str) -> None:
-    """Make the change, and tell it in the events of the jobs that it touches: `note` is level, code and message."""
+def _change(
+    session: Session, model: type[Leased], change: ReturningUpdate[Any], level: str, code: str, message: str
+) -> None:
+    """Make the change, and add an event to each job that it changes."""
     ids = session.scalars(change, execution_options={"synchronize_session": False}).all()
-    level, code, message = note
     if model is Job:
         session.add_all(JobEvent(job_id=row_id, level=level, code=code, message=message) for row_id in ids)
         session.flush()

@@ -1,4 +1,4 @@
-"""Messages to workers. A message carries a row's id and wakes somebody up; the row itself is the truth."""
+"""Messages to workers. A message carries a row's id and wakes a worker; the row itself is the truth."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,18 +22,18 @@ log = structlog.get_logger()
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 WORKER_COMMAND: Final = "defeat_worker"
-"""The control message that a worker answers with what `Answer` holds."""
+"""The control message that a worker answers with the members of `Answer`."""
 BROKER_ERRORS: tuple[type[Exception], ...] = (OperationalError, redis.RedisError, OSError)
-"""What sending or pinging raises where the broker does not answer."""
+"""What `Queue` raises if the broker does not answer."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says of itself on the broker.
+    """A worker's answer on the broker.
 
     Attributes:
-        queues: what it takes messages from.
-        version: of the service; None: one that is older than this question.
+        queues: the queues from which it takes messages.
+        version: of the service; None: a version that is too old to report it.
     """
 
     queues: tuple[str, ...]
@@ -41,7 +41,7 @@ class Answer:
 
 
 def client_url(url: str) -> str:
-    """Return the broker's URL as redis-py wants it: kombu's `redis+socket:///path` is its `unix:///path`."""
+    """Return the broker's URL in the form of redis-py: kombu's `redis+socket:///path` becomes `unix:///path`."""
     parts = urlsplit(url)
     if parts.scheme != "redis+socket":
         return url
@@ -51,9 +51,10 @@ def client_url(url: str) -> str:
 
 
 class Queue:
-    """The producer's side of the broker at `redis://…` or `redis+socket:///path`. Connects when first used.
+    """The producer's connection to the broker at `redis://…` or `redis+socket:///path`; it connects at first use.
 
-    A broker that does not answer costs a request a few seconds at most, never its row: the sweep sends again.
+    A broker that does not answer delays a request by a few seconds at most. The row is not lost: the sweep sends its
+    message again.
     """
 
     def __init__(self, redis_url: str) -> None:
@@ -67,7 +68,7 @@ class Queue:
             broker_transport_options={
                 "socket_connect_timeout": CONNECT_TIMEOUT_S,
                 "socket_timeout": ANSWER_TIMEOUT_S,
-                # Without an upper limit kombu tries to connect for ever, inside the request.
+                # Without a limit kombu would try to connect for ever, inside the request.
                 "max_retries": 1,
                 "interval_start": 0.1,
                 "interval_step": 0,
@@ -75,11 +76,11 @@ class Queue:
         )
 
     def send(self, model: type[Leased], row_id: str, *, hops: int = 0) -> None:
-        """Send the row's id to the queue of its model; `hops` counts the workers that could do nothing with it.
+        """Send the row's id to the queue of its model; `hops` counts the workers that could not use the message.
 
         Raises one of `BROKER_ERRORS` if the broker does not answer.
         """
-        # Once more, since a pooled connection may be of a broker that was restarted in the meantime.
+        # One repetition, because a pooled connection may belong to a broker that was restarted since.
         policy = {"max_retries": 1, "interval_start": 0.1, "interval_step": 0}
         attributes = {"messaging.destination.name": model.QUEUE, "defeat.row": row_id}
         with traces.span(f"send {model.TASK}", kind=SpanKind.PRODUCER, attributes=attributes):
@@ -93,7 +94,7 @@ class Queue:
             )
 
     def enqueue(self, session: Session, row: Dataset | Checkpoint | Job) -> None:
-        """Send the row's id once the session has been committed. A broker that is away is left to the sweep."""
+        """Send the row's id after the session's commit. If the broker does not answer, the sweep sends it later."""
         row.enqueued_at = now(session)
         model, row_id, bind = type(row), row.id, session.get_bind()
 
@@ -117,7 +118,7 @@ class Queue:
             client.ping()
 
     def untaken(self) -> frozenset[str]:
-        """Return the queues that hold messages: of their workers, none is idle.
+        """Return the queues that hold messages, which means that none of their workers is idle.
 
         Raises one of `BROKER_ERRORS` if the broker does not answer within seconds.
         """
@@ -125,15 +126,15 @@ class Queue:
             return frozenset(name for name in QUEUES if client.llen(name))
 
     def workers(self, *, timeout_s: float = 2.0) -> dict[str, Answer]:
-        """Return what every worker says that answers within the time, which is waited for in full, by its name.
+        """Return the answers of all workers that answer within `timeout_s`, by name; always waits that long.
 
         Raises one of `BROKER_ERRORS` if the broker does not answer.
         """
         replies = self._celery.control.broadcast(WORKER_COMMAND, reply=True, timeout=timeout_s) or []
         return {
-            str(name): Answer(tuple(sorted(said.get("queues", ()))), said.get("version"))
+            str(name): Answer(tuple(sorted(answer.get("queues", ()))), answer.get("version"))
             for reply in replies
-            for name, said in reply.items()
+            for name, answer in reply.items()
         }
 
     def server(self) -> dict[str, str]:
@@ -149,11 +150,11 @@ class Queue:
 
 
 def _mark_unsent(bind: Engine | Connection, model: type[Leased], row_id: str) -> None:
-    """Make the row look as never sent, so that the next sweep sends it and not the one after `redeliver_s`."""
+    """Mark the row as not sent, so that the next sweep sends it, and not the one after `redeliver_s`."""
     statement = update(model).where(model.id == row_id, model.status == model.CLAIMABLE).values(enqueued_at=None)
     try:
         with Session(bind) as session, session.begin():
             update_count(session, statement)
     except SQLAlchemyError as error:
-        # The row is committed and will be found after `redeliver_s`: the request has succeeded.
+        # The request has succeeded: the row is committed, and the sweep will find it after `redeliver_s`.
         log.warning("row_not_marked_unsent", row=row_id, error=str(error))

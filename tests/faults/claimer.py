@@ -5,7 +5,7 @@ import sys
 from app.db import Database
 from app.models import Job
 from app.queue.leases import claim_next
-from app.queue.scheduling import Offer
+from app.queue.scheduling import WorkerResources
 
 
 def main(name: str, url: str) -> None:
@@ -16,7 +16,7 @@ def main(name: str, url: str) -> None:
     sys.stdin.readline()
     while True:
         with database.write() as session:
-            job = claim_next(session, Job, Offer(), owner=name, lease_s=600.0, max_attempts=5)
+            job = claim_next(session, Job, WorkerResources(), owner=name, lease_s=600.0, max_attempts=5)
         if job is None:
             return
         print(job.id, flush=True)

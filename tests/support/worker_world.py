@@ -20,7 +20,7 @@ from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvent, Lease
 from app.settings import Settings
 from app.storage import Storage, Stored
 from worker.supervisor import Supervisor
-from worker.tasks import ADAPTERS
+from worker.tasks import HANDLERS
 from worker.tasks.base import Context
 
 SCRIPTED = (sys.executable, "-m", "tests.support.scripted_run")
@@ -162,7 +162,7 @@ class World:
     def work(self, row: Leased, *, context: Context | None = None) -> None:
         context = context or self.context
         supervisor = Supervisor(context, owner="test", stop=self.stop, command=SCRIPTED, tick_s=0.02, backoff_s=0.01)
-        supervisor.work(ADAPTERS[type(row).TASK](context))
+        supervisor.work(HANDLERS[type(row).TASK](context))
 
     @contextmanager
     def working(self, row: Leased) -> Iterator[None]:

@@ -91,7 +91,7 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
 
     worker.wait(20)
     row = world.now(job)
-    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
+    assert (row.status, row.attempt, row.failed_attempts, row.lease_owner) == ("queued", 1, 0, None)
     assert world.content(row.resume_key) == b"saved"
     until(lambda: not alive(int(pid.read_text())))
 
@@ -132,7 +132,7 @@ def test_a_worker_that_drains_still_hands_over_when_it_is_told_to_end(world: Wor
     worker.send_signal(signal.SIGTERM)
     worker.wait(20)
     row = world.now(job)
-    assert (row.status, row.attempt, row.losses, row.lease_owner) == ("queued", 1, 0, None)
+    assert (row.status, row.attempt, row.failed_attempts, row.lease_owner) == ("queued", 1, 0, None)
     assert world.content(row.resume_key) == b"saved"
 
 

@@ -69,11 +69,11 @@ def test_a_run_that_had_no_room_to_say_why_it_ended(
 
 PROBABLY = "the run was killed by SIGKILL and left no result; the machine was probably out of memory"
 NOT_FOR_MEMORY = (
-    "the run was killed by SIGKILL, not by the kernel for memory, so by a person or another program, and left no result"
+    "the run was killed by SIGKILL, by a person or a program and not by the kernel for memory, and left no result"
 )
 FOR_MEMORY = (
-    "the kernel killed the run since memory ran out, that of its machine or of its worker's limit; give the worker "
-    "more, or let the run take less"
+    "the kernel killed the run because the memory of the machine, or of the worker's limit, was exhausted; give the "
+    "worker more memory, or make the run need less"
 )
 SEGFAULT = "the run was killed by SIGSEGV and left no result"
 

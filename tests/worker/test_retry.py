@@ -20,7 +20,7 @@ from tests.app.conftest import RecordingQueue
 from tests.support.waiting import until
 from tests.support.worker_world import FlakyDatabase, World, alive
 from worker import hardware
-from worker.retry import pause_s
+from worker.patience import pause_s
 from worker.tasks.base import Context
 from worker.tasks.memory import adjusted
 
@@ -64,7 +64,7 @@ def test_an_infra_failure_is_tried_again_from_the_last_checkpoint(each_world: Wo
     before = utcnow()
     world.work(job)
     row = world.now(job)
-    assert (row.status, row.attempt, row.losses, row.failure) == ("queued", 1, 1, None)
+    assert (row.status, row.attempt, row.failed_attempts, row.failure) == ("queued", 1, 1, None)
     assert (row.lease_owner, row.lease_expires_at, row.enqueued_at, row.finished_at) == (None, None, None, None)
     assert timedelta(seconds=10) <= row.not_before - before < timedelta(seconds=20)
     assert world.content(row.resume_key) == b"saved"  # though it was offered in the run's last moment
@@ -72,8 +72,8 @@ def test_an_infra_failure_is_tried_again_from_the_last_checkpoint(each_world: Wo
     assert world.codes(job) == ["claimed", "retrying"]
     told = last_message(world, job)
     assert "infra failure run_died: the run was killed by SIGKILL" in told
-    assert f"tried again at {row.not_before:%Y-%m-%d %H:%M:%S} UTC, from the last training checkpoint" in told
-    assert told.endswith("failure 1 of at most 3 in a row")
+    assert f"next attempt starts at {row.not_before:%Y-%m-%d %H:%M:%S} UTC, from the last training checkpoint" in told
+    assert told.endswith("failed attempt 1 of at most 3 in a row")
     assert world.artifacts(job) == {}
 
     world.work(job)
@@ -91,16 +91,16 @@ def test_pauses_grow_and_end() -> None:
 
 def test_it_is_given_up_in_the_end(world: World) -> None:
     job = world.job(["exit", 7])
-    for losses in (1, 2):
+    for failed in (1, 2):
         world.work(job)
         row = world.now(job)
-        assert (row.status, row.losses) == ("queued", losses)
-        assert row.not_before > utcnow() + timedelta(seconds=40 * losses)
+        assert (row.status, row.failed_attempts) == ("queued", failed)
+        assert row.not_before > utcnow() + timedelta(seconds=40 * failed)
         world.set(job, not_before=None)
     world.work(job)
     row = world.now(job)
     assert (row.status, row.failure["code"]) == ("failed", "run_died")
-    assert row.failure["detail"].endswith("given up after 3 attempts in a row that ended so or lost their worker")
+    assert row.failure["detail"].endswith("no further attempt, because 3 in a row failed or lost their worker")
     assert world.codes(job) == ["claimed", "retrying", "resumed", "retrying", "resumed", "failed"]
     assert set(world.artifacts(job)) == {"log.txt"}
 
@@ -109,7 +109,7 @@ def test_a_new_checkpoint_wipes_the_slate(world: World) -> None:
     job = world.job(["checkpoint", "a.pt", "one"], ["exit", 7])
     for _ in range(4):  # more often than the limit, but further each time
         world.work(job)
-        assert (world.now(job).status, world.now(job).losses) == ("queued", 1)
+        assert (world.now(job).status, world.now(job).failed_attempts) == ("queued", 1)
         world.set(job, not_before=None)
 
 
@@ -137,7 +137,7 @@ def test_a_check_is_tried_again(world: World) -> None:
     dataset = world.dataset(id="ds_1", upload_key="datasets/ds_1/not-there")
     world.work(dataset)
     row = world.now(dataset)
-    assert (row.status, row.losses, row.failure) == ("queued", 1, None)
+    assert (row.status, row.failed_attempts, row.failure) == ("queued", 1, None)
     assert row.not_before > utcnow()
     assert stored.key in world.storage.list("datasets/ds_1")
 
@@ -183,7 +183,7 @@ def test_memory_is_saved_where_it_ran_out(world: World, phase: str, adjustments:
     job = memory_job(world, phase, teacher=teacher)
     world.work(job)
     row = world.now(job)
-    assert (row.status, row.adjustments, row.losses) == ("queued", adjustments, 0)
+    assert (row.status, row.adjustments, row.failed_attempts) == ("queued", adjustments, 0)
     assert row.spec == job.spec  # what was asked for stays what it was
     assert last_message(world, job).endswith(f"from the last training checkpoint: {words}")
     next_attempt(world, job, ["copy_request", "request.json"], SUCCEED)
@@ -199,16 +199,16 @@ def test_memory_is_saved_once(world: World) -> None:
     row = world.now(job)
     assert (row.status, row.failure["class"], row.adjustments) == ("failed", "oom", {"schedule": {"accumulation": 2}})
     assert row.failure["detail"] == (
-        "8 images at a time do not fit; schedule.accumulation 2 was tried and is too much, too; it was while "
-        "training the student: set schedule.accumulation to one of 4, 8, or lower the detectors' min_size and "
-        "max_size, or take smaller ones"
+        "8 images at a time do not fit; schedule.accumulation 2 was tried and does not fit either; this happened in "
+        "the training of the student: set schedule.accumulation to one of 4, 8, or lower the detectors' min_size and "
+        "max_size, or use smaller detectors"
     )
 
 
 @pytest.mark.parametrize(
     ("phase", "gpus", "schedule", "hint"),
     [
-        ("distillation", 4, {"accumulation": 2}, "it was while training the student, one image at a time: lower"),
+        ("distillation", 4, {"accumulation": 2}, "the training of the student, with one image at a time: lower"),
         ("preparing", 1, {}, "lower the detectors' min_size"),
     ],
 )
@@ -247,24 +247,24 @@ def test_a_run_that_the_kernel_killed_for_memory_takes_less(world: World, kernel
     steps = job.spec["script"][:-1]
     next_attempt(world, job, *steps, *killed_for_memory(kernel, 4))
     row = world.now(job)
-    assert (row.status, row.adjustments, row.losses) == ("queued", {"schedule": {"accumulation": 2}}, 0)
+    assert (row.status, row.adjustments, row.failed_attempts) == ("queued", {"schedule": {"accumulation": 2}}, 0)
     assert row.not_before < utcnow() + timedelta(seconds=20)  # at once
-    assert "oom failure host_out_of_memory: the kernel killed the run since memory ran out" in last_message(world, job)
+    assert "oom failure host_out_of_memory: the kernel killed the run because the memory" in last_message(world, job)
 
     next_attempt(world, job, *steps, *killed_for_memory(kernel, 5))
     row = world.now(job)
     assert (row.status, row.failure["class"], row.failure["code"]) == ("failed", "oom", "host_out_of_memory")
     told = row.failure["detail"]
-    assert "give the worker more, or let the run take less; schedule.accumulation 2 was tried" in told
-    assert told.endswith("fewer decoded images kept in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)")
+    assert "give the worker more memory, or make the run need less; schedule.accumulation 2 was tried" in told
+    assert told.endswith("keep fewer decoded images in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)")
 
 
 def test_a_run_that_somebody_killed_is_tried_again_as_it_was(world: World, kernel: Path) -> None:
     job = memory_job(world, "distillation")
     next_attempt(world, job, *job.spec["script"][:-1], *killed_for_memory(kernel, 3))
     row = world.now(job)
-    assert (row.status, row.adjustments, row.losses) == ("queued", None, 1)
-    assert "not by the kernel for memory" in last_message(world, job)
+    assert (row.status, row.adjustments, row.failed_attempts) == ("queued", None, 1)
+    assert "by a person or a program and not by the kernel" in last_message(world, job)
 
 
 # ---- pausing ----
@@ -277,7 +277,7 @@ def test_pausing_lets_the_run_save_and_resuming_goes_on(each_world: World) -> No
         until(lambda: world.now(job).status == "running")
         world.set(job, status=PAUSING)
     row = world.now(job)
-    assert (row.status, row.attempt, row.losses, row.lease_owner, row.failure) == (PAUSED, 1, 0, None, None)
+    assert (row.status, row.attempt, row.failed_attempts, row.lease_owner, row.failure) == (PAUSED, 1, 0, None, None)
     assert world.content(row.resume_key) == b"saved"
     assert (row.progress["epoch"], row.progress["eta_s"]) == (2, None)
     assert world.codes(job) == ["claimed", "paused"]
@@ -287,7 +287,7 @@ def test_pausing_lets_the_run_save_and_resuming_goes_on(each_world: World) -> No
     assert world.now(job).attempt == 1
     world.set(job, status=QUEUED)
     next_attempt(world, job, SUCCEED)
-    assert (world.now(job).status, world.now(job).attempt, world.now(job).losses) == ("succeeded", 2, 0)
+    assert (world.now(job).status, world.now(job).attempt, world.now(job).failed_attempts) == ("succeeded", 2, 0)
 
 
 def test_a_run_that_does_not_listen_is_paused_all_the_same(tmp_path: Path) -> None:
@@ -319,8 +319,8 @@ def test_a_failure_that_passes_pauses_a_job_that_was_to_be_paused(world: World) 
         until(lambda: world.now(job).status == "running")
         world.set(job, status=PAUSING)
     row = world.now(job)
-    assert (row.status, row.losses, row.not_before) == (PAUSED, 1, None)
-    assert "tried again when it is resumed" in last_message(world, job)
+    assert (row.status, row.failed_attempts, row.not_before) == (PAUSED, 1, None)
+    assert "the next attempt starts when its owner resumes it" in last_message(world, job)
 
 
 def test_a_pause_while_its_worker_ends(world: World) -> None:
@@ -371,7 +371,7 @@ def test_handing_back_is_no_loss(world: World) -> None:
             until(lambda: world.now(job).status == "running")
             world.stop.set()
         row = world.now(job)
-        assert (row.status, row.attempt, row.losses) == ("queued", attempt, 0)
+        assert (row.status, row.attempt, row.failed_attempts) == ("queued", attempt, 0)
 
 
 # ---- answers that are lost ----

@@ -362,7 +362,7 @@ def test_a_job_waits_with_its_worker_for_a_store_that_cannot_be_read(world: Worl
         until(lambda: world.storage.refused > 3)
         world.storage.unreadable = False
     row = world.now(job)
-    assert (row.status, row.attempt, row.losses) == ("succeeded", 1, 0)
+    assert (row.status, row.attempt, row.failed_attempts) == ("succeeded", 1, 0)
     assert world.codes(job) == ["claimed", "succeeded"]
 
 
@@ -390,7 +390,7 @@ def test_inputs_that_stay_unreadable_are_an_infra_failure(world: World) -> None:
 def test_nobody_waits_long_for_a_store_to_cancel_or_pause(
     world: World, monkeypatch: pytest.MonkeyPatch, asked: str, status: str
 ) -> None:
-    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.1)
+    monkeypatch.setattr("worker.patience.HURRY_S", 0.1)
     world.storage.unreadable = True
     job = world.job(["finish", "succeeded", {}])
     with world.working(job):
@@ -401,7 +401,7 @@ def test_nobody_waits_long_for_a_store_to_cancel_or_pause(
 
 
 def test_a_job_whose_results_cannot_be_stored_can_be_cancelled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.1)
+    monkeypatch.setattr("worker.patience.HURRY_S", 0.1)
     world.storage.match, world.storage.failures = "artifacts/", 10**6
     job = world.job(["artifact", "a.txt", "log", "text", {}], ["finish", "succeeded", {}])
     with world.working(job):
@@ -465,7 +465,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_cannot_be_kept(world: Wo
 def test_a_store_that_stays_away_does_not_keep_a_worker_that_must_end(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.supervisor._HURRY_S", 0.2)
+    monkeypatch.setattr("worker.patience.HURRY_S", 0.2)
     world.storage.match, world.storage.failures = "resume/", 10**6
     job = world.job(
         progress("teacher", 0.1), ["until_told"], ["checkpoint", "a.pt", "saved"], ["finish", "cancelled", {}]
@@ -514,7 +514,7 @@ def test_a_mistake_in_the_worker_is_recorded(world: World, monkeypatch: pytest.M
     def _broken(*_: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("worker.tasks.jobs.JobAdapter.upload", _broken)
+    monkeypatch.setattr("worker.tasks.jobs.JobHandler.upload", _broken)
     job: Job = world.job(["finish", "succeeded", {}])
     with pytest.raises(RuntimeError, match="boom"):
         world.work(job)

@@ -12,7 +12,7 @@ import pytest
 from app.models import Checkpoint, Dataset, Job, Tenant
 from defeat.engine.report import RunError
 from tests.support.worker_world import World
-from worker.tasks import ADAPTERS
+from worker.tasks import HANDLERS
 from worker.tasks.base import Request
 from worker.tasks.cache import KEPT
 
@@ -25,7 +25,7 @@ def world(tmp_path: Path) -> World:
 def prepare(world: World, row: Any, directory: Path) -> Request:
     directory.mkdir(exist_ok=True)
     with ExitStack() as resources:
-        return ADAPTERS[type(row).TASK](world.context).prepare(row, directory, resources)
+        return HANDLERS[type(row).TASK](world.context).prepare(row, directory, resources)
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def scripted(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let a dataset's or checkpoint's run follow a script."""
 
     def _scripted(row: Any, *script: Any) -> Any:
-        adapter = ADAPTERS[type(row).TASK]
-        prepare = adapter.prepare
+        handler = HANDLERS[type(row).TASK]
+        prepare = handler.prepare
 
         def _prepare(self: Any, *args: Any) -> Request:
             request = prepare(self, *args)
             return Request(request.kind, {**request.spec, "script": script}, request.inputs)
 
-        monkeypatch.setattr(adapter, "prepare", _prepare)
+        monkeypatch.setattr(handler, "prepare", _prepare)
         world.work(row)
         return world.now(row)
 
@@ -92,7 +92,7 @@ def test_another_tenants_checkpoint_is_not_there(world: World, tmp_path: Path) -
     world.add(Tenant(id="other", name="other"))
     theirs = ready_checkpoint(world, b"theirs", tenant_id="other")
     job = world.job(teacher={"source": "checkpoint", "id": theirs.id})
-    with pytest.raises(RunError, match="ckpt_theirs is not there"):
+    with pytest.raises(RunError, match="ckpt_theirs was deleted"):
         prepare(world, job, tmp_path / "run")
 
 
@@ -147,10 +147,10 @@ def test_the_end_of_one_attempt_leaves_the_next_ones_files_alone(world: World) -
 def test_the_cache_keeps_the_last_used_and_what_is_in_use(world: World, tmp_path: Path) -> None:
     jobs = [world.job(dataset_id=world.ready_dataset(b"%d" % number).id) for number in range(KEPT + 2)]
     cache = world.settings.scratch / "datasets"
-    adapter = ADAPTERS[Job.TASK](world.context)
+    handler = HANDLERS[Job.TASK](world.context)
     with ExitStack() as in_use:
         (tmp_path / "first").mkdir()
-        held = Path(adapter.prepare(jobs[0], tmp_path / "first", in_use).inputs["dataset"])
+        held = Path(handler.prepare(jobs[0], tmp_path / "first", in_use).inputs["dataset"])
         for job in jobs[1:]:
             newest = Path(prepare(world, job, tmp_path / "run").inputs["dataset"])
         assert (held / "dataset.json").read_text() == "0"
@@ -196,7 +196,7 @@ def test_a_stored_dataset_holds_nothing_else(world: World, tmp_path: Path, membe
         archive.addfile(member)
     dataset = world.ready_dataset()
     world.put(str(dataset.storage_key), tar.read_bytes())
-    with pytest.raises(RunError, match="does not belong into a dataset") as caught:
+    with pytest.raises(RunError, match="does not belong in a dataset") as caught:
         prepare(world, world.job(dataset_id=dataset.id), tmp_path / "run")
     assert caught.value.code == "object_broken"
     left = [path for path in tmp_path.rglob("*") if path.is_symlink() or ".part" in path.name]
@@ -287,14 +287,14 @@ def test_a_reference_is_checked_again(world: World, tmp_path: Path) -> None:
     (root / "cells.zip").touch()
     (root / "link").symlink_to(outside)
 
-    refused = [(root / "cells", "none are configured"), (root / "link", "leads out"), (root / "gone", "neither")]
+    refused = [(root / "cells", "none are configured"), (root / "link", "is outside"), (root / "gone", "neither")]
     with pytest.raises(RunError, match=refused[0][1]):
         prepare(world, reference(world, refused[0][0]), tmp_path / "run")
     world.settings.dataset_roots = [root]
     for path, reason in refused[1:]:
         with pytest.raises(RunError, match=reason):
             prepare(world, reference(world, path), tmp_path / "run")
-    with pytest.raises(RunError, match="leads out"):
+    with pytest.raises(RunError, match="is outside"):
         prepare(world, reference(world, root / ".." / "outside"), tmp_path / "run")
 
     inputs = prepare(world, reference(world, root / "cells"), tmp_path / "run").inputs
@@ -339,8 +339,8 @@ def test_a_checkpoint_that_is_refused(world: World, scripted: Any, failure_class
 def test_a_success_without_its_file_or_results_is_a_failure(world: World, scripted: Any) -> None:
     row = scripted(unchecked(world), ["finish", "succeeded", {"detector": {}, "classes": []}])
     assert (row.status, row.failure["code"]) == ("failed", "bad_result")
-    assert row.failure["detail"].endswith("left no coverage, checkpoint.safetensors")
+    assert row.failure["detail"].endswith("without coverage, checkpoint.safetensors")
 
 
-def test_every_task_has_its_adapter() -> None:
-    assert set(ADAPTERS) == {Job.TASK, Dataset.TASK, Checkpoint.TASK}
+def test_every_task_has_its_handler() -> None:
+    assert set(HANDLERS) == {Job.TASK, Dataset.TASK, Checkpoint.TASK}

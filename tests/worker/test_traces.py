@@ -94,7 +94,7 @@ def test_an_exception_leaves_its_class_and_not_its_message(
     def _broken(*_: object) -> None:
         raise RuntimeError("a tenant's words")
 
-    monkeypatch.setattr("worker.tasks.jobs.JobAdapter.upload", _broken)
+    monkeypatch.setattr("worker.tasks.jobs.JobHandler.upload", _broken)
     job, _request = made_in_a_trace(world, ["finish", "succeeded", {}])
     with pytest.raises(RuntimeError):
         world.work(job)

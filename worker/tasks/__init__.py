@@ -1,12 +1,12 @@
-"""The kinds of rows that workers work on, by the name of their task."""
+"""The handlers of all kinds of rows that workers work on, by the name of their Celery task."""
 
 from typing import Any, Final
 
-from worker.tasks.base import Adapter
-from worker.tasks.checkpoints import CheckpointAdapter
-from worker.tasks.datasets import DatasetAdapter
-from worker.tasks.jobs import JobAdapter
+from worker.tasks.base import Handler
+from worker.tasks.checkpoints import CheckpointHandler
+from worker.tasks.datasets import DatasetHandler
+from worker.tasks.jobs import JobHandler
 
-ADAPTERS: Final[dict[str, type[Adapter[Any]]]] = {
-    adapter.model.TASK: adapter for adapter in (JobAdapter, DatasetAdapter, CheckpointAdapter)
+HANDLERS: Final[dict[str, type[Handler[Any]]]] = {
+    handler.model.TASK: handler for handler in (JobHandler, DatasetHandler, CheckpointHandler)
 }

@@ -1,11 +1,11 @@
-"""What a supervisor must know of the kind of row that it works on."""
+"""The interface between the supervisor and one kind of row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic
 
 from sqlalchemy.orm import Session
 
@@ -13,15 +13,14 @@ from app.db import Database
 from app.queue.leases import Row
 from app.settings import Settings
 from app.storage import ObjectMissing, Storage, Stored
-from defeat.engine.report import FailureClass, RunError
-from worker.rundir import Event, ResultArtifact, RunDirectory
-
-Status = Literal["succeeded", "failed", "cancelled"]
+from defeat.engine.events import FailureClass, ResultArtifact, Status
+from defeat.engine.report import RunError
+from worker.rundir import RecordedEvent, RunDirectory
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every adapter works with."""
+    """Database, object store and settings, as every handler uses them."""
 
     database: Database
     storage: Storage
@@ -30,7 +29,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked to do: `run.json` without the row's id and attempt."""
+    """The request to a run: `run.json` without the row's id and attempt."""
 
     kind: str
     spec: Mapping[str, Any]
@@ -39,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `failure` is in the API's shape: class, code, detail, log_tail."""
+    """How a run ended. `failure` has the members of the API: class, code, detail, log_tail."""
 
     status: Status
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -48,16 +47,16 @@ class Outcome:
 
     @classmethod
     def failed(cls, failure_class: FailureClass, code: str, detail: str, *, log_tail: Sequence[str] = ()) -> "Outcome":
-        """Return a failure."""
+        """Return the outcome of a failure."""
         failure = {"class": failure_class, "code": code, "detail": detail, "log_tail": list(log_tail)}
         return cls("failed", failure=failure)
 
 
-class Adapter(ABC, Generic[Row]):
-    """One kind of leased row: how its run is asked for, and where what it says and leaves goes.
+class Handler(ABC, Generic[Row]):
+    """One kind of leased row: the request for its run, and where the run's events and results go.
 
-    Only `record`, `keep_checkpoint` and `finish` may write to the database, within the session they get, which has
-    just verified the lease. The others may be called in another thread and may block on the object store.
+    Only `record`, `keep_checkpoint` and `finish` may write to the database, in the session that they receive, which has
+    verified the lease. The other methods may be called in another thread and may block on the object store.
     """
 
     model: ClassVar[Any]
@@ -68,67 +67,67 @@ class Adapter(ABC, Generic[Row]):
         self.settings = context.settings
 
     @abstractmethod
-    def prepare(self, row: Row, directory: Path, resources: ExitStack) -> Request:
-        """Fetch the run's inputs and return its request. What `resources` holds is released after the run.
+    def prepare(self, row: Row, directory: Path, cleanup: ExitStack) -> Request:
+        """Fetch the run's inputs and return its request. `cleanup` releases what it holds after the run.
 
-        Raises `RunError` for what cannot be run, `ObjectMissing` or `OSError` for what cannot be fetched.
+        Raises `RunError` for a row that cannot be run, `ObjectMissing` or `OSError` for an input that it cannot fetch.
         """
 
-    def record(self, session: Session, row: Row, events: Sequence[Event]) -> None:
-        """Write what the run said. Kinds without a history have nothing to write."""
+    def record(self, session: Session, row: Row, events: Sequence[RecordedEvent]) -> None:
+        """Write the run's events. The default writes nothing, for rows without a history."""
 
     def checkpoint_key(self, row: Row, number: int) -> str | None:
-        """Return where the attempt's training checkpoint of this number goes; None: this kind keeps none."""
+        """Return the object key for the attempt's training checkpoint of this number; None: this kind keeps none."""
         del row, number
         return None
 
     def keep_checkpoint(self, session: Session, row: Row, key: str) -> str | None:
-        """Make the object `key` what another attempt goes on from; return the key it replaces."""
+        """Let the next attempt resume from the object `key`; return the key that it replaces."""
         raise NotImplementedError(f"{type(self).__name__} keeps no checkpoints")
 
-    def lighten(self, row: Row) -> tuple[dict[str, Any], str] | None:
-        """Return the columns that let another attempt take less memory, and what they change in words, or None."""
+    def reduce_memory(self, row: Row) -> tuple[dict[str, Any], str] | None:
+        """Return the columns that make another attempt need less memory, and their description, or None."""
         del row
         return None
 
-    def memory_hint(self, row: Row, code: str) -> str:
-        """Say what to change after memory ran out, by the failure's code; empty: the run has said all there is."""
+    def memory_advice(self, row: Row, code: str) -> str:
+        """Return what to change after memory was exhausted, by the failure's code; empty: the failure says it all."""
         del row, code
         return ""
 
-    def goes_on(self, row: Row) -> str:
-        """Say in words where another attempt begins."""
+    def resume_point(self, row: Row) -> str:
+        """Return in words where another attempt begins."""
         del row
         return "from the beginning"
 
-    def at_rest(self, row: Row) -> dict[str, Any]:
-        """Return the columns that change when the row is given back and nobody works on it."""
+    def idle_values(self, row: Row) -> dict[str, Any]:
+        """Return the columns that change when no worker works on the row any more."""
         del row
         return {}
 
     def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
-        """Return the outcome with what is to be read from the run's files. Raises `BadResult`."""
+        """Return the outcome, completed from the run's files. Raises `BadResult`."""
         del directory
         return outcome
 
     @abstractmethod
     def upload(self, row: Row, outcome: Outcome, directory: RunDirectory) -> dict[str, Stored]:
-        """Store what the run left, under keys of this attempt's own, and return it by name.
+        """Store the run's files under keys of this attempt alone, and return them by name.
 
         Raises `OSError`. May be called again after an error.
         """
 
     @abstractmethod
     def finish(self, session: Session, row: Row, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
-        """Record the end, in one fenced write with everything that belongs to it."""
+        """Record the end and everything that belongs to it in one fenced write."""
 
-    def tidy(self, row: Row, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
-        """Delete objects that nobody needs after the recorded end. Raises `OSError`."""
+    def clean_up(self, row: Row, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
+        """Delete the objects that are no longer needed after the recorded end. Raises `OSError`."""
 
     def fetch(self, key: str, path: Path, what: str) -> str:
-        """Write the object `key` to `path` and return the path as text. Raises `RunError` if there is none."""
+        """Write the object `key` to `path` and return the path as text. Raises `RunError` if it does not exist."""
         try:
             self.storage.get_file(key, path)
         except ObjectMissing as error:
-            raise RunError("infra", "object_missing", f"{what} is not in the object store any more ({key})") from error
+            raise RunError("infra", "object_missing", f"{what} is no longer in the object store ({key})") from error
         return str(path)

@@ -1,4 +1,4 @@
-"""Datasets unpacked on this machine, so that jobs on the same one do not fetch it again."""
+"""Unpacked datasets on this machine, so that several jobs on one dataset fetch it once."""
 
 import os
 import re
@@ -18,49 +18,49 @@ from defeat.engine.report import RunError
 log = structlog.get_logger(__name__)
 
 KEPT: Final = 5
-# What `defeat.engine.data.canonical` packs; not imported: it belongs to the runs' side.
+# The members that `defeat.engine.data.canonical` packs; not imported, because only runs may import it.
 _MEMBER = re.compile(r"dataset\.json|images/[0-9a-f]{64}\.[a-z]{3,4}")
 _CHUNK_BYTES = 1024 * 1024
 _CONTENT_HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 def _unpack(tar: Path, directory: Path) -> None:
-    """Unpack a canonical dataset's tar into `directory`, which must not exist: plain files of its own two kinds only.
+    """Unpack the tar of a canonical dataset into `directory`, which must not exist.
 
-    About half the time of tarfile's `extractall`, which makes sure of much that such a name rules out.
+    It takes about half the time of tarfile's `extractall`, which checks much that the names of these files rule out.
 
-    Raises `tarfile.TarError` for anything else.
+    Raises `tarfile.TarError` for any member that is not `dataset.json` or an image file.
     """
     (directory / "images").mkdir(parents=True)
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
             if content is None or not _MEMBER.fullmatch(member.name):
-                raise tarfile.TarError(f"{member.name[:200]!r} does not belong into a dataset")
+                raise tarfile.TarError(f"{member.name[:200]!r} does not belong in a dataset")
             with content, (directory / member.name).open("wb") as file:
                 shutil.copyfileobj(content, file, _CHUNK_BYTES)
 
 
 class DatasetCache:
-    """The newest datasets in `directory`, each a folder named by its content hash.
+    """The most recently used datasets in `directory`, each in a folder named by its content hash.
 
-    Any number of workers may use it at once. A dataset is held by a shared lock while it is used, and only what
-    nobody holds is removed.
+    Any number of workers may use it at once. A shared lock protects a dataset while it is in use; only datasets without
+    a lock are removed.
     """
 
     def __init__(self, directory: Path, storage: Storage) -> None:
         self._directory = directory
         self._storage = storage
 
-    def use(self, content_hash: str, key: str, resources: ExitStack) -> Path:
-        """Return the dataset's directory, fetched from the object `key` if it is not here; held by `resources`.
+    def use(self, content_hash: str, key: str, cleanup: ExitStack) -> Path:
+        """Return the dataset's directory, fetched from the object `key` if it is not cached; `cleanup` holds its lock.
 
-        Raises `OSError` (to be tried again), or `RunError` for a content hash that is none and an object that is
-        missing or broken.
+        Raises `OSError` for what a repetition may solve, and `RunError` for a malformed content hash and for an object
+        that is missing or damaged.
         """
         found = _CONTENT_HASH.fullmatch(content_hash)
         if found is None:
-            raise RunError("infra", "bad_content_hash", f"{content_hash!r} is not sha256: and 64 hexadecimal digits")
+            raise RunError("infra", "bad_content_hash", f"{content_hash!r} is not `sha256:` and 64 hexadecimal digits")
         path = self._directory / found[1]
         self._directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -71,7 +71,7 @@ class DatasetCache:
             if not path.is_dir():
                 self._fetch(key, path)
             os.utime(path)
-            resources.enter_context(held.pop_all())
+            cleanup.enter_context(held.pop_all())
         self._evict()
         return path
 
@@ -85,7 +85,7 @@ class DatasetCache:
             self._put_in_place(beside, path)
         except ObjectMissing as error:
             raise RunError(
-                "infra", "object_missing", f"the dataset is not in the object store any more ({key})"
+                "infra", "object_missing", f"the dataset is no longer in the object store ({key})"
             ) from error
         except tarfile.TarError as error:
             raise RunError("infra", "object_broken", f"the stored dataset {key} cannot be unpacked: {error}") from error
@@ -98,11 +98,11 @@ class DatasetCache:
         try:
             beside.rename(path)
         except OSError:
-            if not path.is_dir():  # else another worker was faster, with the same content
+            if not path.is_dir():  # else another worker put the same content in place first
                 raise
 
     def _evict(self) -> None:
-        """Remove what is not among the last used, and what workers that died left half unpacked."""
+        """Remove the datasets that were used longest ago, and partial ones from workers that were killed."""
         entries = [entry for entry in self._directory.iterdir() if entry.suffix != ".lock"]
         whole = sorted((entry for entry in entries if not entry.suffix), key=lambda entry: -entry.stat().st_mtime)
         for entry in [*(entry for entry in entries if entry.suffix), *whole[KEPT:]]:

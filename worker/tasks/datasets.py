@@ -1,4 +1,4 @@
-"""Datasets: an import run on the upload or the referenced directory."""
+"""The handler for datasets, whose run imports the upload or the referenced directory."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,21 +10,21 @@ from app.models import Dataset
 from app.storage import Stored
 from defeat.engine.report import RunError
 from worker.rundir import RunDirectory
-from worker.tasks.assets import AssetAdapter
+from worker.tasks.assets import AssetHandler
 from worker.tasks.base import Outcome, Request
 
 
-class DatasetAdapter(AssetAdapter[Dataset]):
-    """A dataset row."""
+class DatasetHandler(AssetHandler[Dataset]):
+    """Works on dataset rows."""
 
     model = Dataset
     artifact = "dataset.tar"
     needed: ClassVar = ("format", "classes", "splits", "content_hash", "report")
     at_fault: ClassVar = frozenset({"data"})
 
-    def prepare(self, row: Dataset, directory: Path, resources: ExitStack) -> Request:
-        """Fetch the upload, or check the reference again: what it leads to may have changed since."""
-        del resources
+    def prepare(self, row: Dataset, directory: Path, cleanup: ExitStack) -> Request:
+        """Fetch the upload, or check the reference again, because its target may have changed."""
+        del cleanup
         spec = {
             "max_dropped_fraction": row.max_dropped_fraction,
             "max_unpacked_bytes": self.settings.max_unpacked_bytes,
@@ -48,19 +48,19 @@ class DatasetAdapter(AssetAdapter[Dataset]):
         roots = [root.resolve() for root in self.settings.dataset_roots]
         if not any(path.is_relative_to(root) for root in roots):
             known = ", ".join(map(str, roots)) or "none are configured (DEFEAT_DATASET_ROOTS)"
-            raise RunError("data", "reference_not_allowed", f"{uri} leads out of the allowed directories: {known}")
+            raise RunError("data", "reference_not_allowed", f"{uri} is outside the allowed directories: {known}")
         if not path.is_dir() and not path.is_file():
             raise RunError("data", "reference_missing", f"{uri} is neither a directory nor a file on this worker")
         return path
 
     def complete(self, outcome: Outcome, directory: RunDirectory) -> Outcome:
-        """Add the report, which the run leaves as a file when the dataset is invalid."""
+        """Add the report, which the run writes as a file if the dataset is invalid."""
         if outcome.status == "succeeded":
             return super().complete(outcome, directory)
         report = directory.read_json("artifacts/report.json")
         return outcome if report is None else replace(outcome, results={**outcome.results, "report": report})
 
     def values(self, outcome: Outcome, stored: Stored | None) -> dict[str, Any]:
-        """Return the dataset's description, and the report, which there is for an invalid one as well."""
+        """Return the dataset's description and the report; an invalid dataset has its report too."""
         del stored
         return {name: outcome.results[name] for name in self.needed if name in outcome.results}

@@ -1,4 +1,4 @@
-"""Jobs: a distillation run, its history, and the files and checkpoints that it leaves."""
+"""The handler for jobs: a distillation run, its history, its artifacts and checkpoints."""
 
 import math
 import re
@@ -18,22 +18,25 @@ from app.models import Artifact, Base, Checkpoint, Dataset, Job, JobEvaluation, 
 from app.queue import leases
 from app.states import CANCELLED, FAILED, PREPARING, READY, RUNNING, SUCCEEDED
 from app.storage import Stored
+from defeat.engine.events import Evaluation, Metrics, Progress, ResultArtifact
 from defeat.engine.report import RunError
 from worker.process import HOST_OUT_OF_MEMORY
-from worker.rundir import Evaluation, Event, Message, Metrics, Progress, ResultArtifact, RunDirectory
+from worker.rundir import RecordedEvent, RecordedMessage, RunDirectory
 from worker.tasks import memory
-from worker.tasks.base import Adapter, Context, Outcome, Request
+from worker.tasks.base import Context, Handler, Outcome, Request
 from worker.tasks.cache import DatasetCache
 
 _LOG = ResultArtifact(name="log.txt", kind="log", content_type="text/plain; charset=utf-8", details={})
 _TEACHER = "teacher.safetensors"
-_TEACHER_COPY = "teacher as a checkpoint"  # no artifact can have this name
+_TEACHER_COPY = "teacher as a checkpoint"  # no artifact can have a name with spaces
 _STATUS = {"succeeded": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
-_ENDINGS = {"succeeded": "has succeeded", "failed": "has failed", "cancelled": "was cancelled"}
+# Every member but type and time.
+_PROGRESS = ("phase", "epoch", "epochs", "step", "steps", "fraction", "eta_s", "images_per_s")
+_ENDINGS = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
-class JobAdapter(Adapter[Job]):
-    """A job row."""
+class JobHandler(Handler[Job]):
+    """Works on job rows."""
 
     model: ClassVar = Job
 
@@ -43,11 +46,11 @@ class JobAdapter(Adapter[Job]):
 
     # ---- before the run ----
 
-    def prepare(self, row: Job, directory: Path, resources: ExitStack) -> Request:
-        """Fetch dataset, checkpoints, and what an earlier attempt saved."""
+    def prepare(self, row: Job, directory: Path, cleanup: ExitStack) -> Request:
+        """Fetch the dataset, the checkpoints, and the training checkpoint of an earlier attempt."""
         content_hash, key = self._dataset(row)
         inputs: dict[str, str | int | None] = {
-            "dataset": str(self._cache.use(content_hash, key, resources)),
+            "dataset": str(self._cache.use(content_hash, key, cleanup)),
             "resume": None,
             "device": self.settings.device,
             "image_memory_bytes": self.settings.image_memory_bytes,
@@ -65,7 +68,7 @@ class JobAdapter(Adapter[Job]):
         with self.database.read() as session:
             found = session.execute(select(Dataset.content_hash, Dataset.storage_key).where(*mine)).one_or_none()
         if found is None or found.content_hash is None or found.storage_key is None:
-            raise RunError("user", "dataset_not_ready", f"dataset {row.dataset_id} is not there or not ready any more")
+            raise RunError("user", "dataset_not_ready", f"dataset {row.dataset_id} was deleted or is no longer ready")
         return found.content_hash, found.storage_key
 
     def _checkpoint_key(self, row: Job, checkpoint_id: str) -> str:
@@ -74,57 +77,57 @@ class JobAdapter(Adapter[Job]):
             key = session.scalar(select(Checkpoint.storage_key).where(*mine))
         if key is None:
             raise RunError(
-                "user", "checkpoint_not_ready", f"checkpoint {checkpoint_id} is not there or not ready any more"
+                "user", "checkpoint_not_ready", f"checkpoint {checkpoint_id} was deleted or is no longer ready"
             )
         return key
 
     # ---- during the run ----
 
-    def record(self, session: Session, row: Job, events: Sequence[Event]) -> None:
-        """Write messages, metrics and evaluations, and the last progress."""
+    def record(self, session: Session, row: Job, events: Sequence[RecordedEvent]) -> None:
+        """Write messages, metrics and evaluations, and the newest progress."""
         for event in events:
-            if isinstance(event, Message):
-                _note(session, row, event)
+            if isinstance(event, RecordedMessage):
+                _write_message(session, row, event)
         _upsert(session, JobMetric, [_metric(row, event) for event in events if isinstance(event, Metrics)])
         _upsert(session, JobEvaluation, [_evaluation(row, event) for event in events if isinstance(event, Evaluation)])
         if progress := [event for event in events if isinstance(event, Progress)]:
-            values: dict[str, Any] = {"progress": progress[-1].model_dump(exclude={"type", "time"})}
+            values: dict[str, Any] = {"progress": {name: getattr(progress[-1], name) for name in _PROGRESS}}
             if row.status == PREPARING and any(event.phase != "preparing" for event in progress):
                 values["status"] = RUNNING
             leases.fenced(session, row, **values)
 
     def checkpoint_key(self, row: Job, number: int) -> str:
-        """Return where the attempt's training checkpoint of this number goes."""
+        """Return the object key for the attempt's training checkpoint of this number."""
         return f"jobs/{row.id}/resume/{row.attempt}-{number}.pt"
 
     def keep_checkpoint(self, session: Session, row: Job, key: str) -> str | None:
-        """Let the next attempt go on from `key`. The job has come further, so nothing is held against it any more."""
-        # Recorded again, because the answer to a commit was lost, it replaces nothing.
+        """Let the next attempt resume from `key`. The job has advanced, so its failed attempts no longer count."""
+        # The same key is recorded twice if the answer to a commit was lost; then it replaces nothing.
         replaced = None if row.resume_key == key else row.resume_key
-        leases.fenced(session, row, resume_key=key, losses=0)
+        leases.fenced(session, row, resume_key=key, failed_attempts=0)
         return replaced
 
     # ---- between two runs ----
 
-    def lighten(self, row: Job) -> tuple[dict[str, Any], str] | None:
-        """Let the next attempt take its batches in smaller parts; once in a job's life, then it is the user's turn."""
-        changes = None if row.adjustments else memory.lighter(row.spec, _phase(row))
+    def reduce_memory(self, row: Job) -> tuple[dict[str, Any], str] | None:
+        """Let the next attempt process its batches in smaller parts; after one such attempt the user must act."""
+        changes = None if row.adjustments else memory.reduced(row.spec, _phase(row))
         return None if changes is None else ({"adjustments": changes}, f"with {memory.describe(changes)}")
 
-    def memory_hint(self, row: Job, code: str) -> str:
-        """Say what of the spec to change, what the service has tried, and what of the machine's memory to save."""
-        advice = memory.hint(memory.adjusted(row.spec, row.adjustments), _phase(row))
+    def memory_advice(self, row: Job, code: str) -> str:
+        """Return what the service tried, what to change in the spec, and how the machine could use less memory."""
+        advice = memory.advice(memory.adjusted(row.spec, row.adjustments), _phase(row))
         if code == HOST_OUT_OF_MEMORY:
-            advice += "; or have fewer decoded images kept in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)"
-        tried = f"{memory.describe(row.adjustments)} was tried and is too much, too; " if row.adjustments else ""
+            advice += "; or keep fewer decoded images in memory (the worker's DEFEAT_IMAGE_MEMORY_BYTES)"
+        tried = f"{memory.describe(row.adjustments)} was tried and does not fit either; " if row.adjustments else ""
         return tried + advice
 
-    def goes_on(self, row: Job) -> str:
-        """Say where another attempt begins."""
+    def resume_point(self, row: Job) -> str:
+        """Return in words where another attempt begins."""
         return "from the beginning" if row.resume_key is None else "from the last training checkpoint"
 
-    def at_rest(self, row: Job) -> dict[str, Any]:
-        """Forget the speed of a run that has ended, and the time that it would have taken."""
+    def idle_values(self, row: Job) -> dict[str, Any]:
+        """Clear the throughput and the remaining time of the run that has ended."""
         if row.progress is None:
             return {}
         return {"progress": {**row.progress, "eta_s": None, "images_per_s": None}}
@@ -139,7 +142,7 @@ class JobAdapter(Adapter[Job]):
         return replace(outcome, artifacts=[*others, _LOG])
 
     def upload(self, row: Job, outcome: Outcome, directory: RunDirectory) -> dict[str, Stored]:
-        """Store every artifact; a trained teacher also as the weights of a checkpoint that is to be."""
+        """Store every artifact, and a trained teacher a second time as the weights of its checkpoint."""
         uploaded: dict[str, Stored] = {}
         for artifact in outcome.artifacts:
             path = directory.log if artifact.name == _LOG.name else directory.file(f"artifacts/{artifact.name}")
@@ -157,12 +160,12 @@ class JobAdapter(Adapter[Job]):
         if outcome.status == "succeeded":
             teacher = self._add_teacher(session, row, outcome, uploaded)
             results = {**outcome.results, "teacher_checkpoint_id": teacher}
-        # Those of an attempt that ended before its owner had the job tried again.
+        # Those of an attempt that ended before the owner requested a retry.
         session.execute(delete(Artifact).where(Artifact.job_id == row.id))
         for artifact in outcome.artifacts:
             if artifact.name in uploaded:
                 session.add(_artifact(row, artifact, uploaded[artifact.name]))
-        _note(session, row, _end_message(outcome))
+        _write_message(session, row, _end_message(outcome))
         kept = None if outcome.status == "succeeded" else row.resume_key
         status = _STATUS[outcome.status]
         values = {"results": results, "failure": outcome.failure, "resume_key": kept, "history_swept_at": None}
@@ -191,10 +194,11 @@ class JobAdapter(Adapter[Job]):
         session.add(checkpoint)
         return checkpoint.id
 
-    def tidy(self, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
-        """Delete what earlier attempts left, and the training checkpoints of a job that succeeded.
+    def clean_up(self, row: Job, outcome: Outcome, uploaded: Mapping[str, Stored]) -> None:
+        """Delete the artifacts of earlier attempts, and the training checkpoints of a job that succeeded.
 
-        One that did not may be tried again from its last: perhaps it is by now, so what is newer is another's.
+        A job that did not succeed keeps its training checkpoints for a retry. That retry may already have begun, so
+        objects of newer attempts stay.
         """
         keep = {stored.key for stored in uploaded.values()}
         succeeded = outcome.status == "succeeded"
@@ -205,7 +209,7 @@ class JobAdapter(Adapter[Job]):
 
 
 def initial_checkpoints(spec: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the checkpoint ids that a resolved job spec names, by the name of the run's input."""
+    """Return the ids of the checkpoints that a resolved job spec names, by the name of the run's input."""
     teacher, student = spec["teacher"] or {}, spec["student"]
     from_checkpoint = teacher.get("source") == "checkpoint"
     return {
@@ -220,7 +224,7 @@ def _checkpoint_id(initial_weights: str | None) -> str | None:
 
 
 def teacher_checkpoint_id(row: Job) -> str:
-    """Return the id of the checkpoint that the job's trained teacher becomes: the same in every attempt."""
+    """Return the id of the checkpoint for the job's trained teacher: the same in every attempt."""
     return "ckpt_" + row.id.removeprefix("job_")
 
 
@@ -231,7 +235,7 @@ def _trained_teacher(row: Job, outcome: Outcome) -> ResultArtifact | None:
 
 
 def _attempt_of(row: Job, key: str) -> float:
-    """Return which attempt left the artifact `key`; infinity for any other object."""
+    """Return the attempt that stored the artifact `key`; infinity for any other object."""
     found = re.match(rf"jobs/{row.id}/artifacts/(\d+)/", key)
     return int(found[1]) if found else math.inf
 
@@ -250,44 +254,52 @@ def _artifact(row: Job, artifact: ResultArtifact, stored: Stored) -> Artifact:
     )
 
 
-def _end_message(outcome: Outcome) -> Message:
+def _end_message(outcome: Outcome) -> RecordedMessage:
     if outcome.failure is not None:
         text = f"{outcome.failure['class']} failure {outcome.failure['code']}: {outcome.failure['detail']}"
-        return Message(level="error", code="failed", message=text[:20_000])
-    return Message(level="info", code=outcome.status, message=f"the job {_ENDINGS[outcome.status]}")
+        return RecordedMessage(level="error", code="failed", message=text[:20_000])
+    return RecordedMessage(level="info", code=outcome.status, message=f"the job {_ENDINGS[outcome.status]}")
 
 
 def _phase(row: Job) -> str | None:
     return (row.progress or {}).get("phase")
 
 
-def _note(session: Session, row: Job, message: Message) -> None:
-    """Write a message; one that was written before, by a commit whose answer was lost, stays as it is."""
+def _write_message(session: Session, row: Job, message: RecordedMessage) -> None:
+    """Write a message, unless it was written before, by a commit whose answer was lost."""
     values = {
         "job_id": row.id,
-        **message.model_dump(include={"level", "code", "message"}),
+        "level": message.level,
+        "code": message.code,
+        "message": message.message,
         "origin": message.origin and f"{row.attempt}: {message.origin}",
         "created_at": message.time or utcnow(),
     }
-    # One at a time, so that ids follow the order of events.
+    # One by one, so that the ids have the order of the events.
     session.execute(_insert(session, JobEvent).on_conflict_do_nothing().values(values))
 
 
 def _metric(row: Job, event: Metrics) -> dict[str, Any]:
-    return {"job_id": row.id, **event.model_dump(include={"subject", "step", "epoch", "values"})}
+    return {
+        "job_id": row.id,
+        "subject": event.subject,
+        "step": event.step,
+        "epoch": event.epoch,
+        "values": event.values,
+    }
 
 
 def _evaluation(row: Job, event: Evaluation) -> dict[str, Any]:
-    return {"job_id": row.id, **event.model_dump(include={"subject", "epoch", "metrics"})}
+    return {"job_id": row.id, "subject": event.subject, "epoch": event.epoch, "metrics": event.metrics}
 
 
 def _insert(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    return insert(model.__table__)  # type: ignore[arg-type]  # typed as any FROM clause; it is a table
+    return insert(model.__table__)  # type: ignore[arg-type]  # typed as any FROM clause, but it is a table
 
 
 def _upsert(session: Session, model: type[Base], rows: Sequence[dict[str, Any]]) -> None:
-    """Insert rows; one that is there already is replaced: another attempt passes the same steps again."""
+    """Insert rows, or replace those with the same key: another attempt repeats steps of the one before."""
     if not rows:
         return
     statement = _insert(session, model)

@@ -1,8 +1,8 @@
-"""What a job may do to need less memory: take its batches in smaller parts, one after the other.
+"""How a job can need less memory: it processes its batches in smaller parts, one after the other.
 
-The optimiser still sees the whole batch, as the mean over its parts. What is a mean over images does not change. What
-is divided by a number of objects, cells or proposals is divided by that of each part, and batch norm that is trained
-has the statistics of each part: results then differ as they do between batch sizes.
+The optimiser still sees the whole batch, as the mean over its parts. A mean over images does not change. A loss that is
+divided by a number of objects, cells or proposals is divided by the number of each part, and trained batch norm uses
+the statistics of each part; results then differ as they do between batch sizes.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ _SCHEDULES: dict[str, tuple[str, ...]] = {"teacher": ("teacher", "schedule"), "d
 
 
 def adjusted(spec: Spec, adjustments: Spec | None) -> dict[str, Any]:
-    """Return the spec with the adjusted values in place of its own."""
+    """Return the spec with the adjusted values instead of its own."""
     merged = dict(spec)
     for key, value in (adjustments or {}).items():
         merged[key] = adjusted(merged[key], value) if isinstance(value, Mapping) else value
     return merged
 
 
-def lighter(spec: Spec, phase: str | None) -> dict[str, Any] | None:
-    """Return what to adjust so that the phase in which memory ran out needs about half as much of it.
+def reduced(spec: Spec, phase: str | None) -> dict[str, Any] | None:
+    """Return the adjustments with which the phase that exhausted the memory needs about half as much.
 
-    None if the phase does not hang on a batch's size, or takes one image at a time already.
+    None if the phase does not depend on a batch's size, or already processes one image at a time.
     """
     if phase == "evaluation":
         size = spec["evaluation"]["batch_size"]
@@ -41,22 +41,22 @@ def describe(adjustments: Spec) -> str:
     return ", ".join(f"{key} {value}" for key, value in _flat(adjustments))
 
 
-def hint(spec: Spec, phase: str | None) -> str:
-    """Say what of the spec to change after memory ran out in this phase."""
-    smaller = "lower the detectors' min_size and max_size, or take smaller ones"
+def advice(spec: Spec, phase: str | None) -> str:
+    """Return what to change in the spec after this phase exhausted the memory."""
+    smaller = "lower the detectors' min_size and max_size, or use smaller detectors"
     if phase == "evaluation":
         size = spec["evaluation"]["batch_size"]
         fits = f"set evaluation.batch_size below {size}, or " if size > 1 else ""
-        return f"it was while measuring: {fits}{smaller}"
+        return f"this happened in evaluation: {fits}{smaller}"
     path = _SCHEDULES.get(phase or "")
     if path is None:
         return smaller
     whose, where = ("teacher" if path[0] == "teacher" else "student"), ".".join(path)
     choices = _accumulations(spec, path)
     if not choices:
-        return f"it was while training the {whose}, one image at a time: {smaller}"
+        return f"this happened in the training of the {whose}, with one image at a time: {smaller}"
     listed = ", ".join(map(str, choices))
-    return f"it was while training the {whose}: set {where}.accumulation to one of {listed}, or {smaller}"
+    return f"this happened in the training of the {whose}: set {where}.accumulation to one of {listed}, or {smaller}"
 
 
 def _accumulations(spec: Spec, path: tuple[str, ...]) -> list[int]:

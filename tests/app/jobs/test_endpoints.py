@@ -54,7 +54,7 @@ def test_a_job_is_made_queued_and_announced(
         "queue": {
             "position": 1,
             "jobs_ahead": 0,
-            "waiting_for": "a worker: none is there that takes jobs",
+            "waiting_for": "a worker; none is running for queue `jobs`",
             "eta_s": None,
             "eta_low_s": None,
             "eta_high_s": None,

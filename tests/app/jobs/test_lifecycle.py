@@ -164,7 +164,7 @@ def _ended(database: Database, alice: Tenant, dataset: Dataset, **values: Any) -
     defaults = {
         "status": "failed",
         "attempt": 3,
-        "losses": 2,
+        "failed_attempts": 2,
         "failure": FAILURE,
         "adjustments": {"schedule": {"accumulation": 2}},
         "progress": {"phase": "distillation", "fraction": 0.5, "eta_s": 9.0, "images_per_s": 3.0},
@@ -199,7 +199,7 @@ def test_retrying_from_the_last_checkpoint(
     assert (shown["adjustments"], shown["progress"]["fraction"]) == ({"schedule": {"accumulation": 2}}, 0.5)
     assert (shown["progress"]["eta_s"], shown["progress"]["images_per_s"]) == (None, None)
     row = _read(database, job.id)
-    assert (row.resume_key, row.losses, row.attempt) == ("jobs/x/resume/3-1.pt", 0, 3)
+    assert (row.resume_key, row.failed_attempts, row.attempt) == ("jobs/x/resume/3-1.pt", 0, 3)
     assert _measured(api, job) == (1, 1)
     assert queue.sent == [("worker.tasks.run_job", job.id)]
     assert _events(api, job.id) == ["retried"]

@@ -58,7 +58,7 @@ def test_of_a_long_queue_only_so_much_is_said(api: TestClient, database: Databas
         common = {"tenant_id": dataset.tenant_id, "dataset_id": dataset.id, "name": "", "status": "queued"}
         for number in range(LOOK + 1):
             session.add(Job(id=f"job_{number:04}", spec={}, labels={}, **common))
-    waiting = {"waiting_for": "a worker: none is there that takes jobs"}
+    waiting = {"waiting_for": "a worker; none is running for queue `jobs`"}
     nothing = {"eta_s": None, "eta_low_s": None, "eta_high_s": None}
     with database.read() as session:
         found = [Waiting(session, Settings()).of(session.get_one(Job, f"job_{n:04}")) for n in (LOOK - 1, LOOK)]

@@ -116,7 +116,7 @@ def test_a_database_without_tables(found: Settled, empty_postgres_url: str) -> N
     finding = found(database_url=empty_postgres_url)["migrations"]
     assert finding.state == "wrong"
     assert "at revision none" in finding.detail
-    assert "app.migrate" in (finding.advice or "")
+    assert "admin migrate" in (finding.advice or "")
 
 
 def test_a_database_of_another_version(found: Settled, sqlite_url: str) -> None:
@@ -173,7 +173,7 @@ def test_a_worker_that_hears_no_messages(found: Settled, beats: str, answers: di
 
 
 @pytest.mark.parametrize(
-    ("age_s", "told"), [(None, "it is not registered"), (300.0, r"it was last heard of 3\d\d s ago")]
+    ("age_s", "told"), [(None, "it is not registered"), (300.0, r"its last heartbeat was 3\d\d s ago")]
 )
 def test_a_worker_that_does_not_reach_the_database(
     found: Settled, sqlite_url: str, age_s: float | None, told: str
@@ -194,7 +194,7 @@ def test_a_worker_that_is_gone(found: Settled, beats: str) -> None:
     beat(beats, "one@host", "jobs", age_s=60.0)  # it was killed and started again
     findings = found(database_url=beats)
     assert findings["worker three@host"].state == "warning"
-    assert re.fullmatch(r"is gone: it was last heard of 4\d s ago", findings["worker three@host"].detail)
+    assert re.fullmatch(r"has stopped: its last heartbeat was 4\d s ago", findings["worker three@host"].detail)
     assert findings["workers for jobs"] == Finding("workers for jobs", "ok", "one@host")
     assert "worker one@host" not in findings
     assert "does not answer" in found(database_url=beats, lease_s=120.0)["worker three@host"].detail
@@ -212,8 +212,8 @@ def test_workers_that_drain(found: Settled, beats: str, answers: dict[str, Answe
 
     del answers["one@host"]
     jobs = found(database_url=beats)["workers for jobs"]
-    assert (jobs.state, jobs.detail) == ("wrong", "none takes anything new; draining: three@host")
-    assert jobs.advice == "python -m app.workers --undrain three@host, or start one: python -m worker --queues jobs"
+    assert (jobs.state, jobs.detail) == ("wrong", "none is running that claims new rows; draining: three@host")
+    assert jobs.advice == "defeat admin workers --undrain three@host, or start one: python -m worker --queues jobs"
 
 
 def test_workers_of_other_versions(found: Settled, beats: str, answers: dict[str, Answer]) -> None:
@@ -221,8 +221,8 @@ def test_workers_of_other_versions(found: Settled, beats: str, answers: dict[str
     answers["two@host"] = Answer((), None)
     findings = found(database_url=beats)
     assert findings["version of one@host"].state == "warning"
-    assert findings["version of one@host"].detail == f"runs version 0.0.1, and this is {OWN}"
-    assert "older than its question" in findings["version of two@host"].detail
+    assert findings["version of one@host"].detail == f"runs version 0.0.1, but this is {OWN}"
+    assert "version unknown, an old one" in findings["version of two@host"].detail
     assert findings["workers for checks"] == Finding("workers for checks", "ok", "two@host")  # as it is registered
 
 
@@ -261,7 +261,7 @@ def test_the_command(
 
     assert doctor.main([]) == 1
     lines = capsys.readouterr().out
-    assert "WRONG    workers for jobs: none takes this queue" in lines
+    assert "WRONG    workers for jobs: none is running for queue `jobs`" in lines
     assert "-> start one: python -m worker --queues jobs" in lines
     assert "WRONG    worker one@host: answers on the broker, but" in lines
 

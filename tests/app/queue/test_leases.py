@@ -164,7 +164,7 @@ def test_a_held_row_is_lost_once_its_lease_has_expired(database: Database, datas
 
 
 def test_a_row_that_used_up_its_attempts_fails(database: Database, dataset: Dataset):
-    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=9), attempt=9, losses=4)
+    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=9), attempt=9, failed_attempts=4)
     _claim(database, job.id)
     _expire(database, job.id)
     assert _lost(database, max_attempts=6) == [job.id]
@@ -182,21 +182,21 @@ def test_only_a_lost_worker_is_held_against_a_row(database: Database, dataset: D
     job = _job(database, dataset)
     for attempt in range(1, 4):
         row = _claim(database, job.id)
-        assert (row.attempt, row.losses) == (attempt, 0)
+        assert (row.attempt, row.failed_attempts) == (attempt, 0)
         with database.write() as session:
             give_back(session, row, status="queued")
     _claim(database, job.id)
     _expire(database, job.id)
     again = _claim(database, job.id, owner="worker-2")
-    assert (again.attempt, again.losses) == (5, 1)
+    assert (again.attempt, again.failed_attempts) == (5, 1)
 
 
 def test_a_row_that_was_given_back_is_nobodys(database: Database, dataset: Dataset):
     row = _claim(database, _job(database, dataset, enqueued_at=utcnow()).id)
     with database.write() as session:
-        give_back(session, row, status="queued", losses=1)
+        give_back(session, row, status="queued", failed_attempts=1)
     now = _read(database, row.id)
-    assert (now.status, now.losses, now.lease_owner, now.lease_expires_at) == ("queued", 1, None, None)
+    assert (now.status, now.failed_attempts, now.lease_owner, now.lease_expires_at) == ("queued", 1, None, None)
     assert _lost(database) == [row.id]  # its message is sent at once, not after the old one has become stale
     with pytest.raises(LeaseLost), database.write() as session:
         give_back(session, row, status="queued")
@@ -216,7 +216,7 @@ def test_a_row_that_is_to_wait_is_claimed_and_sent_when_it_is_due(database: Data
 
 def test_sweeps_at_once_tell_an_end_once(database: Database, dataset: Dataset):
     for _ in range(20):
-        _claim(database, _job(database, dataset, losses=4).id)
+        _claim(database, _job(database, dataset, failed_attempts=4).id)
     with database.write() as session:
         session.execute(update(Job).values(lease_expires_at=utcnow() - timedelta(seconds=1)))
     race(lambda _number: _lost(database, max_attempts=5), 4)
@@ -225,7 +225,7 @@ def test_sweeps_at_once_tell_an_end_once(database: Database, dataset: Dataset):
 
 
 def test_cancelling_is_never_given_up(database: Database, dataset: Dataset):
-    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=200), losses=9)
+    job = _job(database, dataset, enqueued_at=utcnow() - timedelta(seconds=200), failed_attempts=9)
     _claim(database, job.id)
     with database.write() as session:
         session.execute(update(Job).values(status="cancelling"))

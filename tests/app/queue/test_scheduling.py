@@ -8,7 +8,7 @@ from sqlalchemy import event, select, text, update
 from app.db import Database, utcnow
 from app.models import Checkpoint, Dataset, Job, Tenant, Worker
 from app.queue.leases import claim_next, finish
-from app.queue.scheduling import Offer
+from app.queue.scheduling import WorkerResources
 from tests.support import rows as seed
 from tests.support.racing import race
 
@@ -33,14 +33,14 @@ def _jobs(database: Database, dataset: Dataset, *jobs: tuple[str, str, dict]) ->
             session.add(Job(id=f"job_{name}", tenant_id=f"ten_{tenant}", **merged))
 
 
-def _next(database: Database, offer: Offer = Offer(), model=Job, owner: str = "w"):  # noqa: B008
+def _next(database: Database, resources: WorkerResources = WorkerResources(), model=Job, owner: str = "w"):  # noqa: B008
     with database.write() as session:
-        return claim_next(session, model, offer, owner=owner, **LEASE)
+        return claim_next(session, model, resources, owner=owner, **LEASE)
 
 
-def _order(database: Database, offer: Offer = Offer(), *, finishing: bool = False) -> list[str]:  # noqa: B008
+def _order(database: Database, resources: WorkerResources = WorkerResources(), *, finishing: bool = False) -> list[str]:  # noqa: B008
     order = []
-    while row := _next(database, offer):
+    while row := _next(database, resources):
         order.append(row.id.removeprefix("job_"))
         if finishing:
             with database.write() as session:
@@ -79,18 +79,21 @@ def test_priority_goes_before_all(database: Database, dataset: Dataset):
 
 
 @pytest.mark.parametrize(
-    ("offer", "order"),
+    ("resources", "order"),
     [
-        (Offer(), ["plain"]),
-        (Offer(labels=frozenset({"lab", "fast"})), ["plain", "lab"]),
-        (Offer(processes=4), ["plain", "four"]),
-        (Offer(processes=2, gpu_memory_gb=24.0), ["plain"]),
-        (Offer(processes=2, gpu_memory_gb=80.0), ["plain", "large"]),
-        (Offer(processes=8, gpu_memory_gb=80.0, labels=frozenset({"lab"})), ["plain", "four", "large", "lab"]),
+        (WorkerResources(), ["plain"]),
+        (WorkerResources(labels=frozenset({"lab", "fast"})), ["plain", "lab"]),
+        (WorkerResources(processes=4), ["plain", "four"]),
+        (WorkerResources(processes=2, gpu_memory_gb=24.0), ["plain"]),
+        (WorkerResources(processes=2, gpu_memory_gb=80.0), ["plain", "large"]),
+        (
+            WorkerResources(processes=8, gpu_memory_gb=80.0, labels=frozenset({"lab"})),
+            ["plain", "four", "large", "lab"],
+        ),
     ],
 )
 def test_a_worker_takes_only_what_it_has_the_means_for(
-    database: Database, dataset: Dataset, offer: Offer, order: list[str]
+    database: Database, dataset: Dataset, resources: WorkerResources, order: list[str]
 ):
     demands = {
         "plain": {},
@@ -99,10 +102,10 @@ def test_a_worker_takes_only_what_it_has_the_means_for(
         "lab": {"worker_label": "lab"},
     }
     _jobs(database, dataset, *[(name, "a", values) for name, values in demands.items()])
-    assert _order(database, offer) == order
+    assert _order(database, resources) == order
     for name, values in demands.items():
         wanted = (values.get("gpus", 1), values.get("gpu_memory_gb"), values.get("worker_label"))
-        assert offer.meets(*wanted) == (name in order)
+        assert resources.satisfies(*wanted) == (name in order)
 
 
 def test_a_lost_row_comes_before_all_that_waits(database: Database, dataset: Dataset):
@@ -112,21 +115,21 @@ def test_a_lost_row_comes_before_all_that_waits(database: Database, dataset: Dat
         dataset,
         ("first", "a", {"priority": 9}),
         ("lost", "a", lost),
-        ("often", "a", lost | {"attempt": 9, "losses": 3}),
-        ("spent", "b", lost | {"attempt": 5, "losses": 4}),
-        ("ending", "b", lost | {"attempt": 5, "losses": 4, "status": "cancelling"}),
+        ("often", "a", lost | {"attempt": 9, "failed_attempts": 3}),
+        ("spent", "b", lost | {"attempt": 5, "failed_attempts": 4}),
+        ("ending", "b", lost | {"attempt": 5, "failed_attempts": 4, "status": "cancelling"}),
         ("resting", "b", lost | {"status": "pausing"}),
     )
     # The sweep is what fails the spent one, and what pauses the resting one.
     assert _order(database) == ["lost", "often", "ending", "first"]
     with database.read() as session:
-        counted = dict(session.execute(select(Job.id, Job.losses)).all())
+        counted = dict(session.execute(select(Job.id, Job.failed_attempts)).all())
     assert (counted["job_lost"], counted["job_often"], counted["job_ending"], counted["job_first"]) == (1, 4, 5, 0)
 
 
 def test_a_row_that_is_tried_again_later_holds_nobody_up(database: Database, dataset: Dataset):
     soon, ago = utcnow() + timedelta(seconds=60), utcnow() - timedelta(seconds=1)
-    later = {"priority": 9, "not_before": soon, "attempt": 1, "losses": 1}
+    later = {"priority": 9, "not_before": soon, "attempt": 1, "failed_attempts": 1}
     _jobs(
         database,
         dataset,
@@ -139,7 +142,7 @@ def test_a_row_that_is_tried_again_later_holds_nobody_up(database: Database, dat
     with database.write() as session:
         session.execute(update(Job).where(Job.id == "job_later").values(not_before=ago))
     row = _next(database)
-    assert (row.id, row.attempt, row.losses, row.not_before) == ("job_later", 2, 1, None)
+    assert (row.id, row.attempt, row.failed_attempts, row.not_before) == ("job_later", 2, 1, None)
 
 
 def test_a_draining_worker_takes_nothing(database: Database, dataset: Dataset):
@@ -147,8 +150,8 @@ def test_a_draining_worker_takes_nothing(database: Database, dataset: Dataset):
     now = utcnow()
     values = {"host": "h", "queues": ["jobs"], "labels": [], "device": "cpu", "gpus": 0, "processes": 1}
     seed.add(database, Worker(id="wkr_1", name="w@h", draining=True, started_at=now, seen_at=now, **values))
-    assert _next(database, Offer(worker_id="wkr_1")) is None
-    assert _next(database, Offer(worker_id="wkr_forgotten")).id == "job_one"
+    assert _next(database, WorkerResources(worker_id="wkr_1")) is None
+    assert _next(database, WorkerResources(worker_id="wkr_forgotten")).id == "job_one"
 
 
 def test_checks_take_turns_between_tenants(database: Database, dataset: Dataset):
@@ -218,7 +221,7 @@ def test_a_claim_reads_few_of_many_rows(postgres_url: str, analysed: str):
             plans.append(f"{statement}\n" + "\n".join(line for (line,) in cursor.fetchall()))
 
     with database.write() as session:
-        assert claim_next(session, Job, Offer(), owner="w", **LEASE).id == "job_40000"
+        assert claim_next(session, Job, WorkerResources(), owner="w", **LEASE).id == "job_40000"
     for plan in plans:
         read = [int(float(count)) for count in re.findall(r"actual rows=([\d.]+)", plan)]
         left_out = [int(count) for count in re.findall(r"Rows Removed by \w+(?: \w+)?: (\d+)", plan)]

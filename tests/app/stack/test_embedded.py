@@ -20,7 +20,7 @@ from PIL import Image
 from app.settings import Settings
 from app.stack import embedded as stack_module
 from app.stack.embedded import StackError, broker_binary, choose_port
-from app.stack.process_manager import Child, ChildFailed
+from app.stack.process_manager import ManagedProcess, ProcessFailed
 from tests.support.waiting import until
 
 DEADLINE_S = 60.0
@@ -184,14 +184,14 @@ def test_no_broker_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_child_that_keeps_dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "print('no such thing'); raise SystemExit(5)"]
-    child = Child("api", command, environment=dict(os.environ), log_path=tmp_path / "api.log")
-    child.start()
+    process = ManagedProcess("api", command, environment=dict(os.environ), log_path=tmp_path / "api.log")
+    process.start()
 
     def _poll() -> bool:
-        child.poll()
+        process.poll()
         return False
 
-    with pytest.raises(ChildFailed, match=r"(?s)api ended 3 times .* code 5.*no such thing"):
+    with pytest.raises(ProcessFailed, match=r"(?s)api ended 3 times .* code 5.*no such thing"):
         until(_poll)
 
 
