@@ -53,7 +53,7 @@ test-slow: setup ## what takes minutes: the demo, and blood cells where ../share
 	$(PYTEST) -m slow --timeout=3600 -rs
 
 test-storage: setup ## the API's and the supervisor's tests with their objects on an S3 server
-	$(PYTEST) --storage s3 tests/app tests/worker/test_supervisor.py --ignore tests/app/stack --ignore tests/app/dashboard
+	$(PYTEST) --storage s3 tests/app tests/worker --ignore tests/app/stack --ignore tests/app/dashboard
 
 test-faults: setup ## what must not happen to a job whatever breaks, in full: half an hour, one JSON object on the last line
 	@$(PYTEST) tests/faults -m '' --faults-long --timeout=3600 -rs

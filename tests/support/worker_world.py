@@ -156,6 +156,9 @@ class World:
         with self.database.read() as session:
             return {row.name: row for row in session.scalars(select(Artifact).where(Artifact.job_id == job.id))}
 
+    def last_message(self, job: Job) -> str:
+        return [event.message for event in self.all(JobEvent) if event.job_id == job.id][-1]
+
     def content(self, key: str) -> bytes:
         return b"".join(self.storage.stream(key))
 
@@ -163,6 +166,11 @@ class World:
         context = context or self.context
         supervisor = Supervisor(context, owner="test", stop=self.stop, command=SCRIPTED, tick_s=0.02, backoff_s=0.01)
         supervisor.work(HANDLERS[type(row).TASK](context))
+
+    def next_attempt(self, job: Job, *script: Any) -> None:
+        """Work on the job as if its pause were over, with another script."""
+        self.set(job, not_before=None, spec={**self.now(job).spec, "script": script})
+        self.work(job)
 
     @contextmanager
     def working(self, row: Leased) -> Iterator[None]:
@@ -188,6 +196,16 @@ class World:
     def scratch_left(self) -> list[str]:
         runs = self.settings.scratch / "runs"
         return sorted(path.name for path in runs.iterdir()) if runs.exists() else []
+
+
+def log_metrics(step: int, loss: float | None) -> list[Any]:
+    """Return the step of a script that logs a loss."""
+    return ["event", "metrics", "student", {"step": step, "epoch": step / 10, "values": {"loss/total": loss}}]
+
+
+def progress(phase: str, fraction: float) -> list[Any]:
+    """Return the step of a script that reports progress."""
+    return ["event", "progress", phase, {"fraction": fraction}]
 
 
 def alive(pid: int) -> bool:
