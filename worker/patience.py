@@ -22,7 +22,7 @@ DATABASE_ERRORS: Final = (OperationalError, InterfaceError, PoolTimeout)
 """What a query raises when the database does not answer."""
 
 HURRY_S: Final = 10.0
-"""How long an attempt waits for the object store when its owner or its worker waits for its end, seconds."""
+"""How long an attempt that must end waits for the object store, seconds."""
 
 _MAX_PAUSE_S: Final = 5.0
 _ERRORS_BEFORE_STOP: Final = 4
@@ -118,7 +118,7 @@ class StoreThread:
         """Begin `work`, and repeat it after an `OSError` until the patience is over.
 
         Args:
-            must_end: whether somebody waits for the attempt's end; the patience is then `HURRY_S` at most.
+            must_end: whether the attempt must end; the patience is then `HURRY_S` at most.
         """
         begun = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Whether another attempt may succeed after one that failed, and what the job's events say about it.
+"""Whether another attempt may succeed after one that failed, and the message about it in the job's events.
 
 Failures of the machine (`infra`) are temporary: the row is tried again, each time after a longer pause. Memory (`oom`)
 does not grow, so the row is tried again once, with less of the batch at a time. Failures of the spec and of the data

@@ -259,13 +259,13 @@ def _trouble(
     """Return the problem of a worker by its row in the database and its answer on the broker, if these are known."""
     check = f"worker {name}"
     silent = beat is not None and beat.age_s > settings.lease_s
-    heard = f"its last heartbeat was {beat.age_s:.0f} s ago" if beat is not None else "it is not registered"
+    heartbeat = f"its last heartbeat was {beat.age_s:.0f} s ago" if beat is not None else "it is not registered"
     if database and answer is not None and (beat is None or silent):
-        detail = f"answers on the broker, but does not reach the database: {heard}"
+        detail = f"answers on the broker, but does not reach the database: {heartbeat}"
         return Finding(check, "wrong", detail, "check its log, its DATABASE_URL and the network from there")
     if silent:
         advice = "check whether it was killed, and restart it; another worker takes over its row"
-        return Finding(check, "warning", f"has stopped: {heard}", advice)
+        return Finding(check, "warning", f"has stopped: {heartbeat}", advice)
     # A worker that drains receives no messages once it has begun to end.
     if broker and answer is None and beat is not None and not beat.draining:
         detail = "reaches the database, but does not answer on the broker, so no message wakes it"

@@ -1,4 +1,4 @@
-"""Claims jobs as fast as it can until none is left, and prints their ids. `python -m tests.faults.claimer NAME URL`."""
+"""Claims jobs as fast as possible until none is left; prints their ids. `python -m tests.faults.claimer NAME URL`."""
 
 import sys
 
@@ -9,7 +9,7 @@ from app.queue.scheduling import WorkerResources
 
 
 def main(name: str, url: str) -> None:
-    """Wait for a line on standard input, so that several begin together, and claim."""
+    """Wait for a line on standard input, so that several processes start together, and claim."""
     database = Database(url)
     database.ping()
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""A service of several machines, as processes that can be broken one by one: what they share is three services."""
+"""A service of several machines, as processes that a test can break one by one; they share only three services."""
 
 import os
 import secrets
@@ -28,7 +28,7 @@ from tests.support.waiting import until
 ADDRESS = "127.0.0.1"
 START_S = 60.0
 
-# Short, so that what is lost is found soon. The attempts are many: a fault after the other is not one after five.
+# Short, so that lost rows are found soon. Many attempts, because repeated faults must not end a job.
 FAST = {
     "DEFEAT_LEASE_S": "5",
     "DEFEAT_SWEEP_S": "1",
@@ -42,10 +42,10 @@ FAST = {
 
 
 class Process:
-    """A process that is started, killed and started again; it dies with this one, and `log` has what it prints.
+    """A process that can be killed and restarted; it ends when this process ends, and `log` has its output.
 
     Args:
-        prefix: a command that runs it elsewhere, as `ip netns exec NAME` does.
+        prefix: a command that runs it elsewhere, for example `ip netns exec NAME`.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Process:
             )
 
     def kill(self) -> None:
-        """End it at once (SIGKILL) and wait for that."""
+        """Kill it (SIGKILL) and wait for its end."""
         if self._running is not None:
             self._running.kill()
             self._running.wait()
 
     def end(self) -> None:
-        """Ask it to end in order, and wait for that."""
+        """Send SIGTERM and wait for its end."""
         if self._running is not None and self._running.poll() is None:
             self._running.send_signal(signal.SIGTERM)
             try:
@@ -93,11 +93,11 @@ class Worker(Process):
     """A worker of the service: Celery's main process, its child with the supervisor, and the child's run."""
 
     def supervisor(self) -> psutil.Process | None:
-        """Return the pool's child, in which the supervisor is; None while there is none."""
+        """Return the pool's child, which has the supervisor; None: there is none now."""
         return next((child for child in _children(self.pid) if not _is_run(child)), None)
 
     def run(self) -> psutil.Process | None:
-        """Return the run that it watches; None while there is none."""
+        """Return the child's run; None: there is none now."""
         child = self.supervisor()
         return next((run for run in _children(child.pid) if _is_run(run)), None) if child else None
 
@@ -115,12 +115,12 @@ def _is_run(process: psutil.Process) -> bool:
 
 
 class Cluster:
-    """PostgreSQL, a broker and an S3 server; the API; and workers that have nothing in common but the three services.
+    """PostgreSQL, a broker and an S3 server; the API; and workers that share only the three services.
 
     Args:
-        folder: where everything lies; each worker has a home of its own in it.
+        folder: for all files; each worker has its own home in it.
         server: the PostgreSQL server.
-        address: on which everything listens.
+        address: on which all processes listen.
     """
 
     def __init__(self, folder: Path, server: postgres.Local, address: str = ADDRESS) -> None:
@@ -133,7 +133,7 @@ class Cluster:
         self._broker_directory.mkdir()
         port = postgres.free_port(address)
         broker = broker_command(broker_binary(), directory=self._broker_directory, socket_path=folder / "b.sock")
-        # The last of an option's values counts.
+        # Of a repeated option the last value counts.
         broker += ["--bind", address, "--port", str(port), "--protected-mode", "no"]
         self.broker = Process(broker, folder / "broker.log", dict(os.environ))
         self._s3 = subprocess.Popen(
@@ -172,7 +172,7 @@ class Cluster:
         return kind([sys.executable, *arguments], self.folder / f"{name}.log", environment, **options)
 
     def start(self) -> Client:
-        """Start everything but workers, and return a client with a key."""
+        """Start everything except workers, and return a client with a key."""
         self.broker.start()
         upgrade(self.postgres.url)
         self.database = Database(self.postgres.url)
@@ -189,7 +189,7 @@ class Cluster:
         return False
 
     def answer(self, path: str) -> int:
-        """Return the status that the API answers a request without a key with."""
+        """Return the status of the API's response to a request without a key."""
         try:
             with urllib.request.urlopen(f"{self._url}{path}", timeout=30) as answer:
                 return int(answer.status)
@@ -199,7 +199,7 @@ class Cluster:
     def worker(
         self, name: str, *, clock_s: float = 0.0, home: Path | None = None, prefix: Sequence[str] = ()
     ) -> Worker:
-        """Start a worker for everything, with its clock so many seconds ahead, and its files in `home`."""
+        """Start a worker for all queues, with its clock `clock_s` seconds ahead and its files in `home`."""
         module = ["-m", "tests.faults.skewed_worker", str(clock_s)] if clock_s else ["-m", "worker"]
         worker: Worker = self._process(Worker, name, [*module, "--name", name], home=home, prefix=prefix)
         worker.start()
@@ -207,31 +207,31 @@ class Cluster:
         return worker
 
     def end_workers(self) -> None:
-        """End every worker in order."""
+        """Stop every worker with SIGTERM."""
         for worker in self.workers.values():
             worker.end()
         self.workers.clear()
 
     def flush_broker(self) -> None:
-        """Kill the broker, lose all that it held, and start it again."""
+        """Kill the broker, delete its messages, and restart it."""
         self.broker.kill()
         shutil.rmtree(self._broker_directory)
         self._broker_directory.mkdir()
         self.broker.start()
 
     def runs(self) -> list[tuple[str, int]]:
-        """Return the job and the attempt of every run that is there now, of any worker."""
+        """Return job and attempt of every run that is alive, of all workers."""
         found = {}
         for process in psutil.process_iter(["cmdline", "ppid"]):
             command = process.info["cmdline"] or []
             if "defeat.engine.run" in command and str(self.folder) in command[-1]:
                 job, _, attempt = Path(command[-1]).name.partition("-")
                 found[process.pid] = process.info["ppid"], (job, int(attempt))
-        # What a run starts looks like the run until it is another program: torch's import asks `ldconfig`.
+        # A child of a run has the run's command line until it executes another program: torch's import runs `ldconfig`.
         return [run for parent, run in found.values() if parent not in found]
 
     def logs(self) -> str:
-        """Return the end of every log, for a test that fails."""
+        """Return the end of every log, for the report of a failed test."""
         return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def stop(self) -> None:
@@ -246,7 +246,7 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, address: str = ADDRESS) -> Iterator[Cluster]:
-    """Give a cluster, not yet started, and kill it afterwards. Raises `NoPostgres`."""
+    """Yield a cluster that is not started, and kill it afterwards. Raises `NoPostgres`."""
     with postgres.local(address) as server:
         made = Cluster(folder, server, address)
         try:

@@ -1,4 +1,4 @@
-"""One cluster for all faults that leave it whole; what the tests found is printed as one JSON object at the end."""
+"""One cluster for all tests after which it still works; prints the findings as one JSON object at the end."""
 
 import json
 import random
@@ -18,18 +18,18 @@ _FOUND = pytest.StashKey["Found"]()
 
 @dataclass
 class Found:
-    """What all tests together found."""
+    """The findings of all tests."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
     def add(self, **numbers: Any) -> None:
-        """Add to what is there, number by number; anything else is set."""
+        """Add numbers to those of the same name; set other values."""
         for name, value in numbers.items():
             counts = isinstance(value, int | float) and not isinstance(value, bool)
             self.values[name] = self.values.get(name, 0) + value if counts else value
 
     def judge(self, report: Report) -> None:
-        """Add what jobs came to, and fail if one of them is not as it would have been without faults."""
+        """Add a report, and fail if a job's results differ from those without faults."""
         self.add(
             jobs=report.jobs,
             lost=report.lost,
@@ -42,19 +42,19 @@ class Found:
 
 @pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether this is the long form."""
+    """Whether the tests run in the long form."""
     return bool(request.config.getoption("--faults-long"))
 
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Found:
-    """Where a test puts what it found."""
+    """Where a test adds its findings."""
     return request.config.stash.setdefault(_FOUND, Found())
 
 
 @pytest.fixture(scope="session")
 def dice(request: pytest.FixtureRequest, found: Found) -> random.Random:
-    """What is left to chance, by a seed that is printed; `--faults-seed` repeats it."""
+    """Random numbers, by a seed that is printed; `--faults-seed` repeats it."""
     seed = request.config.getoption("--faults-seed") or secrets.randbelow(2**31)
     print(f"\nfaults: --faults-seed {seed}")
     found.values["seed"] = seed
@@ -104,13 +104,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Keep how it ended."""
+    """Record whether the tests passed."""
     if _FOUND in session.config.stash:
         session.config.stash[_FOUND].values["faults"] = "ok" if exitstatus == 0 else "failed"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Print what was found, on the very last line."""
+    """Print the findings on the last line."""
     if config.getoption("--faults-long", default=False) and _FOUND in config.stash:
         values = config.stash[_FOUND].values
         print(json.dumps({"faults": values.pop("faults", "failed"), **values}))

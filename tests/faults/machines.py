@@ -1,8 +1,8 @@
 """Two workers in network namespaces of their own, with the three services on a third: `unshare --net --mount python -m
 tests.faults.machines FOLDER SECONDS`.
 
-One of them is killed in mid-job, and another one's cable is pulled for so many seconds. Prints what the jobs came to as
-one JSON object.
+It kills one worker during a job, and disconnects another one for this many seconds. Prints the jobs' results as one
+JSON object.
 """
 
 import json
@@ -28,7 +28,7 @@ def _ip(*arguments: str) -> None:
 
 
 def _machine(number: int) -> tuple[str, ...]:
-    """Make a network namespace with a cable to this one, and return the command that runs another in it."""
+    """Create a network namespace connected to this one, and return the command prefix that runs a command in it."""
     name, here, there = f"machine{number}", f"10.77.{number}.1", f"10.77.{number}.2"
     _ip("netns", "add", name)
     _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -45,7 +45,7 @@ def _machine(number: int) -> tuple[str, ...]:
 
 
 def _owner(service: Cluster, job: str) -> str | None:
-    """Return the name of the worker that has a run of the job, None if there is none."""
+    """Return the name of the worker with a run of the job; None: no worker has one."""
     for name, worker in service.workers.items():
         with suppress(psutil.NoSuchProcess):
             if (run := worker.run()) is not None and job in run.cmdline()[-1]:
@@ -54,7 +54,7 @@ def _owner(service: Cluster, job: str) -> str | None:
 
 
 def _begun(service: Cluster, work: Work) -> tuple[str, str]:
-    """Return a job that trains, and the name of the machine that has it."""
+    """Return a job in training, and the name of its machine."""
     job = work.submit(epochs=EPOCHS)
     owner = until(lambda: _owner(service, job), within_s=60, what="the run")
 
@@ -77,27 +77,27 @@ def _break(service: Cluster, work: Work, cut_s: float) -> list[str]:
     cut_off, owner = _begun(service, work)
     _ip("link", "set", owner, "down")
     time.sleep(cut_s)
-    # Long enough for the other one to have taken the job over, perhaps to have ended it.
+    # Long enough for the other machine to take over the job, and perhaps to end it.
     assert work.client.jobs.get(cut_off)["attempt"] > 1
     _ip("link", "set", owner, "up")
     until(lambda: service.workers[owner].run() is None, within_s=120, what="the end of the run that lost its job")
     work.finished(cut_off)
 
-    # The machine that was cut off is the only one now: it must hear of new jobs.
+    # Only the disconnected machine is left, and it must receive messages about new jobs.
     (other,) = set(service.workers) - {owner}
     service.workers[other].kill()
     after = work.submit(epochs=EPOCHS)
-    until(lambda: work.client.jobs.get(after)["status"] != "queued", within_s=60, what="somebody to hear of a new job")
+    until(lambda: work.client.jobs.get(after)["status"] != "queued", within_s=60, what="a claim of the new job")
     work.finished(after)
     return [killed, cut_off, after]
 
 
 def main(folder: Path, cut_s: float) -> None:
-    """Set the machines up, break them, and print what came of it."""
+    """Set up the machines, break them, and print the result."""
     _ip("link", "set", "lo", "up")
     _ip("addr", "add", f"{SERVICES}/32", "dev", "lo")
     Path("/run/netns").mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "none", "/run/netns"], check=True)  # seen by nobody else
+    subprocess.run(["mount", "-t", "tmpfs", "none", "/run/netns"], check=True)  # invisible to other processes
     prefixes = {f"machine{number}": _machine(number) for number in (1, 2)}
     with cluster(folder, SERVICES) as service:
         try:

@@ -1,4 +1,4 @@
-"""An S3 server (moto) that refuses to write as long as a file is there. `python -m tests.faults.s3_server HOST GATE`.
+"""An S3 server (moto) that rejects writes while a file exists. `python -m tests.faults.s3_server HOST GATE`.
 
 Prints its port when it listens.
 """
@@ -15,7 +15,7 @@ _BUSY = b"<Error><Code>SlowDown</Code><Message>please try again later</Message><
 
 
 class Gate:
-    """Answers 503 to what would write, while `gate` exists."""
+    """Answers writes with 503 while `gate` exists."""
 
     def __init__(self, application: Any, gate: Path) -> None:
         self._application = application

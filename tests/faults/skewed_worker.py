@@ -1,4 +1,4 @@
-"""A worker on a machine whose clock is wrong: `python -m tests.faults.skewed_worker SECONDS …`, else as `worker`."""
+"""A worker with a wrong clock: `python -m tests.faults.skewed_worker SECONDS`, then the arguments of `worker`."""
 
 import runpy
 import sys
@@ -9,10 +9,10 @@ import app.db
 
 
 def shift(seconds: float) -> None:
-    """Let this process's wall clock be so many seconds ahead (behind, if negative). Monotonic clocks stay."""
+    """Set this process's wall clock ahead by this many seconds, or back if negative; monotonic clocks do not change."""
     true_time, true_utcnow = time.time, app.db.utcnow
     time.time = lambda: true_time() + seconds
-    # Before any other module takes it by its name.
+    # Before another module imports the function by name.
     app.db.utcnow = lambda: true_utcnow() + timedelta(seconds=seconds)
 
 

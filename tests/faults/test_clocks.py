@@ -1,4 +1,4 @@
-"""Workers whose clocks are wrong share the work with one whose clock is right."""
+"""Workers with wrong clocks share the work with one whose clock is right."""
 
 import pytest
 

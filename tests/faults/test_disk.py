@@ -1,4 +1,4 @@
-"""A worker's disk fills up in mid-run, and has room again later."""
+"""A worker's disk fills up during a run, and later has space again."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _ROOM_MB = 64
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A directory with room for 64 MB."""
+    """A directory with space for 64 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={_ROOM_MB}m", "none", str(disk)]

@@ -1,4 +1,4 @@
-"""Runs, supervisors and workers are killed, at random moments."""
+"""Runs, supervisors and workers are killed at random times."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def _kill(process: psutil.Process | None) -> bool:
 
 
 def _strike(kind: str, worker: Worker) -> bool:
-    """Kill the run of the worker, its supervisor with it, or all of it; say whether there was one."""
+    """Kill the worker's run, its supervisor, or the whole worker; return whether there was a run."""
     if kind == "run":
         return _kill(worker.run())
     if worker.run() is None:
@@ -34,7 +34,7 @@ def _strike(kind: str, worker: Worker) -> bool:
     if kind == "supervisor":
         return _kill(worker.supervisor())
     worker.kill()
-    worker.start()  # as whoever keeps it running does
+    worker.start()  # as a process manager would
     return True
 
 

@@ -1,4 +1,4 @@
-"""Workers on machines of their own: see `tests.faults.machines`."""
+"""Workers on separate machines: see `tests.faults.machines`."""
 
 import json
 import os

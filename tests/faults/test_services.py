@@ -1,4 +1,4 @@
-"""The broker, the database and the object store go away while jobs wait and run, and come back."""
+"""Broker, database and object store stop while jobs are queued and run, and start again."""
 
 import time
 
@@ -55,7 +55,7 @@ def test_nothing_is_lost_while_the_object_store_refuses_to_write(
     until(lambda: _running(service), within_s=60, what="the run")
     service.gate.touch()
     began = time.monotonic()
-    # The run ends meanwhile, and what it left waits for the store.
+    # The run ends meanwhile, and its results wait for the store.
     until(lambda: not _running(service), within_s=120, what="the end of the run")
     time.sleep(max(2.0, away_s - (time.monotonic() - began)))
     assert work.ended(job) is None
@@ -71,7 +71,7 @@ def test_nothing_is_lost_while_the_object_store_refuses_to_write(
 def test_the_service_begins_again_after_everything_was_cut_off_at_once(
     service: Cluster, work: Work, found: Found
 ) -> None:
-    """As when the power goes: workers, API, broker and database end in one moment and start again."""
+    """As in a power cut: workers, API, broker and database stop at once and start again."""
     work.expected(EPOCHS)
     jobs = [work.submit(epochs=EPOCHS) for _ in range(3)]
     until(lambda: len(service.runs()) == 2, within_s=60, what="two runs")

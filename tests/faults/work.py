@@ -1,4 +1,4 @@
-"""Real short jobs, and what must be true of each in the end."""
+"""Short real jobs, and the checks of their ends."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ from tests.support.waiting import until
 
 STEPS_AN_EPOCH = 6
 EPOCHS = 24
-"""Of a job that something is to happen to: it trains for some seconds, with a checkpoint several times in each."""
+"""Of a job that meets a fault: it trains for some seconds and saves several checkpoints in each."""
 ENDED = {"succeeded", "failed", "cancelled"}
 
 
 def schedule(epochs: int) -> dict[str, Any]:
-    """Return a schedule of so many epochs."""
+    """Return a schedule of this many epochs."""
     return {"epochs": epochs, "batch_size": 4, "learning_rate": 0.01, "decay": "cosine"}
 
 
 @dataclass
 class Report:
-    """What came of jobs that met with faults."""
+    """The results of jobs that met faults."""
 
     jobs: int = 0
     lost: int = 0
@@ -35,7 +35,7 @@ class Report:
 
 
 class Work:
-    """A dataset, a teacher, and jobs that all come to the same if nothing goes wrong: their seed is one."""
+    """A dataset, a teacher, and jobs with the same seed, which have equal results if no fault changes them."""
 
     def __init__(self, cluster: Cluster, client: Client, folder: Path) -> None:
         self.cluster = cluster
@@ -60,7 +60,7 @@ class Work:
         return str(self.client.jobs.submit(spec)["id"])
 
     def finished(self, job_id: str, within_s: float = 300.0) -> dict[str, Any]:
-        """Wait for the job's end and return it; it must have succeeded."""
+        """Wait for the job's end and return it; fails if it did not succeed."""
         job = dict(until(lambda: self.ended(job_id), within_s=within_s, what=job_id))
         assert job["status"] == "succeeded", job["failure"]
         return job
@@ -71,7 +71,7 @@ class Work:
         return job if job["status"] in ENDED else None
 
     def outcome(self, job_id: str) -> dict[str, Any]:
-        """Return what a job came to, without what differs between two that are the same: ids and times."""
+        """Return a job's results without ids and times, which differ between equal jobs."""
         jobs = self.client.jobs
         metrics = {
             (one["subject"], one["step"]): {name: value for name, value in one["values"].items() if "loss" in name}
@@ -86,7 +86,7 @@ class Work:
         }
 
     def expected(self, epochs: int) -> dict[str, Any]:
-        """Return what a job of so many epochs comes to that nothing happens to."""
+        """Return the results of a job of this many epochs without faults."""
         if epochs not in self._expected:
             job = self.finished(self.submit(epochs=epochs))
             assert job["attempt"] == 1
@@ -96,7 +96,7 @@ class Work:
         return self._expected[epochs]
 
     def judged(self, jobs: list[str], *, epochs: int, within_s: float) -> Report:
-        """Wait for the jobs and say what they came to."""
+        """Wait for the jobs and return their report."""
         expected, report = self.expected(epochs), Report(jobs=len(jobs))
         until(lambda: all(map(self.ended, jobs)), within_s=within_s, what=f"the end of {len(jobs)} jobs")
         for job_id in jobs:

@@ -1,4 +1,4 @@
-"""A run that does what its spec's `script` says: a list of steps, each a list of a name and arguments."""
+"""A run that executes the `script` in its spec: a list of steps, each a list of a name and arguments."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Steps:
         getattr(self.reporter, name)(*positional, **named)
 
     def raw(self, text: str) -> None:
-        """Write as it stands; `<NUL>` is the character, which PostgreSQL would not take in a job's spec."""
+        """Write the text unchanged; `<NUL>` becomes that character, which PostgreSQL rejects in a job's spec."""
         with (self.directory / "events.jsonl").open("a") as file:
             file.write(text.replace("<NUL>", "\0"))
 
@@ -69,12 +69,12 @@ class Steps:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def copy_request(self, name: str) -> None:
-        """Leave what the run was asked to do as an artifact."""
+        """Leave the run's request as an artifact."""
         path = self.reporter.artifact(name, kind="log", content_type="application/json")
         path.write_text((self.directory / "run.json").read_text())
 
     def helper(self, path: str) -> None:
-        """Leave a process of the same group behind, its id in `path`."""
+        """Leave a process of the same group behind, with its id in `path`."""
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         Path(path).write_text(str(child.pid))
 

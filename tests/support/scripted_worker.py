@@ -3,7 +3,7 @@
 import functools
 import os
 
-os.environ["REMAP_SIGTERM"] = "SIGQUIT"  # before Celery is imported, as worker/__main__.py has it
+os.environ["REMAP_SIGTERM"] = "SIGQUIT"  # before the import of Celery, as in worker/__main__.py
 
 import worker.main
 from tests.support.worker_world import SCRIPTED

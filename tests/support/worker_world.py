@@ -28,9 +28,9 @@ DEADLINE_S = 20.0
 
 
 class FlakyDatabase(Database):
-    """Fails the next `failures` sessions as a database does that is away.
+    """Fails the next `failures` sessions like a database that does not answer.
 
-    Of the next `lost_answers` commits the answer is lost: they happen, and look as if they had not.
+    Of the next `lost_answers` commits the answer is lost: they succeed, but raise an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -86,7 +86,7 @@ class FlakyStorage(Storage):
 
 class World:
     def __init__(self, home: Path, *, database_url: str = "", storage_url: str = "", **settings: Any) -> None:
-        # One failure is the end, unless the test is about another attempt.
+        # One failure ends a row, unless the test is about retries.
         values: dict[str, Any] = {"lease_s": 20.0, "cancel_grace_s": 10.0, "max_attempts": 1, **settings}
         urls: dict[str, Any] = {"database_url": database_url, "redis_url": "", "storage_url": storage_url}
         self.settings = Settings(home=home, **urls, **values)
@@ -168,7 +168,7 @@ class World:
         supervisor.work(HANDLERS[type(row).TASK](context))
 
     def next_attempt(self, job: Job, *script: Any) -> None:
-        """Work on the job as if its pause were over, with another script."""
+        """Work on the job as if its pause were over, with a new script."""
         self.set(job, not_before=None, spec={**self.now(job).spec, "script": script})
         self.work(job)
 

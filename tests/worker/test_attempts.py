@@ -1,4 +1,4 @@
-"""What an attempt leaves in a trace, in this process; tests/test_traces.py has the whole way."""
+"""The spans and log lines of an attempt in one process; tests/test_traces.py has those of all processes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
-    """Trace in this process alone, and return what has ended since it was last asked for."""
+    """Trace in this process only; return the spans that have ended since the last call."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(traces, "_tracer", provider.get_tracer("tests"))
@@ -41,7 +41,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
 
 
 def made_in_a_trace(world: World, *script: list, **values: object) -> tuple:
-    """Return a job, and the span that is its request."""
+    """Return a job, and the span of the request that created it."""
     with traces.span("request") as request:
         return world.job(*script, **values), request.get_span_context()
 

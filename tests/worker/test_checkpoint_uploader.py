@@ -24,12 +24,12 @@ def test_checkpoints_are_kept_for_the_next_attempt(each_world: World, tmp_path: 
         (tmp_path / "go").touch()
         until(lambda: world.now(job).resume_key == f"jobs/{job.id}/resume/1-2.pt")
         until(lambda: world.storage.list(f"jobs/{job.id}") == [f"jobs/{job.id}/resume/1-2.pt"])
-        # The worker is lost, as it were.
+        # As if the worker were lost.
         world.set(job, attempt=1, lease_owner="lost", lease_expires_at=utcnow() - timedelta(seconds=1))
     assert world.content(world.now(job).resume_key) == b"two"
 
     world.set(job, spec={**job.spec, "script": [["finish", "succeeded", {}]]})
-    settings = world.settings.model_copy(update={"max_attempts": 2})  # or the loss would be the end
+    settings = world.settings.model_copy(update={"max_attempts": 2})  # with 1 the lost worker would end the job
     world.work(job, context=replace(world.context, settings=settings))
     row = world.now(job)
     assert (row.status, row.attempt, row.resume_key) == ("succeeded", 2, None)

@@ -11,7 +11,7 @@ THREE = "0, GPU-aa11, 24564\n1, GPU-bb22, 81559\n2, GPU-cc33, [N/A]\n"
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Put a program in `nvidia-smi`'s place that prints this and exits so."""
+    """Replace `nvidia-smi` by a program with this output and exit code."""
 
     def _install(text: str, code: int = 0) -> None:
         path = tmp_path / "nvidia-smi"
@@ -53,7 +53,7 @@ def test_a_driver_that_does_not_answer_is_no_gpu(smi):
 
 @pytest.fixture
 def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Put files in the place of the kernel's: what this process's groups are, and one of their counters."""
+    """Replace the kernel's files: the list of this process's groups, and one counter."""
 
     def _install(own: str, file: str, text: str) -> None:
         monkeypatch.setattr(hardware, "_OWN_CGROUPS", tmp_path / "own")
@@ -78,7 +78,7 @@ VERSION_1 = "9:name=systemd:/a:b\n4:cpu,memory:/a:b/c\n0::/\n"
         (VERSION_1, "memory/a:b/c/memory.oom_control", CONTROL, 7),
         (VERSION_1, "memory/memory.oom_control", CONTROL, 7),  # a container of version 1
         (VERSION_1, "memory/a:b/c/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\n", None),  # before Linux 4.13
-        ("0::/\n", "cgroup.procs", "1\n", None),  # the root of version 2 counts nothing
+        ("0::/\n", "cgroup.procs", "1\n", None),  # the root group of version 2 has no counter
         ("3:cpuset:/\n", "memory.events", EVENTS, None),
         ("", "memory.events", EVENTS, None),
     ],

@@ -1,4 +1,4 @@
-"""A job's life as its owner sees it: asked for over HTTP, carried out by the real supervisor."""
+"""A job's life cycle as its owner sees it: requested over HTTP, run by the real supervisor."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_given_up_and_tried_again_with_a_clean_slate(world: World, api: TestClie
     assert api.get(f"/v1/jobs/{job.id}").json()["failure"]["class"] == "infra"
     assert ask(api, job, "retry") == "queued"
     world.work(job)
-    assert status(api, job) == "queued"  # one failure is not the last one again
+    assert status(api, job) == "queued"  # one failure does not end it
     world.set(job, not_before=None)
     go_on(world, job, ["finish", "succeeded", {}])
     assert status(api, job) == "succeeded"

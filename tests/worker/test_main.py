@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def start(world: World) -> Iterator[Start]:
-    """Start a process in the world's environment; it is killed in the end."""
+    """Start a process in the world's environment; it is killed after the test."""
     processes: list[subprocess.Popen[bytes]] = []
     settings = {"DEFEAT_HOME": str(world.home), "DEFEAT_LEASE_S": "2", "DEFEAT_SWEEP_S": "0.3"}
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
@@ -97,13 +97,13 @@ def test_a_worker_that_is_told_to_end_hands_its_job_back(
 
     go.touch()
     world.set(job, spec={**job.spec, "script": [["wait_for", str(go)], ["finish", "succeeded", {}]]})
-    start_worker(start, "two")  # whose sweep sends the message
+    start_worker(start, "two")  # its sweep sends the message
     until(lambda: world.now(job).status == "succeeded")
     assert world.now(job).attempt == 2
 
 
 def draining(world: World, queue: Queue, start: Start, *last: list) -> "tuple[Job, subprocess.Popen[bytes]]":
-    """Return a job and the worker that is at it and has been told to drain."""
+    """Return a job in work, and its worker, which drains."""
     job = world.job(["event", "progress", "teacher", {"fraction": 0.1}], *last)
     worker = start_worker(start, "one")
     queue.send(type(job), job.id)
@@ -184,12 +184,12 @@ def test_a_job_outlives_the_broker(world: World, queue: Queue, start: Start, tmp
     broker.kill()
     broker.wait()
     world.settings.broker_socket.unlink()
-    waiting = world.job(["finish", "succeeded", {}])  # for which no message is ever sent
+    waiting = world.job(["finish", "succeeded", {}])  # no message is ever sent for it
     (tmp_path / "go").touch()
     until(lambda: world.now(running).status == "succeeded")
 
     command = broker_command(broker_binary(), directory=tmp_path, socket_path=world.settings.broker_socket)
-    start(*command)  # and it knows nothing any more
+    start(*command)  # it has lost all messages
     until(lambda: world.now(waiting).status == "succeeded")
     assert world.now(running).attempt == 1
 
@@ -219,7 +219,7 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
     assert queue.workers() == {registered_as: Answer(("jobs",), version("defeat-service"))}
     assert world.now(job).status == "succeeded"
     assert samples["defeat_claims_total", ("no", "job")] == 1
-    assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts too: its sweep found the row
+    assert samples["defeat_rows_resent_total", ("jobs",)] == 1  # the parent counts as well: its sweep found the row
     assert ("defeat_disk_free_bytes", ()) in samples
 
     worker.terminate()
@@ -229,7 +229,7 @@ def test_a_worker_serves_what_its_child_counts(world: World, queue: Queue, start
 def test_a_message_finds_the_worker_that_can_and_one_that_comes_free_finds_the_rest(
     world: World, queue: Queue, start: Start, tmp_path: Path
 ) -> None:
-    """The workers sweep too seldom to help, and each job's message is sent once."""
+    """The workers sweep too rarely to help, and each job's message is sent once."""
     for name, labels in (("plain", "[]"), ("also-plain", "[]"), ("able", '["lab"]')):
         start_worker(start, name, DEFEAT_SWEEP_S="600", DEFEAT_LABELS=labels)
     until(lambda: registered(world) == ["able", "also-plain", "plain"])
@@ -245,7 +245,7 @@ def test_a_message_finds_the_worker_that_can_and_one_that_comes_free_finds_the_r
     assert world.now(first).lease_owner.startswith(f"{able.id}/")
 
     second = world.job(["finish", "succeeded", {}], worker_label="lab")
-    queue.send(type(second), second.id)  # which finds two idle workers without the label
+    queue.send(type(second), second.id)  # two workers without the label are idle
     third = world.job(["finish", "succeeded", {}])
     queue.send(type(third), third.id)
     until(lambda: world.now(third).status == "succeeded")
@@ -258,7 +258,7 @@ def test_a_message_finds_the_worker_that_can_and_one_that_comes_free_finds_the_r
 def test_a_worker_that_starts_finds_what_has_waited_for_it_and_one_that_ends_is_forgotten(
     world: World, queue: Queue, start: Start
 ) -> None:
-    job = world.job(["finish", "succeeded", {}], gpus=2)  # no message for it is under way
+    job = world.job(["finish", "succeeded", {}], gpus=2)  # without a message
     worker = start_worker(start, "large", DEFEAT_SWEEP_S="600", DEFEAT_GPUS="2")
     until(lambda: world.now(job).status == "succeeded")
     assert registered(world) == ["large"]

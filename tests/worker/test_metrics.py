@@ -1,4 +1,4 @@
-"""What a worker counts and serves."""
+"""The metrics that a worker counts and serves."""
 
 from pathlib import Path
 

@@ -104,7 +104,7 @@ def test_a_worker_that_must_end_does_not_wait_for_a_database_that_stays_away(
         (tmp_path / "go").touch()
     world.database.failures = 0
     row = world.now(job)
-    assert (row.status, row.lease_owner, row.finished_at) == ("running", "test", None)  # for the next worker to find
+    assert (row.status, row.lease_owner, row.finished_at) == ("running", "test", None)  # the next worker finds it
     stopped = [json.loads(line) for line in capsys.readouterr().err.splitlines() if '"stopped"' in line]
     assert ["database does not answer" in line["error"] for line in stopped] == [True]
     assert world.scratch_left() == []

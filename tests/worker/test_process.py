@@ -20,7 +20,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 @pytest.fixture(params=["descriptor", "refused", "missing"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that gives descriptors of processes, one that refuses them, one that has none."""
+    """A system with process descriptors, one that refuses them, one without them."""
 
     def _refuse(_pid: int) -> int:
         raise PermissionError
@@ -103,7 +103,7 @@ def test_what_a_death_is_called(
 
 
 LIMIT_BYTES = 256 * 2**20
-# The worker's part joins the group first, as a container's processes are in theirs; the run is in it by birth.
+# The worker joins the group first, and the run inherits it, as in a container.
 WORKER = """
 import json, os, sys
 from pathlib import Path
@@ -121,7 +121,7 @@ KILL = "import os; os.kill(os.getpid(), 9)"
 
 @pytest.fixture
 def limited() -> Iterator[Path]:
-    """A control group with little memory, of the version that this machine has."""
+    """A control group with a low memory limit, of the version that this machine has."""
     first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     old = (first / "memory.limit_in_bytes").exists()
     group = (first if old else second) / f"defeat-test-{secrets.token_hex(6)}"
@@ -141,7 +141,7 @@ def limited() -> Iterator[Path]:
 
 
 def _remove(group: Path) -> None:
-    """Remove a group whose processes have ended; the kernel may take a moment to see that."""
+    """Remove a group whose processes have ended; the kernel may notice their end with a delay."""
     until = time.monotonic() + 10
     while True:
         try:

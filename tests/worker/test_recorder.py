@@ -1,4 +1,4 @@
-"""Events in the database, and the lease, while the database or its answers are lost."""
+"""Events and leases while the database, or its answer to a commit, does not arrive."""
 
 from datetime import timedelta
 from pathlib import Path

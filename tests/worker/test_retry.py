@@ -44,7 +44,7 @@ def test_an_infra_failure_is_tried_again_from_the_last_checkpoint(each_world: Wo
     assert (row.status, row.attempt, row.failed_attempts, row.failure) == ("queued", 1, 1, None)
     assert (row.lease_owner, row.lease_expires_at, row.enqueued_at, row.finished_at) == (None, None, None, None)
     assert timedelta(seconds=10) <= row.not_before - before < timedelta(seconds=20)
-    assert world.content(row.resume_key) == b"saved"  # though it was offered in the run's last moment
+    assert world.content(row.resume_key) == b"saved"  # although the run offered it just before its end
     assert (row.progress["epoch"], row.progress["eta_s"], row.progress["images_per_s"]) == (2, None, None)
     assert world.codes(job) == ["claimed", "retrying"]
     told = world.last_message(job)
@@ -54,7 +54,7 @@ def test_an_infra_failure_is_tried_again_from_the_last_checkpoint(each_world: Wo
     assert world.artifacts(job) == {}
 
     world.work(job)
-    assert world.now(job).attempt == 1  # not before its time
+    assert world.now(job).attempt == 1  # the retry is not due
     world.next_attempt(job, SUCCEED)
     assert (world.now(job).status, world.now(job).attempt) == ("succeeded", 2)
     assert world.codes(job) == ["claimed", "retrying", "resumed", "succeeded"]
@@ -78,7 +78,7 @@ def test_it_is_given_up_in_the_end(world: World) -> None:
 
 def test_a_new_checkpoint_wipes_the_slate(world: World) -> None:
     job = world.job(["checkpoint", "a.pt", "one"], ["exit", 7])
-    for _ in range(4):  # more often than the limit, but further each time
+    for _ in range(4):  # more often than the limit, but with progress each time
         world.work(job)
         assert (world.now(job).status, world.now(job).failed_attempts) == ("queued", 1)
         world.set(job, not_before=None)

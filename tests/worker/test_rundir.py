@@ -1,4 +1,4 @@
-"""What the supervisor reads of a run's directory, which may be hostile."""
+"""What the supervisor reads from a run's directory, whose content may be hostile."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_an_unreadable_result(world: World, text: str) -> None:
     assert world.now(job).failure["code"] == "bad_result"
 
 
-@pytest.mark.timeout(30)  # reading goes on at once, not when the lease is renewed
+@pytest.mark.timeout(30)  # the next read is at once, not at the renewal of the lease
 def test_unreadable_events_are_warnings(each_world: World) -> None:
     world = each_world
     world.settings.lease_s = 300.0

@@ -73,7 +73,7 @@ def test_the_run_gets_its_request_and_no_secrets(world: World, tmp_path: Path, m
         ["finish", "succeeded", {}],
     )
     world.work(job)
-    assert world.now(job).failure["code"] == "bad_result"  # a name that leads out of artifacts/
+    assert world.now(job).failure["code"] == "bad_result"  # a name outside artifacts/
 
     job = world.job(*[step for step in job.spec["script"] if "../run.json" not in step])
     world.work(job)
@@ -116,13 +116,13 @@ def test_a_run_that_fails_says_why_and_leaves_its_log(world: World) -> None:
     ],
 )
 def test_a_run_that_dies(world: World, monkeypatch: pytest.MonkeyPatch, step: list, detail: str) -> None:
-    monkeypatch.setattr("worker.process.memory_kills", lambda: None)  # the kernel does not say for what
+    monkeypatch.setattr("worker.process.memory_kills", lambda: None)  # the kernel reports no reason
     job = world.job(["print", "last words"], log_metrics(1, 1.0), ["raw", '{"type": "progr'], step)
     world.work(job)
     row = world.now(job)
     assert row.failure["log_tail"][0] == "last words"
     assert row.failure | {"log_tail": []} == {"class": "infra", "code": "run_died", "detail": detail, "log_tail": []}
-    assert len(world.all(JobMetric)) == 1  # and the half line is no event
+    assert len(world.all(JobMetric)) == 1  # the incomplete line is not an event
     assert world.codes(job) == ["claimed", "failed"]
 
 

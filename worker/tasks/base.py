@@ -91,7 +91,7 @@ class Handler(ABC, Generic[Row]):
         return None
 
     def memory_advice(self, row: Row, code: str) -> str:
-        """Return what to change after memory was exhausted, by the failure's code; empty: the failure says it all."""
+        """Return what to change after memory was exhausted, by the failure's code; empty: no advice."""
         del row, code
         return ""
 

@@ -30,8 +30,6 @@ _LOG = ResultArtifact(name="log.txt", kind="log", content_type="text/plain; char
 _TEACHER = "teacher.safetensors"
 _TEACHER_COPY = "teacher as a checkpoint"  # no artifact can have a name with spaces
 _STATUS = {"succeeded": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
-# Every member but type and time.
-_PROGRESS = ("phase", "epoch", "epochs", "step", "steps", "fraction", "eta_s", "images_per_s")
 _ENDINGS = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
 
 
@@ -91,7 +89,8 @@ class JobHandler(Handler[Job]):
         _upsert(session, JobMetric, [_metric(row, event) for event in events if isinstance(event, Metrics)])
         _upsert(session, JobEvaluation, [_evaluation(row, event) for event in events if isinstance(event, Evaluation)])
         if progress := [event for event in events if isinstance(event, Progress)]:
-            values: dict[str, Any] = {"progress": {name: getattr(progress[-1], name) for name in _PROGRESS}}
+            members = {name: value for name, value in vars(progress[-1]).items() if name not in ("type", "time")}
+            values: dict[str, Any] = {"progress": members}
             if row.status == PREPARING and any(event.phase != "preparing" for event in progress):
                 values["status"] = RUNNING
             leases.fenced(session, row, **values)

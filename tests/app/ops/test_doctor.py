@@ -1,4 +1,4 @@
-"""The doctor with services that are well, and with each of them ill."""
+"""`defeat doctor` with services that work, and with each of them broken."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
 
 
 def beat(database_url: str, name: str, queue: str, *, age_s: float = 0.0, **values: Any) -> None:
-    """Let a worker have been heard of so long ago."""
+    """Register a worker whose last heartbeat was `age_s` seconds ago."""
     database = Database(database_url)
     row_id = f"wkr_{name}_{age_s:.0f}"
     seen_at = utcnow() - timedelta(seconds=age_s)
@@ -53,7 +53,7 @@ def beat(database_url: str, name: str, queue: str, *, age_s: float = 0.0, **valu
 
 @pytest.fixture
 def beats(database_url: str) -> str:
-    """The URL of a database in which two workers are registered, those that answer."""
+    """The URL of a database with two registered workers, both of which answer."""
     beat(database_url, "one@host", "jobs")
     beat(database_url, "two@host", "checks")
     return database_url
@@ -61,7 +61,7 @@ def beats(database_url: str) -> str:
 
 @pytest.fixture
 def found(broker: str, sqlite_url: str, tmp_path: Path, answers: dict[str, Answer]) -> Settled:
-    """Examine with some settings, and two workers that answer."""
+    """Run the checks with these settings and two workers that answer."""
 
     def _found(**values: Any) -> dict[str, Finding]:
         urls = {"database_url": sqlite_url, "redis_url": broker, "storage_url": ""}
@@ -107,7 +107,7 @@ def test_a_database_that_is_away(found: Settled) -> None:
     assert findings["database"].state == "wrong"
     assert "refused" in findings["database"].detail
     assert "DATABASE_URL" in (findings["database"].advice or "")
-    assert findings["storage"].state == "ok"  # the others are looked at all the same
+    assert findings["storage"].state == "ok"  # the other checks still run
     assert findings["workers for jobs"] == Finding("workers for jobs", "ok", "one@host")
     assert "worker one@host" not in findings  # whether it is registered cannot be known
 

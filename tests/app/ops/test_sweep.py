@@ -31,7 +31,7 @@ def test_lost_rows_are_sent_again(database: Database, settings: Settings, lost: 
 def test_no_message_is_added_to_those_that_nobody_has_taken(
     database: Database, settings: Settings, lost: Job, monkeypatch: pytest.MonkeyPatch
 ):
-    """However long the workers are busy, and however many rows wait."""
+    """For any number of queued rows, and however long the workers are busy."""
     queue = RecordingQueue()
     monkeypatch.setattr(queue, "untaken", lambda: frozenset({"jobs"}))
     assert sweep(database, queue, settings) == 0

@@ -95,7 +95,7 @@ def test_an_expired_lease_is_taken_over_and_the_old_attempt_changes_nothing(data
     job = _job(database, dataset)
     old = _claim(database, job.id, owner="worker-1")
     _expire(database, job.id)
-    new = _claim(database, job.id, owner="worker-1")  # even the same worker, started again
+    new = _claim(database, job.id, owner="worker-1")  # even of the same worker after a restart
     for write in (
         lambda session: fenced(session, old, status="running"),
         lambda session: renew(session, old, lease_s=30),
@@ -157,7 +157,7 @@ def test_a_held_row_is_lost_once_its_lease_has_expired(database: Database, datas
     assert _lost(database) == []
     _expire(database, job.id)
     assert _lost(database) == [job.id]
-    assert _lost(database) == []  # that message may still be under way
+    assert _lost(database) == []  # that message may not have arrived yet
     with database.write() as session:
         session.execute(update(Job).values(enqueued_at=utcnow() - timedelta(seconds=121)))
     assert _lost(database) == [job.id]
@@ -197,7 +197,7 @@ def test_a_row_that_was_given_back_is_nobodys(database: Database, dataset: Datas
         give_back(session, row, status="queued", failed_attempts=1)
     now = _read(database, row.id)
     assert (now.status, now.failed_attempts, now.lease_owner, now.lease_expires_at) == ("queued", 1, None, None)
-    assert _lost(database) == [row.id]  # its message is sent at once, not after the old one has become stale
+    assert _lost(database) == [row.id]  # its message is sent at once, although the old one is not stale
     with pytest.raises(LeaseLost), database.write() as session:
         give_back(session, row, status="queued")
 

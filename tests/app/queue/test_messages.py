@@ -1,4 +1,4 @@
-"""The queue against a real broker."""
+"""Messages on a real broker."""
 
 import json
 import shutil

@@ -120,7 +120,7 @@ def test_a_lost_row_comes_before_all_that_waits(database: Database, dataset: Dat
         ("ending", "b", lost | {"attempt": 5, "failed_attempts": 4, "status": "cancelling"}),
         ("resting", "b", lost | {"status": "pausing"}),
     )
-    # The sweep is what fails the spent one, and what pauses the resting one.
+    # The sweep fails the spent job and pauses the resting one.
     assert _order(database) == ["lost", "often", "ending", "first"]
     with database.read() as session:
         counted = dict(session.execute(select(Job.id, Job.failed_attempts)).all())
@@ -195,7 +195,7 @@ def test_a_row_that_somebody_is_changing_is_passed_over(postgres_url: str):
 
 @pytest.mark.parametrize("analysed", ["jobs", "jobs, tenants"])
 def test_a_claim_reads_few_of_many_rows(postgres_url: str, analysed: str):
-    """Of 20,000 rows that wait, one by tenant is read, whether or not the planner has counted the tenants."""
+    """Of 20,000 queued rows it reads one per tenant, whether or not the planner has statistics about tenants."""
     database = Database(postgres_url)
     seed.add(database, Tenant(id="ten_a", name="a"))
     seed.add(database, Tenant(id="ten_b", name="b"))

@@ -1,4 +1,4 @@
-"""The embedded stack as a whole: started as a user starts it, used over HTTP, ended in each way."""
+"""The embedded stack as a user sees it: started by its command, used over HTTP, stopped in every way."""
 
 import io
 import json
@@ -113,7 +113,7 @@ def test_the_whole_stack(start: Callable[..., Any], home: Path) -> None:
         assert dataset["splits"]["train"] == {"images": 1, "boxes": 1}
         assert client.get(f"/v1/datasets/{dataset['id']}/report").status_code == 200
 
-    # What dies is started again.
+    # A process that ends is restarted.
     api = next(process for process in first.descendants() if "uvicorn" in process.cmdline())
     api.kill()
 
@@ -126,20 +126,20 @@ def test_the_whole_stack(start: Callable[..., Any], home: Path) -> None:
     until(lambda: all_gone([api]))
     until(_answers)
 
-    # Ctrl-C leaves nothing.
+    # Ctrl-C leaves no process behind.
     processes = first.descendants()
     assert len(processes) >= 6  # broker, API, two workers with a child each
     first.process.send_signal(signal.SIGINT)
     assert first.process.wait(DEADLINE_S) == 0
     assert all_gone(processes)
 
-    # A second start finds everything again, and prints no key.
+    # A second start finds all data, and prints no key.
     again = Running(start())
     assert again.ready["api_key"] is None
     with again.client(key) as client:
         assert client.get(f"/v1/datasets/{dataset['id']}").json()["status"] == "ready"
 
-    # Nor does anything outlive a stack that is killed.
+    # No process outlives a stack that is killed.
     processes = again.descendants()
     again.process.kill()
     again.process.wait()

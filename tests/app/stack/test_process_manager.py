@@ -1,4 +1,4 @@
-"""Child processes that end, and how the stack learns of it."""
+"""Child processes that end again and again."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The datasets that are kept unpacked on a worker's machine."""
+"""The unpacked datasets on a worker's machine."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""What a checkpoint's check asks its run for, and what becomes of its upload."""
+"""The request for a checkpoint's check, and what it stores and deletes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a dataset's check asks its run for, and what becomes of its upload."""
+"""The request for a dataset's check, and what it stores and deletes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a job asks its run for, and what it keeps of what the run leaves."""
+"""The request for a job's run, and what the job keeps of its results."""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def test_a_teacher_of_a_job_that_failed_is_no_checkpoint(world: World) -> None:
 
 
 def test_the_end_of_one_attempt_leaves_the_next_ones_files_alone(world: World) -> None:
-    """The owner of a job that failed may have it tried again before its old worker has tidied up."""
+    """The owner of a failed job may retry it before its old worker has cleaned up."""
     job = world.job(["fail", "user", "wrong", "wrong"], attempt=1)
     keys = [f"jobs/{job.id}/{name}" for name in ("artifacts/1/a", "artifacts/3/a", "resume/1-1.pt", "resume/3-1.pt")]
     for key in keys:

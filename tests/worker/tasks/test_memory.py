@@ -55,7 +55,7 @@ def test_memory_is_saved_where_it_ran_out(world: World, phase: str, adjustments:
     world.work(job)
     row = world.now(job)
     assert (row.status, row.adjustments, row.failed_attempts) == ("queued", adjustments, 0)
-    assert row.spec == job.spec  # what was asked for stays what it was
+    assert row.spec == job.spec  # the requested spec does not change
     assert world.last_message(job).endswith(f"from the last training checkpoint: {words}")
     world.next_attempt(job, ["copy_request", "request.json"], SUCCEED)
     asked = json.loads(world.content(world.artifacts(job)["request.json"].storage_key))
@@ -92,7 +92,7 @@ def test_memory_that_cannot_be_saved(world: World, phase: str, gpus: int, schedu
 
 
 def test_parts_of_a_batch_are_equal(world: World) -> None:
-    job = memory_job(world, "distillation", batch_size=18, gpus=2)  # 9 each: 2 would not divide it
+    job = memory_job(world, "distillation", batch_size=18, gpus=2)  # 9 each, which 2 does not divide
     world.work(job)
     assert world.now(job).adjustments == {"schedule": {"accumulation": 3}}
 
