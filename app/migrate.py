@@ -1,4 +1,4 @@
-"""Bring the database's schema up to date: `python -m app.migrate`. Safe to run by several starters at once."""
+"""Bring the database's schema up to date (`defeat admin migrate`). Safe to run by several starters at once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
 import migrations
+from app import deprecated
 from app.db import make_engine
-from app.settings import get_settings
 
 # Any number will do, as long as all starters take the same and nobody else does.
 _ADVISORY_LOCK = 5_281_904_417_733_190
@@ -63,5 +63,4 @@ def _config(connection: Connection) -> Config:
 
 
 if __name__ == "__main__":
-    upgrade(get_settings().database_url)
-    print("the database is up to date")
+    deprecated.run("app.migrate", "defeat admin migrate", "app.ops.admin", "migrate")

@@ -55,4 +55,4 @@ def first_key(session: Session, settings: Settings) -> str | None:
 def revoke_key(session: Session, key_id: str) -> None:
     """End a key and every session made from it. Raises `NotFound` if there is no such key that is still good."""
     if not repository.revoke(session, key_id, utcnow()):
-        raise NotFound(f"there is no key {key_id!r} that is still good; list them with --list")
+        raise NotFound(f"there is no key {key_id!r} that is still good; `defeat admin keys --list` lists them")

@@ -38,6 +38,6 @@ def set_limits(session: Session, tenant_name: str, changes: dict[str, int | None
             raise ValueError(f"{name} must be at least 0; got {limit}")
     tenant = tenant_by_name(session, tenant_name)
     if tenant is None:
-        raise NotFound(f"there is no tenant {tenant_name!r}; python -m app.usage lists them")
+        raise NotFound(f"there is no tenant {tenant_name!r}; `defeat admin usage` lists them")
     limits = (tenant.limits or {}) | changes
     tenant.limits = {name: limit for name, limit in limits.items() if name not in cleared} or None

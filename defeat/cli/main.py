@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from defeat.cli import catalog, checkpoints, datasets, doctor, jobs, up, workers
+from defeat.cli import admin, catalog, checkpoints, datasets, doctor, jobs, up, workers
 from defeat.cli.console import FAILED, UNREACHABLE, USAGE, show_error
 from defeat.client.errors import ApiError, ClientError, ConnectionFailed, InvalidInput
 
@@ -44,6 +44,11 @@ app = typer.Typer(
 )
 app.command(name="up")(up.up)
 app.command(name="doctor")(doctor.doctor)
+app.command(
+    name="admin",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(admin.admin)
 app.command(name="catalog")(catalog.catalog)
 app.command(name="workers")(workers.workers)
 app.add_typer(datasets.app, name="datasets")

@@ -1,18 +1,12 @@
 """`defeat up`: the whole service on this machine."""
 
-import importlib.util
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from defeat.cli.console import JsonFlag
-from defeat.client.errors import InvalidInput
-
-# One module of each extra that the stack needs, by name: this package imports neither the service nor the engine.
-_NEEDED = ("app", "fastapi", "celery", "torch")
+from defeat.cli.server import SERVICE_AND_WORKER, replace_process
 
 
 def up(
@@ -25,17 +19,6 @@ def up(
     as_json: JsonFlag = False,
 ) -> None:
     """Start the service, its broker and its workers here, until Ctrl-C."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidInput(
-            f"the server is not installed here ({', '.join(missing)} missing): "
-            'pip install "defeat-service[app,worker]", or set DEFEAT_URL to a server elsewhere'
-        )
-    # -P: the directory that somebody happens to stand in is no place to import the service from.
-    command = [sys.executable, "-P", "-m", "app.stack", "--host", host, "--port", str(port)]
-    command += ["--json"] * as_json + ["--new-key"] * new_key
-    environment = dict(os.environ)
-    if home is not None:
-        environment["DEFEAT_HOME"] = str(home)
-    # The stack takes this process's place, so that signals and its end reach it and the caller directly.
-    os.execve(command[0], command, environment)  # noqa: S606 - a list, and every part of it is ours
+    arguments = ["--host", host, "--port", str(port), *(["--json"] * as_json), *(["--new-key"] * new_key)]
+    environment = {} if home is None else {"DEFEAT_HOME": str(home)}
+    replace_process("app.stack", arguments, needs=SERVICE_AND_WORKER, environment=environment)

@@ -13,6 +13,7 @@ from app.db import Database
 from app.keys.service import create_key
 from app.main import create_app
 from app.models import Leased
+from app.ops import admin as admin_command
 from app.queue.messages import Queue
 from app.settings import MIB, Settings
 from app.specs.catalog import Catalog, load_catalog
@@ -107,6 +108,22 @@ def make_tenant(database: Database, settings: Settings) -> Callable[[str], Tenan
         return Tenant(id=row.tenant_id, key_id=row.id, key=plaintext)
 
     return _make
+
+
+@pytest.fixture
+def admin(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `defeat admin` with this test's settings and return (exit code, output, errors)."""
+    monkeypatch.setattr(admin_command, "get_settings", lambda: settings)
+
+    def _run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            admin_command.app(list(arguments), prog_name="defeat admin")
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return _run
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from app.db import Database, utcnow
 from app.ids import new_id
 from app.models import Artifact, Checkpoint, Dataset, Job, JobEvent, JobMetric, SweepPass
 from app.retention import history, objects, rules, service
-from app.retention.__main__ import main
 from app.settings import DAY_S, Settings
 from app.states import JOB_MOVES
 from app.storage import Found, Storage
@@ -369,7 +368,7 @@ def test_objects_that_no_row_refers_to_go(
 
 def test_a_dry_run_tells_and_does_nothing(
     database: Database, storage: Storage, strict: Settings, alice: Tenant, store: tuple[set[str], set[str]],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, admin,
 ):  # fmt: skip
     waiting = seed.dataset(database, alice.id, status="awaiting_upload", created_at=_ago(days=8))
     job = seed.job(
@@ -379,9 +378,10 @@ def test_a_dry_run_tells_and_does_nothing(
     with database.write() as session:
         session.add_all(_metrics(job.id, 50))
     before = _objects(storage, strict)
-    monkeypatch.setattr("app.retention.__main__.get_settings", lambda: strict)
-    assert main(["--dry-run"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("app.ops.admin.get_settings", lambda: strict)
+    code, out, _ = admin("retention", "--dry-run")
+    assert code == 0
+    told = json.loads(out)
     assert (told["dry_run"], told["more"], told["orphan_bytes"]) == (True, False, 5 * (len(store[1]) + 1))
     assert told["keep_empty_uploads_s"] == [waiting.id]
     assert told["keep_training_checkpoints_s"] == [job.resume_key]
@@ -390,8 +390,9 @@ def test_a_dry_run_tells_and_does_nothing(
     assert _objects(storage, strict) == before
     assert not _gone(database, Dataset, waiting.id)
     assert len(_steps(database, job.id, "student")) == 50
-    assert main([]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[0])
+    code, out, _ = admin("retention")
+    assert code == 0
+    done = json.loads(out.splitlines()[0])
     assert done["keep_empty_uploads_s"] == [waiting.id]
     assert _gone(database, Dataset, waiting.id)
 

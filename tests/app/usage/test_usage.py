@@ -12,7 +12,6 @@ from app.models import Artifact
 from app.models import Tenant as TenantRow
 from app.settings import Settings
 from app.storage import Storage
-from app.usage.__main__ import main
 from tests.app.conftest import RecordingQueue, Tenant
 from tests.app.jobs.test_endpoints import SPEC
 from tests.support import rows as seed
@@ -198,31 +197,29 @@ def test_racing_requests_do_not_pass_a_limit_together(api: TestClient, database:
     assert api.get("/v1/usage").json()["quotas"]["datasets"] == {"used": 5, "limit": 5}
 
 
-def test_the_operator_sets_limits_by_command(
-    database: Database, settings: Settings, alice: Tenant, bob: Tenant, monkeypatch: pytest.MonkeyPatch, capsys
-):
-    monkeypatch.setattr("app.usage.__main__.get_settings", lambda: settings)
+def test_the_operator_sets_limits_by_command(database: Database, alice: Tenant, bob: Tenant, admin):
     name = "alice's lab"
-    assert main(["--tenant", name, "--set", "queued_jobs=3", "--set", "datasets=none"]) == 0
-    assert json.loads(capsys.readouterr().out)["quotas"]["queued_jobs"] == {"used": 0, "limit": 3}
+    code, out, _ = admin("usage", "--tenant", name, "--set", "queued_jobs=3", "--set", "datasets=none")
+    assert code == 0
+    assert json.loads(out)["quotas"]["queued_jobs"] == {"used": 0, "limit": 3}
     with database.read() as session:
         assert session.get_one(TenantRow, alice.id).limits == {"queued_jobs": 3, "datasets": None}
-    assert main(["--tenant", name, "--clear", "queued_jobs", "--clear", "datasets"]) == 0
-    capsys.readouterr()
-    assert main([]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert admin("usage", "--tenant", name, "--clear", "queued_jobs", "--clear", "datasets")[0] == 0
+    code, out, _ = admin("usage")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
     assert [line["tenant"] for line in lines] == [name, "bob's lab"]
     assert lines[0]["quotas"] == lines[1]["quotas"]
-    for arguments, told in (
+    for arguments, error in (
         (["--tenant", "nobody", "--set", "datasets=1"], "no tenant 'nobody'"),
         (["--tenant", "nobody"], "no tenant 'nobody'"),
         (["--tenant", name, "--set", "cats=1"], "no quota 'cats'; there are queued_jobs, uploads,"),
     ):
-        assert main(arguments) == 1
-        assert told in capsys.readouterr().err
+        code, _, printed = admin("usage", *arguments)
+        assert code == 1
+        assert error in printed
     for arguments in (["--set", "datasets=1"], ["--tenant", name, "--set", "datasets=-1"]):
-        with pytest.raises(SystemExit):
-            main(arguments)
+        assert admin("usage", *arguments)[0] == 2
 
 
 def test_a_full_quota_hides_nothing_of_other_tenants(api: TestClient, bob: Tenant, quota, tmp_path: Path):

@@ -1,13 +1,11 @@
 from datetime import timedelta
 
-import pytest
 from starlette.testclient import TestClient
 
 from app.db import Database, utcnow
 from app.models import Worker
 from app.ops.sweep import sweep
 from app.settings import Settings
-from app.workers import __main__ as command
 from app.workers import registry, repository
 from tests.app.conftest import RecordingQueue, Tenant
 from tests.support import rows as seed
@@ -93,16 +91,17 @@ def test_the_sweep_forgets_workers_that_are_silent_for_long(database: Database, 
         assert [row.name for row in repository.all_workers(session)] == ["late@one"]
 
 
-def test_the_operator_drains_by_name(
-    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(command, "get_settings", lambda: settings)
+def test_the_operator_drains_by_name(database: Database, settings: Settings, admin):
     seed.add(database, worker())
-    assert command.main(["--drain", "jobs@one"]) == 0
-    assert command.main(["--list"]) == 0
-    assert "jobs@one\tjobs\t0 GPUs\tdraining\tseen " in capsys.readouterr().out
-    assert command.main(["--undrain", "jobs@one"]) == 0
+    assert admin("workers", "--drain", "jobs@one")[0] == 0
+    code, out, _ = admin("workers", "--list")
+    assert code == 0
+    assert "jobs@one\tjobs\t0 GPUs\tdraining\tseen " in out
+    assert admin("workers", "--undrain", "jobs@one")[0] == 0
     with database.read() as session:
         assert len(registry.present(session, settings, queue="jobs")) == 1
-    assert command.main(["--drain", "nobody"]) == 1
-    assert "there is no worker 'nobody'; there are: jobs@one" in capsys.readouterr().err
+    code, _, error = admin("workers", "--drain", "nobody")
+    assert code == 1
+    assert "there is no worker 'nobody'; there are: jobs@one" in error
+    for arguments in ([], ["--list", "--drain", "jobs@one"], ["--drain", "a", "--undrain", "b"]):
+        assert admin("workers", *arguments)[0] == 2

@@ -430,18 +430,33 @@ def test_up_without_the_server_says_what_to_install(monkeypatch):
     result = defeat("up")
     assert result.exit_code == 2
     assert "torch missing" in result.stderr
-    assert 'pip install "defeat-service[app,worker]"' in result.stderr
+    assert "pip install --editable '.[app,worker]'" in result.stderr
 
 
-def test_the_doctor_takes_the_commands_place(monkeypatch):
-    called = []
-    monkeypatch.setattr("defeat.cli.doctor.os.execv", lambda path, command: called.append((path, command)))
-    assert defeat("doctor", "--json").exit_code == 0
-    assert called == [(sys.executable, [sys.executable, "-P", "-m", "app.ops.doctor", "--json"])]
+@pytest.mark.parametrize(
+    ("arguments", "module", "passed"),
+    [
+        (["doctor", "--json"], "app.ops.doctor", ["--json"]),
+        (["admin"], "app.ops.admin", []),
+        (["admin", "--help"], "app.ops.admin", ["--help"]),
+        (["admin", "keys", "--help"], "app.ops.admin", ["keys", "--help"]),
+        (
+            ["admin", "usage", "--tenant", "a b", "--set", "x=1"],
+            "app.ops.admin",
+            ["usage", "--tenant", "a b", "--set", "x=1"],
+        ),
+    ],
+)
+def test_the_operators_commands_take_the_commands_place(monkeypatch, arguments, module, passed):
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: calls.append((path, command)))
+    assert defeat(*arguments).exit_code == 0
+    assert calls == [(sys.executable, [sys.executable, "-P", "-m", module, *passed])]
 
 
-def test_the_doctor_without_the_service(monkeypatch):
-    monkeypatch.setattr("defeat.cli.doctor.importlib.util.find_spec", lambda _name: None)
-    result = defeat("doctor")
+@pytest.mark.parametrize("command", ["doctor", "admin"])
+def test_the_operators_commands_without_the_service(monkeypatch, command):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    result = defeat(command)
     assert result.exit_code == 2
-    assert "run it where an API or a worker runs" in result.stderr
+    assert "run this command where an API or a worker runs" in result.stderr
