@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.db import Database, update_count
@@ -50,8 +50,8 @@ def listed(jobs: Sequence[str]) -> str:
 
 
 def _waiting(session: Session, caller: Caller, model: type[Asset], row_id: str) -> Asset:
-    row = session.get(model, checked_id(row_id))
-    row = found(row if row and row.tenant_id == caller.tenant_id else None, row_id)
+    mine = select(model).where(model.id == checked_id(row_id), model.tenant_id == caller.tenant_id)
+    row = found(session.scalars(mine).one_or_none(), row_id)
     if row.status != AWAITING_UPLOAD:
         raise _taken(row_id, row.status)
     return row

@@ -6,8 +6,8 @@ The API runs in a process of its own (uvicorn) with its files in a temporary dir
 sends its next request when it has the last one's answer, ask for one job, a page of 20 jobs, the validation of a job
 spec, and the creation of a dataset with an idempotency key. `--before` names a checkout of another version, which is
 served from the same environment; the two take turns of half a second, and the ratio is the median of the turns' ratios
-of requests a second. The processor's time per request is the server's own. The last line is one JSON object; the exit code is 1 if any kind
-of request falls below the goal, which only a comparison has.
+of requests a second. The processor's time per request is the server's own. The last line is one JSON object; the exit
+code is 1 if any kind of request falls below the goal, which only a comparison has.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Request
 
 from app import assets
 from app.datasets import repository, service
@@ -11,7 +11,7 @@ from app.datasets.schemas import DatasetCreate, DatasetOut, ReportOut
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge, StorageFull, UploadIncomplete
 from app.http.auth import CrossSite, CurrentCaller
 from app.http.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
-from app.http.idempotency import IdempotencyHeader, KeyReused, once
+from app.http.idempotency import Idempotent, KeyReused
 from app.http.pagination import Page, PageQuery, page_of, page_query
 from app.http.problems import problems
 from app.http.uploads import BadDigest, EmptyUpload, UploadTooLarge
@@ -46,24 +46,20 @@ RAW_BODY: dict[str, Any] = {
 )
 def create_dataset(
     body: DatasetCreate,
-    response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     settings: SettingsDep,
     queue: QueueDep,
-    idempotency_key: IdempotencyHeader = None,
+    idempotent: Idempotent,
 ) -> DatasetOut:
     """Make a dataset: from an upload that follows, or from a reference."""
     with database.write() as session:
-        return once(
+        return idempotent.once(
             session,
-            caller,
-            response,
-            route="datasets",
-            key=idempotency_key,
-            body=body.model_dump(),
-            output=DatasetOut,
-            create=lambda: DatasetOut.of(service.create(session, caller, body, settings, queue)),
+            "datasets",
+            body.model_dump(),
+            DatasetOut,
+            lambda: DatasetOut.of(service.create(session, caller, body, settings, queue)),
         )
 
 
