@@ -21,7 +21,7 @@ catalog = APIRouter(prefix="/v1/catalog", tags=["catalog"])
 
 @catalog.get("", responses=problems())
 def get_catalog(caller: CurrentCaller, contents: CatalogDep) -> dict[str, Any]:  # noqa: ARG001
-    """Return what can be asked for: detectors, backbones, methods and schedules with their JSON Schemas, formats."""
+    """Return the detectors, backbones, methods and schedules of job specs, with JSON Schemas; and dataset formats."""
     return contents.document
 
 

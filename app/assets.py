@@ -1,4 +1,4 @@
-"""What datasets and checkpoints have in common: ids, and a content that is uploaded once."""
+"""What datasets and checkpoints share: ids, and content that is uploaded once."""
 
 import re
 from collections.abc import Sequence
@@ -24,27 +24,27 @@ Asset = TypeVar("Asset", Dataset, Checkpoint)
 Owned = TypeVar("Owned", Dataset, Checkpoint, Job)
 
 NAMED: Final = 5
-"""How many of the jobs that use something a message names."""
+"""How many job ids an error message lists."""
 
 _ID = re.compile(r"[a-z]{2,8}_[0-9a-z]{1,30}")
 
 
 def checked_id(row_id: str) -> str:
-    """Return the id if it can be one: the database never sees anything else. Raises `NotFound`."""
+    """Return the id if it is well-formed, so that only such ids reach the database. Raises `NotFound`."""
     if not _ID.fullmatch(row_id):
-        raise NotFound(f"{row_id[:80]!r} is not an id")
+        raise NotFound(f"{row_id[:80]!r} is not an id: an id looks like ds_…, ckpt_… or job_…")
     return row_id
 
 
 def found(row: Owned | None, row_id: str) -> Owned:
-    """Return the row. Raises `NotFound`, the same for one that is not there and one of another tenant."""
+    """Return the row. Raises `NotFound` if there is none; a row of another tenant gets the same answer."""
     if row is None:
         raise NotFound(f"there is no {row_id}")
     return row
 
 
 def listed(jobs: Sequence[str]) -> str:
-    """Return the jobs' ids as a message names them: the first few."""
+    """Return the first `NAMED` of the jobs' ids as text for an error message."""
     more = " and more" if len(jobs) > NAMED else ""
     return f"{', '.join(jobs[:NAMED])}{more}"
 
@@ -58,7 +58,7 @@ def _waiting(session: Session, caller: Caller, model: type[Asset], row_id: str) 
 
 
 def _taken(row_id: str, status: str) -> Conflict:
-    return Conflict(f"{row_id} is {status}: its content was given before; make a new one for other content")
+    return Conflict(f"{row_id} is {status}: it has its content already; create another one for other content")
 
 
 async def upload(
@@ -72,10 +72,10 @@ async def upload(
     queue: Queue,
     settings: Settings,
 ) -> Asset:
-    """Take the request's body as the content of a row that waits for it, and queue its check.
+    """Store the request's body as the content of a row that awaits it, and queue its check.
 
-    Raises `NotFound`, `Conflict` if the row has its content (also where another upload was faster), `QuotaExceeded`,
-    and what `app.http.uploads.receive` raises; then the row still waits and the upload can be repeated.
+    Raises `NotFound`; `Conflict` if the row has its content, also if a concurrent upload was faster; `QuotaExceeded`;
+    and what `app.http.uploads.receive` raises. After these the row still awaits its content, except after `Conflict`.
     """
 
     def _check() -> None:
@@ -91,8 +91,8 @@ async def upload(
                 quotas.check(session, settings, caller.tenant_id, "storage_bytes", more=part.size_bytes)
                 return _attach(session, caller, model, row_id, key, part.size_bytes, queue)
         except ServiceError:
-            # Another upload was faster, or the tenant's quota is used up. After any other error the commit may have
-            # happened after all, and then the row refers to this object.
+            # A concurrent upload was faster, or the quota is used up. After any other error the transaction may have
+            # been committed all the same, and then the row refers to this object.
             discard(storage, key)
             raise
 

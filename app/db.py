@@ -1,4 +1,4 @@
-"""Engine, sessions, and the rule of one commit at the boundary with messages sent only after it."""
+"""Engine and sessions. A write session commits once, at its end, and messages are sent only after the commit."""
 
 import sqlite3
 import time
@@ -17,15 +17,15 @@ _AFTER_COMMIT = "defeat_after_commit"
 
 
 def utcnow() -> datetime:
-    """Return the present by this machine's clock, aware, in UTC. See `now`."""
+    """Return the current time of this machine's clock, aware, in UTC. See `now`."""
     return datetime.now(UTC)
 
 
 def now(session: Session) -> datetime:
-    """Return the present by the database's clock, aware, in UTC.
+    """Return the current time of the database's clock, aware, in UTC.
 
-    What one machine writes and another compares with the present goes by this clock: a lease, a worker's last beat. A
-    machine's own may be minutes off. SQLite has no clock of its own, and serves one machine.
+    Times that one machine writes and another compares use this clock: leases and workers' heartbeats. A machine's own
+    clock may be minutes off. SQLite has no clock of its own, and serves one machine.
     """
     if session.get_bind().dialect.name == "sqlite":
         return utcnow()
@@ -34,14 +34,14 @@ def now(session: Session) -> datetime:
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """An aware UTC time on every database: SQLite drops the zone, so it is put back on the way out."""
+    """An aware UTC time on every database: SQLite drops the zone, so it is restored when a value is read."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102, ARG002
         if value is not None and value.tzinfo is None:
-            raise ValueError(f"naive time {value!r}: pass an aware one")
+            raise ValueError(f"{value!r} has no time zone; pass an aware datetime")
         return value.astimezone(UTC) if value is not None else None
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: D102, ARG002
@@ -50,7 +50,7 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-# A machine or a network that is gone says nothing: without these a connection waits for an answer for many minutes.
+# Without these limits a connection to a machine that is gone waits for many minutes.
 _NETWORK = {
     "connect_timeout": "5",  # s
     "keepalives_idle": "10",  # s
@@ -60,23 +60,23 @@ _NETWORK = {
 }
 
 
-def _patient_within_reason(url: str) -> URL:
+def _with_network_limits(url: str) -> URL:
     """Return the URL with libpq's time limits of the network, except for those that it sets itself."""
     parsed = make_url(url)
     return parsed.update_query_dict({name: value for name, value in _NETWORK.items() if name not in parsed.query})
 
 
-_SQLITE_PATIENCE_S = 30
+_SQLITE_BUSY_TIMEOUT_S = 30
 """How long a connection waits for SQLite's write lock before it fails."""
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Put the file in write-ahead mode, in which it then stays.
+    """Set the file's journal mode to WAL, which is permanent.
 
-    While another connection writes to a file that is not in that mode yet, as when several processes start on a new
-    one, SQLite refuses this statement at once, whatever the busy timeout: it is tried again for as long.
+    While another connection writes to a file that is not in WAL mode yet, as when several processes start on a new
+    file, SQLite rejects this statement at once and ignores the busy timeout: so it is repeated here for that long.
     """
-    deadline = time.monotonic() + _SQLITE_PATIENCE_S
+    deadline = time.monotonic() + _SQLITE_BUSY_TIMEOUT_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -88,17 +88,17 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
 
 
 def make_engine(url: str) -> Engine:
-    """Return an engine for PostgreSQL (psycopg 3) or SQLite, set up so that two writers lose no update."""
+    """Return an engine for PostgreSQL (psycopg 3) or SQLite, configured so that concurrent writers lose no update."""
     if not url.startswith("sqlite"):
-        return create_engine(_patient_within_reason(url), pool_pre_ping=True)
+        return create_engine(_with_network_limits(url), pool_pre_ping=True)
     engine = create_engine(url, connect_args={"check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
-        # The driver's own transaction control begins lazily and upgrades read locks to write locks, which fails
-        # under two writers; we begin ourselves, below.
+        # The driver begins transactions lazily and upgrades read locks to write locks, which fails with two writers.
+        # `_begin` below takes over.
         connection.isolation_level = None
-        connection.execute(f"PRAGMA busy_timeout={_SQLITE_PATIENCE_S * 1000}")
+        connection.execute(f"PRAGMA busy_timeout={_SQLITE_BUSY_TIMEOUT_S * 1000}")
         _write_ahead(connection)
         for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
@@ -112,7 +112,7 @@ def make_engine(url: str) -> Engine:
 
 
 class Database:
-    """The engine and its two kinds of session. In a `with` statement its connections are closed at the end."""
+    """The engine and its two kinds of session. As a context manager it closes its connections at the end."""
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
@@ -126,26 +126,26 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """Give a session for reading: on SQLite it takes no write lock. Never committed."""
+        """Give a session for reading, which is never committed; on SQLite it takes no write lock."""
         with Session(self._reading, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Give a session that commits once, at the end, and then runs what `after_commit` collected.
+        """Give a session that commits once, at the end, and then runs the actions of `after_commit`.
 
-        An exception rolls back and drops what was collected.
+        An exception rolls back and discards the actions.
         """
         with Session(self.engine, expire_on_commit=False) as session:
             with session.begin():
                 yield session
-            # A per-session listener would fire for nested transactions and survive a rollback, sending messages
-            # about rows that do not exist; a plain list at the boundary cannot.
+            # An event listener on the session would also run for nested transactions and after a rollback, and send
+            # messages about rows that do not exist.
             for action in session.info.pop(_AFTER_COMMIT, []):
                 action()
 
     def ping(self) -> None:
-        """Raise the driver's error if the database does not answer."""
+        """Raise the driver's error if the database does not respond."""
         with self.engine.connect() as connection:
             connection.exec_driver_sql("SELECT 1")
 
@@ -155,11 +155,11 @@ class Database:
 
 
 def after_commit(session: Session, action: Callable[[], None]) -> None:
-    """Run `action` once the session's transaction has been committed; never if it is rolled back."""
+    """Run `action` after the session's transaction is committed; never after a rollback."""
     session.info.setdefault(_AFTER_COMMIT, []).append(action)
 
 
 def update_count(session: Session, statement: Executable) -> int:
-    """Execute an UPDATE or DELETE and return how many rows it touched."""
+    """Execute an UPDATE or DELETE and return the number of rows it affected."""
     result: Any = session.execute(statement, execution_options={"synchronize_session": False})
     return int(result.rowcount)

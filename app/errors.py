@@ -1,12 +1,12 @@
-"""Errors that a caller can get, and the one handler that renders them as RFC 9457 problem documents."""
+"""Errors that the API returns; `app.http.problems` renders them as RFC 9457 problem documents."""
 
 from typing import Any
 
 
 class ServiceError(Exception):
-    """An error with an HTTP status and a stable code, raised by services and rendered at the boundary.
+    """An error with an HTTP status and a stable code. Services raise it, `app.http.problems` renders it.
 
-    Subclasses set `status`, `code` and `title`; `detail` names the value that was wrong and what would do.
+    Subclasses set `status`, `code` and `title`; `detail` names the wrong value and the remedy.
     """
 
     status: int = 500
@@ -42,28 +42,28 @@ class ServiceError(Exception):
 
 
 class Unauthorized(ServiceError):
-    """No key, an unknown key, or a revoked one."""
+    """The API key is missing, unknown or revoked."""
 
-    status, code, title = 401, "unauthorized", "Authentication needed"
+    status, code, title = 401, "unauthorized", "Authentication required"
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 class Forbidden(ServiceError):
-    """The caller is known, and may not do this."""
+    """The caller is authenticated, but not permitted to do this."""
 
     status, code, title = 403, "forbidden", "Not allowed"
 
 
 class NotFound(ServiceError):
-    """No such resource of this tenant's."""
+    """The tenant has no such resource."""
 
     status, code, title = 404, "not_found", "Not found"
 
 
 class Conflict(ServiceError):
-    """The resource's state does not allow this; `code` may be set for one case."""
+    """The resource's state does not allow the operation. `code` may name the case."""
 
     status, code, title = 409, "conflict", "State does not allow this"
 
@@ -73,19 +73,19 @@ class Conflict(ServiceError):
 
 
 class PayloadTooLarge(ServiceError):
-    """The body is larger than the service takes."""
+    """The body is larger than the limit."""
 
     status, code, title = 413, "payload_too_large", "Payload too large"
 
 
 class RangeNotSatisfiable(ServiceError):
-    """The Range header asks for bytes that are not there."""
+    """The Range header requests bytes beyond the end of the file."""
 
     status, code, title = 416, "range_not_satisfiable", "Range not satisfiable"
 
 
 class Invalid(ServiceError):
-    """The request's content is wrong. `errors` holds one `{pointer, code, detail}` for each mistake."""
+    """The request's content is invalid. `errors` holds one `{pointer, code, detail}` for each error."""
 
     status, code, title = 422, "validation_failed", "Invalid request"
 
@@ -95,7 +95,7 @@ class Invalid(ServiceError):
 
 
 class UploadIncomplete(ServiceError):
-    """The body ended before its announced length, or its digest differs from the announced one."""
+    """The body is shorter than its Content-Length, or does not match its Content-Digest."""
 
     status, code, title = 400, "upload_incomplete", "Upload incomplete"
 
@@ -107,7 +107,7 @@ class StorageFull(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """A part of the service (database, broker, object store) does not answer."""
+    """A dependency of the service (database, broker, object store) does not respond."""
 
     status, code, title = 503, "unavailable", "Temporarily unavailable"
 

@@ -18,7 +18,7 @@ from app.db import Database
 from app.http import problems
 from app.http.health import ReadinessCache
 from app.http.idempotency import forget_old
-from app.http.middleware import Boundary
+from app.http.middleware import RequestMiddleware
 from app.http.problems import ProblemDocument
 from app.http.uploads import remove_abandoned
 from app.metrics import SWEEPS_FAILED, api_registry, serve
@@ -36,7 +36,7 @@ _PROBES = frozenset({"/healthz", "/readyz"})
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Return the application; its database, broker and object store are opened when it starts."""
+    """Return the application, which opens its database, broker and object store when it starts."""
     settings = settings or get_settings()
     logs.configure(settings.log_level)
     traces.configure("defeat-api")
@@ -45,13 +45,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("defeat-service"),
         description="Trains small object detectors with the help of large ones.",
         lifespan=_lifespan,
-        # The stock pages run a script of somebody else's host on the origin that holds the dashboard's session.
+        # FastAPI's pages run a third party's script on the origin that holds the dashboard's session cookie.
         docs_url=None,
         redoc_url=None,
         telemetry={"auto_configure": False, "exclude": _is_probe},
     )
     app.state.settings = settings
-    app.add_middleware(Boundary)
+    app.add_middleware(RequestMiddleware)
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -59,7 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _is_probe(scope: MutableMapping[str, Any]) -> bool:
-    """Say whether this is one of the requests that come every few seconds, and of which no trace is worth its room."""
+    """Return whether this is a probe's request: it comes every few seconds, and its traces would only take space."""
     return scope.get("path") in _PROBES
 
 
@@ -80,11 +80,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(sweeper.stop)
         queue.close()
         database.dispose()
-        await run_in_threadpool(traces.flush)  # uvicorn ends by the signal that it got
+        await run_in_threadpool(traces.flush)  # uvicorn ends by re-raising its signal: no exit handler would run
 
 
 class _Sweeper(threading.Thread):
-    """Looks for lost work, old keys, abandoned uploads and what retention lets go as long as the process lives."""
+    """Periodically finds lost work, old idempotency keys and abandoned uploads, and runs retention."""
 
     def __init__(self, database: Database, queue: Queue, storage: Storage, settings: Settings) -> None:
         super().__init__(name="sweep", daemon=True)
@@ -99,7 +99,7 @@ class _Sweeper(threading.Thread):
                 log.warning("sweep_failed", error=logs.first_line(error))
                 SWEEPS_FAILED.inc()
             except Exception:
-                # Whatever was wrong this time, the next sweep must come.
+                # The thread must survive any error, so that the next sweep runs.
                 log.exception("sweep_failed")
                 SWEEPS_FAILED.inc()
 
@@ -111,16 +111,16 @@ class _Sweeper(threading.Thread):
         retention.run_if_due(self._database, self._storage, self._settings)
 
     def stop(self) -> None:
-        """End the thread; a sweep that is under way is waited for a little."""
+        """End the thread; waits up to `_STOP_S` for a sweep that is running."""
         self._stopped.set()
         self.join(_STOP_S)
 
 
 class _Api(FastAPI):
-    """FastAPI whose document also describes the errors."""
+    """FastAPI whose OpenAPI document also describes the errors."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI document, made once."""
+        """Return the OpenAPI document, built once."""
         if self.openapi_schema is None:
             document = get_openapi(
                 title=self.title, version=self.version, description=self.description, routes=self.routes
@@ -129,7 +129,7 @@ class _Api(FastAPI):
             for model in (ProblemDocument, JobSpec):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
-            # Validation errors are problem documents too; FastAPI's own shape never leaves the service.
+            # Validation errors are problem documents too; the service never sends FastAPI's own shape.
             for operation in (item for path in document["paths"].values() for item in path.values()):
                 if "HTTPValidationError" in str(operation.get("responses", {}).get("422")):
                     del operation["responses"]["422"]

@@ -1,4 +1,4 @@
-"""What a request body may be: strict models whose errors name the key, the value, and what would do."""
+"""Strict request models, whose errors name the key, the value and the remedy."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from app.errors import Invalid
 
 MAX_DEPTH = 32
 MAX_ERRORS = 100
-"""How many mistakes one answer tells: a body of a megabyte can hold hundreds of thousands."""
+"""How many errors one answer lists: a body of a megabyte can have hundreds of thousands."""
 
 Problem = dict[str, str]
 
@@ -42,22 +42,22 @@ def problem(pointer: str, code: str, detail: str) -> Problem:
 
 
 def pointer(tokens: Iterable[object]) -> str:
-    """Return the JSON pointer (RFC 6901) of a path of keys and indices; printable whatever the keys hold."""
+    """Return the JSON pointer (RFC 6901) of a path of keys and indices, with unprintable characters escaped."""
     escaped = (str(token).replace("~", "~0").replace("/", "~1")[:100] for token in tokens)
     return "".join(f"/{token}" for token in escaped).encode("utf-8", "backslashreplace").decode()
 
 
 def invalid(errors: list[Problem], *, code: str | None = None) -> Invalid:
-    """Return the error for these mistakes; its detail tells a single one in full. At most `MAX_ERRORS` are listed."""
+    """Return the exception for these errors. Its detail holds the first one; at most `MAX_ERRORS` are listed."""
     first = errors[0]
-    told = f"{first['pointer']}: {first['detail']}" if first["pointer"] else first["detail"]
+    text = f"{first['pointer']}: {first['detail']}" if first["pointer"] else first["detail"]
     count = str(len(errors)) if len(errors) <= MAX_ERRORS else f"more than {MAX_ERRORS}"
-    detail = told if len(errors) == 1 else f"the request has {count} mistakes; see errors. The first: {told}"
+    detail = text if len(errors) == 1 else f"the request has {count} errors; the first: {text}"
     return Invalid(detail, code=code, errors=errors[:MAX_ERRORS])
 
 
 def show(value: object) -> str:
-    """Return a value as an error message shows it: JSON-like and at most about 80 characters."""
+    """Return a value as text for an error message: JSON-like, at most about 80 characters."""
     text = (
         {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
     )
@@ -65,7 +65,7 @@ def show(value: object) -> str:
 
 
 def explain(item: Mapping[str, Any], *, known: Iterable[str] = ()) -> tuple[str, str]:
-    """Return (code, detail) of one of pydantic's errors; `known` are the keys that the object does have."""
+    """Return (code, detail) of one of pydantic's errors; `known` are the keys that the object may have."""
     kind, given = item["type"], item.get("input")
     context = item.get("ctx", {})
     if kind == "missing":
@@ -96,23 +96,27 @@ _BUILTIN_TYPES = frozenset(
 
 
 def unfit(value: object) -> list[tuple[tuple[object, ...], str]]:
-    """Return (path, reason) for what JSON parsers let through and neither the database nor JSON itself can hold.
+    """Return (path, reason) for values that JSON parsers accept, but JSON or the database cannot represent.
 
-    That is: NaN and infinity, NUL, halves of surrogate pairs, and nesting deeper than `MAX_DEPTH`. The search ends
-    once it has found more than `MAX_ERRORS`.
+    These are NaN, infinity, NUL, lone surrogates, and nesting deeper than `MAX_DEPTH`. The search ends after more than
+    `MAX_ERRORS`.
     """
     found: list[tuple[tuple[object, ...], str]] = []
     todo: list[tuple[tuple[object, ...], object]] = [((), value)]
     while todo and len(found) <= MAX_ERRORS:
         path, item = todo.pop()
         if isinstance(item, str) and not _storable(item):
-            found.append((path, f"text may hold neither NUL nor halves of surrogate pairs; got {show(item)}"))
+            found.append((path, f"text must not contain NUL or lone surrogates; got {show(item)}"))
         elif isinstance(item, float) and not math.isfinite(item):
             found.append((path, f"a number must be finite; got {item}"))
         elif isinstance(item, (dict, list)) and len(path) >= MAX_DEPTH:
             found.append((path, f"nested deeper than {MAX_DEPTH} levels"))
         elif isinstance(item, dict):
-            found.extend((path, f"unfit key {show(key)}") for key in item if not _storable(str(key)))
+            found.extend(
+                (path, f"the key {show(key)} contains NUL or a lone surrogate")
+                for key in item
+                if not _storable(str(key))
+            )
             todo.extend(((*path, key), member) for key, member in item.items() if _storable(str(key)))
         elif isinstance(item, list):
             todo.extend(((*path, index), member) for index, member in enumerate(item))
@@ -124,7 +128,7 @@ def _storable(text: str) -> bool:
 
 
 class Body(BaseModel):
-    """A request body or a part of one: unknown keys are errors, and every error says what would do."""
+    """A request body or a part of one. Unknown keys are errors, and every error names the remedy."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -147,19 +151,19 @@ class Body(BaseModel):
     @classmethod
     def _line(cls, item: ErrorDetails) -> InitErrorDetails:
         code, detail = item["type"], item["msg"]
-        # What a part has explained already comes as it is; its code is none of pydantic's own.
+        # A nested body has explained its errors already: their codes are not pydantic's.
         if code in _CODES or code in _BUILTIN_TYPES:
             code, detail = explain(item, known=cls.model_fields)
         location = item["loc"]
         field = cls.model_fields.get(str(location[0])) if location else None
         if field is not None and field.discriminator is not None and len(location) > 1:
-            # pydantic puts the chosen variant's tag into the path; in the body there is no such key.
+            # pydantic puts the variant's tag into the path; the body has no such key.
             location = (location[0], *location[2:])
         return InitErrorDetails(type=_custom(code, detail), loc=location, input=item["input"])
 
 
 def _custom(code: str, detail: str) -> PydanticCustomError:
-    # The text goes in as a value: as a template, braces in it would be taken for placeholders.
+    # The text is passed as a value: in a template, its braces would be read as placeholders.
     return PydanticCustomError(code, "{detail}", {"detail": detail})
 
 
@@ -185,6 +189,6 @@ def _not_blank(text: str) -> str:
 
 
 Line = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
-"""What people type into a field: at most 200 characters, none of them control characters."""
+"""A line of text: at most 200 characters, no control characters."""
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable), AfterValidator(_not_blank)]
-"""What people call something: 1 to 200 printable characters."""
+"""A name: 1 to 200 printable characters, not blank."""

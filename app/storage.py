@@ -1,6 +1,6 @@
-"""Objects by key, in a local directory or in S3: datasets, checkpoints, artifacts.
+"""The object store, in a local directory or in S3: datasets, checkpoints, artifacts.
 
-Every write is atomic: a reader sees the old object or the new one, and a failed write leaves the old one as it was.
+Every write is atomic: a reader sees the old object or the new one, and a failed write leaves the old one unchanged.
 """
 
 import errno
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions
 
 CHUNK_BYTES = 1024 * 1024
-# S3 takes at most 10,000 parts of at least 5 MiB.
+# S3 allows at most 10,000 parts, each of at least 5 MiB.
 _PART_BYTES = 8 * CHUNK_BYTES
 _MAX_PARTS = 9_000
 _SPAN_BYTES = 64 * CHUNK_BYTES
@@ -39,7 +39,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class ObjectMissing(KeyError):
-    """No object has this key."""
+    """The store has no object with this key."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -51,12 +51,12 @@ class ObjectMissing(KeyError):
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as it was stored.
+    """A stored object.
 
     Attributes:
-        key: where it lies.
-        size_bytes: its length.
-        sha256: of its bytes, 64 hexadecimal digits.
+        key: its key.
+        size_bytes: its length, bytes.
+        sha256: of its content, 64 hexadecimal digits.
     """
 
     key: str
@@ -66,11 +66,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Found:
-    """An object as a scan finds it.
+    """An object in a listing.
 
     Attributes:
-        key: where it lies.
-        size_bytes: its length.
+        key: its key.
+        size_bytes: its length, bytes.
         written_at: when it was stored, aware.
     """
 
@@ -80,7 +80,7 @@ class Found:
 
 
 def _walk(root: Path, folder: tuple[str, ...], after: tuple[str, ...]) -> Iterator[Found]:
-    """Yield the files under `root/folder` behind `after`, by the names of their folders and their own."""
+    """Yield the files under `root/folder` after the path `after`, sorted by path."""
     try:
         entries = sorted(os.scandir(root.joinpath(*folder)), key=lambda entry: entry.name)
     except FileNotFoundError:
@@ -100,10 +100,10 @@ def _walk(root: Path, folder: tuple[str, ...], after: tuple[str, ...]) -> Iterat
 
 
 def check_key(key: str) -> str:
-    """Return `key` if it is one: segments of letters, digits and `_.=+@~-` joined by single slashes.
+    """Return `key` if it is valid: segments of letters, digits and `_.=+@~-`, joined by single slashes.
 
     Raises `ValueError` for anything else: empty, longer than 300 characters, a leading or trailing slash, a segment
-    that begins with a dot (so neither `..` nor hidden files).
+    that begins with a dot (so `..` and hidden files are excluded).
     """
     if len(key) > _MAX_KEY_LENGTH or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
         raise ValueError(
@@ -115,17 +115,17 @@ def check_key(key: str) -> str:
 
 @contextmanager
 def _errors(key: str) -> Iterator[None]:
-    """Turn the store's errors into `ObjectMissing` and `OSError` with the system's errno, EIO where it gives none."""
+    """Convert the store's errors to `ObjectMissing` and `OSError`; its errno is EIO where the system gives none."""
     try:
         yield
     except (FileNotFoundError, BaseError) as error:
-        # S3 says 404 for both, and only one of them is an object that somebody may do without.
+        # S3 answers 404 for a missing bucket as well, which is an error of the configuration.
         if "NoSuchBucket" in str(error):
-            text = f"object store, {key}: the bucket does not exist; make it, or mend STORAGE_URL"
+            text = f"object store, {key}: the bucket does not exist; create it, or correct STORAGE_URL"
             raise OSError(errno.ENOENT, text) from error
         if isinstance(error, FileNotFoundError):
             raise ObjectMissing(key) from error
-        # The library reports a local disk's error in its text only.
+        # The library reports the errno of a local disk only in its text.
         text = first_line(error)
         found = _OS_ERROR.search(text)
         raise OSError(int(found[1]) if found else errno.EIO, f"object store, {key}: {text}") from error
@@ -149,10 +149,10 @@ class Storage:
     """The object store at `url`: `file:///directory` or `s3://bucket/prefix`.
 
     S3 takes its credentials, region and endpoint from the usual `AWS_*` variables (`AWS_ENDPOINT_URL` for one that
-    is not Amazon's). Safe to share between threads. Not to be made before a fork and used after it.
+    is not Amazon's). Thread-safe. Must not be created before a fork and used after it.
 
-    Every method raises `ValueError` for a malformed key, and `OSError` when the store does not answer or the disk
-    fails: its `errno` is `ENOSPC` for a full local disk.
+    Every method raises `ValueError` for an invalid key, and `OSError` if the store does not respond or the disk fails;
+    its `errno` is `ENOSPC` for a full local disk.
     """
 
     def __init__(self, url: str) -> None:
@@ -174,10 +174,10 @@ class Storage:
                 retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=30)},
             )
         else:
-            raise ValueError(f"STORAGE_URL {url!r}: use file:///directory or s3://bucket/prefix")
+            raise ValueError(f"STORAGE_URL is {url!r}; use file:///directory or s3://bucket/prefix")
 
     def put_file(self, key: str, path: Path) -> Stored:
-        """Store the file at `path` under `key`, replacing what was there, and return its size and hash.
+        """Store the file at `path` under `key`, replacing any object there, and return its size and hash.
 
         The file is read once, in chunks. Raises `FileNotFoundError` if there is no such file.
         """
@@ -186,8 +186,8 @@ class Storage:
             return self._put_local(self._root, key, file) if self._root else self._put_remote(key, file)
 
     def _put_local(self, root: Path, key: str, file: BinaryIO) -> Stored:
-        # Not the library's: it does not sync, and a crash after the rename would leave an empty object. A name with
-        # `#digits` is one that the library keeps out of its listings.
+        # Not with the library: it does not sync, and a crash after the rename would leave an empty object. It omits
+        # names that end with `#digits` from its listings.
         target = root / key
         part = target.with_name(f"{target.name}#{secrets.randbits(63)}")
         digest, size = hashlib.sha256(), 0
@@ -222,7 +222,7 @@ class Storage:
         return Stored(key, size, digest.hexdigest())
 
     def get_file(self, key: str, path: Path) -> None:
-        """Write the object to `path`, atomically: a part file beside it, renamed. Raises `ObjectMissing`."""
+        """Write the object to `path` atomically, through a part file beside it. Raises `ObjectMissing`."""
         part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
             with part.open("xb") as out:
@@ -236,19 +236,19 @@ class Storage:
     def stream(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Return an iterator over the bytes from `start` up to `end` (exclusive; None: all), about 1 MiB at a time.
 
-        `ObjectMissing` is raised here, not at the first chunk. An object that is replaced meanwhile is an `OSError`.
-        Raises `ValueError` for a range that does not lie within the object.
+        Raises `ObjectMissing` here, not at the first chunk; `ValueError` for a range outside the object. The iterator
+        raises `OSError` if the object is replaced while it is read.
         """
         with _errors(key):
             meta = obstore.head(self._store, check_key(key))
         stop = meta["size"] if end is None else end
         if not 0 <= start <= stop <= meta["size"]:
-            raise ValueError(f"bytes {start} to {stop} of {key} do not exist: it has {meta['size']}")
+            raise ValueError(f"{key} has {meta['size']} bytes; the range {start} to {stop} is outside")
         return self._spans(key, start, stop, meta["e_tag"])
 
     def _spans(self, key: str, start: int, stop: int, e_tag: str | None) -> Iterator[bytes]:
-        # Span by span: a request's timeout covers its whole body, which would be too short for a large object. The
-        # tag makes sure that all of them are of one version.
+        # One request for each span: a request's timeout covers its whole body, and would be too short for a large
+        # object. The tag ensures that all spans are of one version.
         with _errors(key):
             for begin in range(start, stop, _SPAN_BYTES):
                 options: GetOptions = {"range": (begin, min(begin + _SPAN_BYTES, stop)), "if_match": e_tag}
@@ -261,7 +261,7 @@ class Storage:
             return int(obstore.head(self._store, check_key(key))["size"])
 
     def exists(self, key: str) -> bool:
-        """Say whether there is an object with this key."""
+        """Return whether there is an object with this key."""
         try:
             self.size(key)
         except ObjectMissing:
@@ -269,7 +269,7 @@ class Storage:
         return True
 
     def delete(self, key: str) -> None:
-        """Delete the object; one that is not there is fine."""
+        """Delete the object; does nothing if there is none."""
         try:
             with _errors(key):
                 obstore.delete(self._store, check_key(key))
@@ -277,7 +277,7 @@ class Storage:
             return
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete every object under the folder `prefix` (`jobs/job_…`), and it too where the store has folders."""
+        """Delete every object under the folder `prefix` (`jobs/job_…`), and on a local disk the folder too."""
         for key in self.list(prefix):
             self.delete(key)
         if self._root:
@@ -288,21 +288,21 @@ class Storage:
             try:
                 Path(directory).rmdir()
             except OSError as error:
-                # Somebody is writing there, or has removed it already: both are theirs to do.
+                # Another process is writing there, or has removed it already.
                 if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                     raise
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys under the folder `prefix`, sorted. A prefix is whole segments: `a/b` does not find `a/bc`."""
+        """Return the keys under the folder `prefix`, sorted. It is whole segments: `a/b` does not match `a/bc`."""
         with _errors(prefix):
             pages = obstore.list(self._store, check_key(prefix))
             return sorted(str(meta["path"]) for page in pages for meta in page)
 
     def scan(self, prefix: str, *, after: str | None, limit: int) -> "Sequence[Found]":
-        """Return the next objects under the folder `prefix` behind the key `after`, at most `limit`.
+        """Return the next objects under the folder `prefix` after the key `after`, at most `limit`.
 
-        In an order of the store's own that stays the same. On a local disk also what a write left that never ended:
-        its key has a `#`.
+        In the store's own, stable order. On a local disk this includes the part files of interrupted writes, whose
+        keys have a `#`.
         """
         check_key(prefix)
         if self._root:
@@ -314,14 +314,14 @@ class Storage:
             return [Found(str(meta["path"]), int(meta["size"]), meta["last_modified"]) for meta in metas]
 
     def discard(self, found: "Found") -> None:
-        """Delete what `scan` found; one that is not there any more is fine."""
+        """Delete an object that `scan` returned; does nothing if it is gone."""
         if self._root and _PART.search(found.key):
             (self._root / found.key).unlink(missing_ok=True)
         else:
             self.delete(found.key)
 
     def ping(self) -> None:
-        """Write, read and delete a tiny object. Raises `OSError` if that does not work."""
+        """Write, read and delete a small object. Raises `OSError` if one of them fails."""
         key = f"ping/{secrets.token_hex(8)}"
         with tempfile.NamedTemporaryFile() as file:
             file.write(b"ping")

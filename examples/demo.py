@@ -64,13 +64,13 @@ def run(out: Output) -> dict[str, Any]:
     """Do everything and return what the last line says."""
     started = time.monotonic()
     with running_stack() as address, Client(address["url"], address["api_key"]) as client:
-        out.say(f"the service runs at {address['url']}")
+        out.line(f"the service runs at {address['url']}")
         with tempfile.TemporaryDirectory() as directory:
             dataset = client.datasets.add(digits.build(Path(directory), val_scenes=60), name="digits")
         dataset = client.datasets.wait(dataset["id"])
         if dataset["status"] != "ready":
             raise DemoFailed(f"the dataset is {dataset['status']}: {dataset['failure']}")
-        out.say(f"the dataset {dataset['id']} is ready: {dataset['splits']}")
+        out.line(f"the dataset {dataset['id']} is ready: {dataset['splits']}")
 
         job = client.jobs.submit(load_spec(SPEC, [f"dataset={dataset['id']}"]))
         with JobView(out) as view:
@@ -86,10 +86,10 @@ def run(out: Output) -> dict[str, Any]:
         image = _a_image(client, job["id"])
         detected = HOME / "detected.png"
         found = detect(student, image, output=detected, least_score=0.5)
-        out.say(f"the student finds {len(found)} digits in {image}: " + " ".join(one["class"] for one in found))
-        out.say(f"with boxes: {detected}")
-        out.say(f"the job's page was {address['dashboard'].rstrip('/')}/jobs/{job['id']}; the stack ends now")
-        out.say(f"to look around: `.venv/bin/defeat up --home {HOME} --new-key`, then open the address it prints")
+        out.line(f"the student finds {len(found)} digits in {image}: " + " ".join(one["class"] for one in found))
+        out.line(f"with boxes: {detected}")
+        out.line(f"the job's page was {address['dashboard'].rstrip('/')}/jobs/{job['id']}; the stack ends now")
+        out.line(f"to look around: `.venv/bin/defeat up --home {HOME} --new-key`, then open the address it prints")
     results = job["results"] or {}
     return {
         "demo": "ok",

@@ -16,7 +16,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"])
 
 @router.get("", responses=problems(NotFound))
 def list_artifacts(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> Page[ArtifactOut]:
-    """List a job's artifacts by name, all on one page."""
+    """List a job's artifacts by name, on one page."""
     with database.read() as session:
         rows = service.list_all(session, caller, job_id)
         return Page(data=[ArtifactOut.of(row) for row in rows], has_more=False, next_cursor=None)

@@ -1,4 +1,4 @@
-"""Queries on the artifacts of a job that was found for its tenant."""
+"""Queries on artifacts. The caller has found the job by its tenant."""
 
 from collections.abc import Sequence
 
@@ -14,5 +14,5 @@ def of_job(session: Session, job_id: str) -> Sequence[Artifact]:
 
 
 def find(session: Session, job_id: str, name: str) -> Artifact | None:
-    """Return the job's artifact of this name, if there is one."""
+    """Return the job's artifact of this name, or None."""
     return session.scalars(select(Artifact).where(Artifact.job_id == job_id, Artifact.name == name)).one_or_none()

@@ -10,7 +10,7 @@ from app.models import Artifact
 
 
 class ArtifactOut(BaseModel):
-    """A file that a job left."""
+    """A file that a job produced."""
 
     name: str
     kind: str
@@ -23,7 +23,7 @@ class ArtifactOut(BaseModel):
 
     @classmethod
     def of(cls, row: Artifact) -> "ArtifactOut":
-        """Return the artifact that a row is."""
+        """Return the artifact of a row."""
         members = {name: getattr(row, name) for name in cls.model_fields if name != "links"}
         content = f"/v1/jobs/{row.job_id}/artifacts/{quote(row.name)}"
         return cls.model_validate({**members, "links": {"content": content}})

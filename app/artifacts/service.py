@@ -1,4 +1,4 @@
-"""Rules of artifacts: who may read which."""
+"""Artifacts: listing and finding a job's files."""
 
 from collections.abc import Sequence
 

@@ -30,7 +30,7 @@ def create_checkpoint(
     settings: SettingsDep,
     idempotent: Idempotent,
 ) -> CheckpointOut:
-    """Make a checkpoint whose weights follow."""
+    """Create a checkpoint. Upload its weights next: PUT /v1/checkpoints/{id}/content."""
     with database.write() as session:
         return idempotent.once(
             session,
@@ -51,7 +51,7 @@ async def upload_checkpoint(
     queue: QueueDep,
     settings: SettingsDep,
 ) -> CheckpointOut:
-    """Send the weights (safetensors, or a torch file of tensors) as the raw body; their check is queued."""
+    """Upload the weights (safetensors, or a torch file of tensors) as the raw body; the service then checks them."""
     row = await assets.upload(
         request, caller, Checkpoint, checkpoint_id, database=database, storage=storage, queue=queue, settings=settings
     )
@@ -89,7 +89,7 @@ def download_checkpoint(
     database: DatabaseDep,
     storage: StorageDep,
 ) -> Response:
-    """Return the weights as one safetensors file that carries its detector spec and classes."""
+    """Return the weights as one safetensors file, with the detector spec and the classes in its header."""
     with database.read() as session:
         row = service.get_ready(session, caller, checkpoint_id)
     service.note_download(database, row)

@@ -17,35 +17,35 @@ def of_tenant(tenant_id: str) -> Select[Checkpoint]:
 
 
 def find(session: Session, tenant_id: str, checkpoint_id: str) -> Checkpoint | None:
-    """Return the tenant's checkpoint, if there is one of this id."""
+    """Return the tenant's checkpoint, or None."""
     return session.scalars(of_tenant(tenant_id).where(Checkpoint.id == checkpoint_id)).one_or_none()
 
 
 def find_to_use(session: Session, tenant_id: str, checkpoint_id: str) -> Checkpoint | None:
-    """As `find`, and the row cannot be deleted before this transaction ends."""
+    """Like `find`; nobody can delete the row before this transaction ends."""
     statement = of_tenant(tenant_id).where(Checkpoint.id == checkpoint_id)
     return session.scalars(statement.with_for_update(read=True, key_share=True)).one_or_none()
 
 
 def find_to_delete(session: Session, tenant_id: str, checkpoint_id: str) -> Checkpoint | None:
-    """As `find`, and nobody else can begin to use the row before this transaction ends."""
+    """Like `find`; nobody else can use the row before this transaction ends."""
     statement = of_tenant(tenant_id).where(Checkpoint.id == checkpoint_id)
     return session.scalars(statement.with_for_update()).one_or_none()
 
 
 NAMED_AT = (("teacher", "id"), ("teacher", "initial_weights"), ("student", "initial_weights"))
-"""Where a job's spec may name a checkpoint."""
+"""The places in a job's spec that may name a checkpoint."""
 
 
 def jobs_using(
     session: Session, tenant_id: str, checkpoint_ids: Sequence[str], *which: ColumnElement[bool]
 ) -> Sequence[tuple[str, dict[str, Any]]]:
-    """Return (id, spec) of the tenant's jobs, of those limited by `which`, whose spec names one of the checkpoints."""
+    """Return (id, spec) of the tenant's jobs, limited by `which`, whose spec names one of the checkpoints."""
     named = or_(*(Job.spec[path].as_string().in_(checkpoint_ids) for path in NAMED_AT))
     statement = select(Job.id, Job.spec).where(Job.tenant_id == tenant_id, *which, named)
     return [(job_id, spec) for job_id, spec in session.execute(statement)]
 
 
 def note_download(session: Session, checkpoint_id: str, moment: datetime) -> None:
-    """Remember when the checkpoint was downloaded."""
+    """Record when the checkpoint was downloaded."""
     update_count(session, update(Checkpoint).where(Checkpoint.id == checkpoint_id).values(downloaded_at=moment))

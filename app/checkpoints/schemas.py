@@ -1,4 +1,4 @@
-"""Bodies and responses of checkpoints."""
+"""Request bodies and responses of checkpoints."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,27 +15,33 @@ from app.request_models import Body, Name
 def _distinct(classes: list[str] | None) -> list[str] | None:
     twice = next((name for name, count in Counter(classes).items() if count > 1), None)
     if twice is not None:
-        raise PydanticCustomError("duplicate_class", "class {name} is named twice", {"name": repr(twice)})
+        raise PydanticCustomError(
+            "duplicate_class", "class {name} occurs twice; name each class once", {"name": repr(twice)}
+        )
     return classes
 
 
 class CheckpointCreate(Body):
-    """A checkpoint whose weights follow: `PUT /v1/checkpoints/{id}/content`."""
+    """A new checkpoint. Its weights are uploaded next: `PUT /v1/checkpoints/{id}/content`."""
 
     name: Name
     detector: Annotated[
         dict[str, Any] | None,
-        Field(description="The detector that the weights are of; null where the file carries its own."),
+        Field(description="Detector spec of the weights; null: the file's header has it."),
     ] = None
     classes: Annotated[
         list[Name] | None,
-        Field(min_length=1, max_length=10_000, description="Class names in the order of the weights' labels, or null."),
+        Field(
+            min_length=1,
+            max_length=10_000,
+            description="Class names in the order of the weights' labels; null: the file's header has them.",
+        ),
         AfterValidator(_distinct),
     ] = None
 
 
 class Coverage(BaseModel):
-    """How much of the detector the file fills: counts of tensors, and the first 20 names of those that do not fit."""
+    """How many of the detector's tensors the file has, and the first 20 names of those that do not match."""
 
     loaded: int
     total: int

@@ -1,4 +1,4 @@
-"""Rules of checkpoints: how one is made, filled, read and deleted."""
+"""Checkpoints: creating, reading, downloading and deleting them."""
 
 from datetime import timedelta
 from typing import Any
@@ -37,7 +37,7 @@ class CheckpointInUse(Conflict):
 
 
 class CheckpointNotReady(Conflict):
-    """The checkpoint has no weights that could be used."""
+    """The checkpoint has no usable weights yet, or its check failed."""
 
     code, title = "checkpoint_not_ready", "Checkpoint not ready"
 
@@ -45,9 +45,9 @@ class CheckpointNotReady(Conflict):
 def create(
     session: Session, caller: Caller, body: CheckpointCreate, catalog: Catalog, settings: Settings
 ) -> Checkpoint:
-    """Make a checkpoint that waits for its weights.
+    """Create a checkpoint that awaits its weights.
 
-    Raises `Invalid` for a detector that the catalog does not know, `QuotaBusy`.
+    Raises `Invalid` for a detector that is not in the catalog, `QuotaBusy`.
     """
     detector = None
     if body.detector is not None:
@@ -85,7 +85,7 @@ def get_ready(session: Session, caller: Caller, checkpoint_id: str) -> Checkpoin
 
 
 def note_download(database: Database, row: Checkpoint) -> None:
-    """Remember that the weights are wanted, once an hour at most: what was downloaded lately is not swept."""
+    """Record the time of a download, once an hour at most: retention keeps what was downloaded recently."""
     moment = utcnow()
     if row.downloaded_at is not None and moment - row.downloaded_at < NOTED_EVERY:
         return
@@ -93,15 +93,15 @@ def note_download(database: Database, row: Checkpoint) -> None:
         with database.write() as session:
             repository.note_download(session, row.id, moment)
     except SQLAlchemyError as error:
-        # A full disk must not keep anybody from fetching what there is.
+        # A full disk must not prevent downloads.
         log.warning("download_not_noted", row=row.id, error=first_line(error))
 
 
 def not_ready(row: Checkpoint) -> str:
-    """Say why a checkpoint cannot be used, and what would do."""
+    """Return why a checkpoint cannot be used, and the remedy."""
     if row.failure:
         return f"{row.id} is {row.status}: {row.failure.get('detail')}"
-    hint = "send its weights first" if row.status == AWAITING_UPLOAD else "wait until it is ready"
+    hint = "upload its weights first" if row.status == AWAITING_UPLOAD else "wait until it is ready"
     return f"{row.id} is {row.status}; {hint}"
 
 
@@ -114,16 +114,16 @@ def named(spec: dict[str, Any]) -> list[str]:
 def delete(session: Session, caller: Caller, checkpoint_id: str, storage: Storage) -> None:
     """Delete the checkpoint, and its weights after the commit.
 
-    Raises `NotFound`; `CheckpointInUse` while a job that has not ended refers to it; `Conflict` while it is checked.
+    Raises `NotFound`; `CheckpointInUse` while a job that has not ended refers to it; `Conflict` during its check.
     """
     row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(checkpoint_id))
     row = assets.found(row, checkpoint_id)
     open_jobs = Job.status.not_in(JOB_TERMINAL)
     if jobs := [job for job, _ in repository.jobs_using(session, caller.tenant_id, [row.id], open_jobs)]:
         raise CheckpointInUse(
-            f"{row.id} is used by jobs that have not ended: {assets.listed(jobs)}; cancel them or wait for their end"
+            f"{row.id} is used by jobs that have not ended: {assets.listed(jobs)}; cancel them or wait until they end"
         )
     if row.status == CHECKING:
-        raise Conflict(f"{row.id} is being checked; delete it when that has ended")
+        raise Conflict(f"{row.id} is being checked; delete it once the check has ended")
     session.delete(row)
     after_commit(session, lambda: discard_prefix(storage, f"checkpoints/{checkpoint_id}"))

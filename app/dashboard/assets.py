@@ -1,4 +1,4 @@
-"""The dashboard's files, at addresses that hold a hash of all of them, so that browsers may keep them for ever."""
+"""The dashboard's files, at URLs with a hash of all of them, so that browsers may cache them for ever."""
 
 import gzip
 import hashlib
@@ -13,7 +13,7 @@ from app.errors import NotFound
 
 PLOTLY: Final = "plotly.min.js"
 # Plotly's bundle adds an inline style for maps, which the Content-Security-Policy forbids, unless an element with this
-# id is there. The dashboard shows no maps, so the page has an empty one.
+# id exists. The dashboard shows no maps, so the page has an empty one.
 PLOTLY_MAP_STYLE_ID: Final = "9f215cf04c5486422605d13261cb87401f4e7763b6296af81e98efbc0130da53"
 CONTENT_TYPES: Final = {
     ".css": "text/css; charset=utf-8",
@@ -24,7 +24,7 @@ CONTENT_TYPES: Final = {
 
 @cache
 def _files() -> dict[str, Traversable]:
-    """Return every file that may be served, by name: what is not in here does not exist."""
+    """Return the files that are served, by name."""
     static = resources.files("app.dashboard") / "static"
     files = {file.name: file for file in static.iterdir() if _suffix(file.name) in CONTENT_TYPES}
     return {**files, PLOTLY: resources.files("plotly") / "package_data" / PLOTLY}
@@ -36,7 +36,7 @@ def _suffix(name: str) -> str:
 
 @cache
 def version() -> str:
-    """Return the hash that all files' addresses hold: another one as soon as any of them differs."""
+    """Return the hash in the files' URLs, which changes with any file's content."""
     digest = hashlib.sha256()
     for name, file in sorted(_files().items()):
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -44,7 +44,7 @@ def version() -> str:
 
 
 def url(name: str) -> str:
-    """Return a file's address; raises `KeyError` for one that is not there."""
+    """Return a file's URL; raises `KeyError` for an unknown file."""
     if name not in _files():
         raise KeyError(f"no asset {name!r}; known: {', '.join(sorted(_files()))}")
     return f"/assets/{version()}/{name}"
@@ -57,7 +57,7 @@ def _gzipped(name: str) -> bytes:
 
 
 def respond(wanted_version: str, name: str, accept_encoding: str) -> Response:
-    """Return a file for a browser to keep; raises `NotFound` for another version's or an unknown one."""
+    """Return a file that browsers may cache; raises `NotFound` for another version or an unknown file."""
     if wanted_version != version() or name not in _files():
         raise NotFound(f"no file {name!r} in version {wanted_version!r} of the dashboard; reload the page")
     headers = {"Cache-Control": "public, max-age=31536000, immutable", "Vary": "Accept-Encoding"}

@@ -1,4 +1,4 @@
-"""The dashboard's pages. What a page shows at first is the API's own answer; what is live, it then asks the API for."""
+"""The dashboard's pages. A page is rendered with the API's answer; its script then polls the API for updates."""
 
 from typing import Annotated, Any, Literal
 
@@ -28,19 +28,19 @@ PageQueryDep = Annotated[PageQuery, Depends(page_query)]
 
 @router.get("/assets/{version}/{name}", responses=problems(NotFound))
 def get_asset(version: str, name: str, accept_encoding: Annotated[str, Header()] = "") -> Response:
-    """Serve a style sheet, a script or an image. Its address changes with its content, so browsers keep it."""
+    """Serve a style sheet, a script or an image. Its URL changes with its content, so browsers may cache it."""
     return assets.respond(version, name, accept_encoding)
 
 
 @pages.get("/")
 def root() -> Response:
-    """Lead to the jobs."""
+    """Redirect to the jobs."""
     return redirect(HOME)
 
 
 @pages.get("/login")
 def login_page(next_page: Annotated[str, Query(alias="next")] = HOME) -> Response:
-    """Ask for an API key."""
+    """Show the form for an API key."""
     return _login_form(next_page)
 
 
@@ -52,7 +52,7 @@ def log_in(
     key: Annotated[str, Form()] = "",
     next_page: Annotated[str, Form(alias="next")] = HOME,
 ) -> Response:
-    """Exchange an API key for a session. Only from our own page: another site may sign nobody in."""
+    """Start a session with an API key. Only from the dashboard's own form: no other site may sign a user in."""
     check_same_origin(request)
     with database.read() as session:
         caller = find_caller(session, settings, key.strip())
@@ -66,7 +66,7 @@ def log_in(
 
 @pages.post("/logout")
 def log_out(request: Request) -> Response:
-    """End this browser's session."""
+    """Delete this browser's session cookie."""
     check_same_origin(request)
     response = redirect("/login")
     response.delete_cookie(SESSION_COOKIE, path="/", httponly=True, samesite="lax")
@@ -98,7 +98,7 @@ def jobs_page(
     name: Annotated[Line, Query()] = "",
     status: JobStatus | Literal[""] = "",
 ) -> Response:
-    """List jobs. Without scripts the filter's form sends its empty fields too: they filter nothing."""
+    """List jobs. The filter's form also sends its empty fields, which do not filter."""
     found = list_jobs(caller, database, settings, page, status=status or None, dataset=None, name=name or None)
     filters = {"name": name, "status": status}
     return render("jobs.html", section="jobs", initial=_data(found), filters=filters, statuses=list(JOB_MOVES))
@@ -124,13 +124,13 @@ def job_page(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings
 
 
 def _methods(distillation: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """Name a method, or all that are combined: "defeat + pkd"."""
+    """Return the name of the method, or of all combined methods: "defeat + pkd"."""
     chosen = distillation if isinstance(distillation, list) else [distillation]
     return " + ".join(one["method"] for one in chosen)
 
 
 def _detector(side: dict[str, Any]) -> str:
-    """Name a teacher or student in a few words; a pretrained teacher's detector is the name of its preset."""
+    """Describe a teacher or student briefly; a pretrained teacher's detector is the name of its preset."""
     detector = side["detector"]
     if isinstance(detector, str):
         return f"{detector}, {side['weights']}"

@@ -1,4 +1,4 @@
-"""HTML pages: rendering, the headers that every page carries, and errors as pages instead of problem documents."""
+"""HTML pages: rendering, headers, and errors as pages instead of problem documents."""
 
 import re
 from collections.abc import Callable, Coroutine
@@ -16,7 +16,7 @@ from app.errors import ServiceError, Unauthorized
 from app.http.auth import SESSION_COOKIE
 from app.http.problems import as_service_error
 
-# No inline script or style at all. Images are artifacts of this origin.
+# No inline scripts or styles. Images are artifacts from this origin.
 CONTENT_SECURITY_POLICY: Final = "; ".join(
     (
         "default-src 'none'",
@@ -35,7 +35,7 @@ PAGE_HEADERS: Final = {
     "Cache-Control": "no-store",
 }
 HOME: Final = "/jobs"
-# Only the dashboard's own pages, by what they look like: an address that leads elsewhere cannot be spelled.
+# Matches the dashboard's own pages only, so that no address of another site passes.
 _OWN_PAGE: Final = re.compile(r"/(?:jobs|datasets|workers)(?:/[A-Za-z0-9_]{1,60})?(?:\?[A-Za-z0-9_.~%=&+-]{0,1000})?")
 
 
@@ -53,16 +53,16 @@ def _environment() -> Environment:
 
 
 def render(template: str, *, status: int = 200, signed_in: bool = True, section: str = "", **values: Any) -> Response:
-    """Return a page made from a template.
+    """Render a template.
 
-    `signed_in` shows the navigation, of which `section` names the current entry; the rest is the template's own.
+    `signed_in` shows the navigation, and `section` is its current entry; `values` are the template's variables.
     """
     html = _environment().get_template(template).render(status=status, signed_in=signed_in, section=section, **values)
     return HTMLResponse(html, status_code=status)
 
 
 def own_page(address: str) -> str:
-    """Return `address` if it is one of the dashboard's pages, else the home page: never another site's."""
+    """Return `address` if it is one of the dashboard's pages, else the home page."""
     return address if _OWN_PAGE.fullmatch(address) else HOME
 
 
@@ -90,7 +90,7 @@ def _error_page(request: Request, error: ServiceError) -> Response:
 
 
 class PageRoute(APIRoute):
-    """A route that answers people: the sign-in page without a session, and a page that reports an error."""
+    """A route for browsers: redirects to the sign-in page without a session, and renders errors as pages."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's own handler."""
@@ -102,7 +102,7 @@ class PageRoute(APIRoute):
             except Unauthorized:
                 response = _to_login(request)
             except Exception as error:
-                # The same errors, with the same logging, as the API's: only their form differs.
+                # The API's errors and logging; only the format differs.
                 response = _error_page(request, as_service_error(error))
             response.headers.update(PAGE_HEADERS)
             return response

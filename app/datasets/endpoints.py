@@ -33,7 +33,7 @@ RAW_BODY: dict[str, Any] = {
             "name": "Content-Digest",
             "in": "header",
             "schema": {"type": "string"},
-            "description": "`sha-256=:<base64>:`; a body that differs is refused as `upload_incomplete`.",
+            "description": "`sha-256=:<base64>:`; a body with another digest is rejected with `upload_incomplete`.",
         }
     ],
 }
@@ -52,7 +52,7 @@ def create_dataset(
     queue: QueueDep,
     idempotent: Idempotent,
 ) -> DatasetOut:
-    """Make a dataset: from an upload that follows, or from a reference."""
+    """Create a dataset: from a reference, or from an upload that follows (PUT /v1/datasets/{id}/content)."""
     with database.write() as session:
         return idempotent.once(
             session,
@@ -73,7 +73,7 @@ async def upload_dataset(
     queue: QueueDep,
     settings: SettingsDep,
 ) -> DatasetOut:
-    """Send the archive (zip, tar, tar.gz, tar.bz2, tar.xz) as the raw body; its check is queued."""
+    """Upload the archive (zip, tar, tar.gz, tar.bz2, tar.xz) as the raw body; the service then checks it."""
     row = await assets.upload(
         request, caller, Dataset, dataset_id, database=database, storage=storage, queue=queue, settings=settings
     )
@@ -99,7 +99,7 @@ def get_dataset(dataset_id: str, caller: CurrentCaller, database: DatabaseDep) -
 
 @router.get("/{dataset_id}/report", responses=problems(NotFound))
 def get_dataset_report(dataset_id: str, caller: CurrentCaller, database: DatabaseDep) -> ReportOut:
-    """Return what checking the dataset found."""
+    """Return the report of the dataset's check."""
     with database.read() as session:
         return ReportOut.model_validate(service.get_report(session, caller, dataset_id))
 

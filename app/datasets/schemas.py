@@ -1,4 +1,4 @@
-"""Bodies and responses of datasets."""
+"""Request bodies and responses of datasets."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -11,13 +11,13 @@ from app.request_models import Body, Name
 
 
 class UploadSource(Body):
-    """The archive comes in a request of its own: `PUT /v1/datasets/{id}/content`."""
+    """The archive is uploaded in a second request: `PUT /v1/datasets/{id}/content`."""
 
     kind: Literal["upload"]
 
 
 class ReferenceSource(Body):
-    """A directory or archive that the workers can read, inside one of the operator's dataset roots."""
+    """A directory or archive on the workers' file system, inside one of the operator's dataset roots."""
 
     kind: Literal["reference"]
     uri: Annotated[str, Field(max_length=2000, description="`file:///directory` or `file:///archive`.")]
@@ -27,13 +27,17 @@ Source = Annotated[UploadSource | ReferenceSource, Field(discriminator="kind")]
 
 
 class DatasetCreate(Body):
-    """A dataset to be made."""
+    """A new dataset."""
 
     name: Name
     source: Source
     max_dropped_fraction: Annotated[
         float,
-        Field(ge=0, le=1, description="Share of bad annotations and images above which the dataset is invalid."),
+        Field(
+            ge=0,
+            le=1,
+            description="Largest fraction of annotations and images that may be unusable in a valid dataset.",
+        ),
     ] = 0.05
 
 
@@ -55,7 +59,7 @@ class DatasetOut(Resource):
     classes: list[str] | None
     splits: dict[str, SplitCounts] | None
     content_hash: str | None
-    size_bytes: int | None = Field(description="Of the canonical form, once ready.")
+    size_bytes: int | None = Field(description="Size of the canonical form, bytes; null until the dataset is ready.")
 
     @classmethod
     def derived(cls, row: Leased) -> Mapping[str, Any]:
@@ -65,14 +69,14 @@ class DatasetOut(Resource):
 
 
 class ProblemExample(BaseModel):
-    """One place where a problem was found."""
+    """One occurrence of a problem."""
 
     file: str
     detail: str
 
 
 class DatasetProblem(BaseModel):
-    """One kind of problem that was found in a dataset."""
+    """One kind of problem in a dataset."""
 
     code: str
     severity: Literal["note", "dropped", "fatal"]
@@ -82,14 +86,14 @@ class DatasetProblem(BaseModel):
 
 
 class ClassCounts(BaseModel):
-    """Where one class occurs."""
+    """Counts of one class by split."""
 
     name: str
     splits: dict[str, SplitCounts]
 
 
 class ReportOut(BaseModel):
-    """What checking a dataset found."""
+    """The report of a dataset's check."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""Rules of datasets: how one is made, filled, read and deleted."""
+"""Datasets: creating, reading and deleting them."""
 
 from sqlalchemy.orm import Session
 
@@ -26,7 +26,7 @@ class DatasetInUse(Conflict):
 
 
 def create(session: Session, caller: Caller, body: DatasetCreate, settings: Settings, queue: Queue) -> Dataset:
-    """Make a dataset that waits for its upload, or one from a reference, whose check begins at once.
+    """Create a dataset that awaits its upload, or one from a reference, whose check is queued at once.
 
     Raises `ReferenceNotAllowed`, `QuotaExceeded`, `QuotaBusy`.
     """
@@ -58,24 +58,26 @@ def get(session: Session, caller: Caller, dataset_id: str) -> Dataset:
 
 
 def get_report(session: Session, caller: Caller, dataset_id: str) -> dict[str, object]:
-    """Return what checking found. Raises `NotFound` for a dataset without a report, with its status."""
+    """Return the report of the check. Raises `NotFound` if there is none yet; the detail has the dataset's status."""
     row = get(session, caller, dataset_id)
     if row.report is None:
-        raise NotFound(f"{row.id} has no report: it is {row.status}, and a report comes with its check")
+        raise NotFound(f"{row.id} has no report: it is {row.status}; the check writes the report")
     return row.report
 
 
 def delete(session: Session, caller: Caller, dataset_id: str, storage: Storage) -> None:
     """Delete the dataset, and its objects after the commit.
 
-    Raises `NotFound`; `DatasetInUse` while any job refers to it, ended or not, since a job without its dataset could
-    not be understood; `Conflict` while it is being checked.
+    Raises `NotFound`; `DatasetInUse` while any job refers to it, ended or not, because a job's results need its
+    dataset to be understood; `Conflict` during its check.
     """
     row = repository.find_to_delete(session, caller.tenant_id, assets.checked_id(dataset_id))
     row = assets.found(row, dataset_id)
     if jobs := repository.jobs_using(session, row.id):
-        raise DatasetInUse(f"{row.id} is used by {assets.listed(jobs)}; a used dataset is kept")
+        raise DatasetInUse(
+            f"{row.id} is used by {assets.listed(jobs)}; a dataset that a job refers to cannot be deleted"
+        )
     if row.status == CHECKING:
-        raise Conflict(f"{row.id} is being checked; delete it when that has ended")
+        raise Conflict(f"{row.id} is being checked; delete it once the check has ended")
     session.delete(row)
     after_commit(session, lambda: discard_prefix(storage, f"datasets/{dataset_id}"))

@@ -1,4 +1,4 @@
-"""Who is calling: an API key in the Authorization header, or the dashboard's session cookie made from one."""
+"""Authentication: an API key in the Authorization header, or the dashboard's session cookie, made from a key."""
 
 import base64
 import hashlib
@@ -29,14 +29,14 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `dk_…`.")
 
 
 class CrossSite(Forbidden):
-    """A page of another site tried to use the dashboard's session."""
+    """A page of another site tried to use the dashboard's session cookie."""
 
     code, title = "cross_site", "Request from another site"
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose request this is: every query is limited to `tenant_id`."""
+    """The authenticated caller. Every query is limited to its `tenant_id`."""
 
     tenant_id: str
     key_id: str
@@ -49,12 +49,12 @@ def new_key() -> str:
 
 
 def hash_key(settings: Settings, plaintext: str) -> str:
-    """Return what is stored of a key: its HMAC-SHA256 under the server's secret, 64 hexadecimal digits."""
+    """Return the stored form of a key: its HMAC-SHA256 with the server's secret, 64 hexadecimal digits."""
     return hmac.new(settings.secret_bytes(), plaintext.encode(), hashlib.sha256).hexdigest()
 
 
 def find_caller(session: Session, settings: Settings, plaintext: str) -> Caller | None:
-    """Return the caller whose key this is; None for an unknown, malformed or revoked one."""
+    """Return the caller with this key; None if the key is unknown, malformed or revoked."""
     if not _KEY.fullmatch(plaintext):
         return None
     return _caller(session, ApiKey.key_hash == hash_key(settings, plaintext))
@@ -66,19 +66,19 @@ def _caller(session: Session, which: ColumnElement[bool]) -> Caller | None:
 
 
 def _sign(settings: Settings, payload: str) -> str:
-    # The prefix keeps these signatures apart from key hashes, which are made with the same secret.
+    # The prefix separates these signatures from key hashes, which use the same secret.
     digest = hmac.new(settings.secret_bytes(), f"session:{payload}".encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def make_session(settings: Settings, key_id: str) -> str:
-    """Return a session token for the key, good for 12 hours or until the key is revoked."""
+    """Return a session token for the key, valid for 12 hours or until the key is revoked."""
     payload = f"{key_id}.{int(time.time()) + SESSION_S}"
     return f"{payload}.{_sign(settings, payload)}"
 
 
 def read_session(settings: Settings, token: str) -> str | None:
-    """Return the key id of a session token that we signed and that has not expired, else None."""
+    """Return the key id of a session token; None if its signature is wrong or it has expired."""
     payload, _, signature = token.rpartition(".")
     key_id, _, expires = payload.rpartition(".")
     if not hmac.compare_digest(_sign(settings, payload).encode(), signature.encode()):
@@ -87,10 +87,10 @@ def read_session(settings: Settings, token: str) -> str | None:
 
 
 def start_session(response: Response, request: Request, settings: Settings, key_id: str) -> None:
-    """Set the session cookie: out of reach of scripts.
+    """Set the session cookie; scripts cannot read it.
 
-    Lax, so that a link to a job in a mail opens it. Another site's page can thereby read nothing, and change nothing:
-    unsafe methods go through `check_same_origin`.
+    `SameSite=Lax`, so that a link to a job in an e-mail opens it. Other sites can neither read a response nor change
+    anything: unsafe methods go through `check_same_origin`.
     """
     response.set_cookie(
         SESSION_COOKIE,
@@ -104,14 +104,14 @@ def start_session(response: Response, request: Request, settings: Settings, key_
 
 
 def check_same_origin(request: Request) -> None:
-    """Raise `CrossSite` unless the browser says that one of our own pages made this request."""
+    """Raise `CrossSite` unless the browser's headers show that a page of the dashboard made this request."""
     site = request.headers.get("sec-fetch-site")
     if site is not None:
         same = site == "same-origin"
     else:
         same = request.headers.get("origin", "").partition("://")[2] == request.headers.get("host", "") != ""
     if not same:
-        raise CrossSite("a session cookie works from the dashboard's own pages only; other programs use an API key")
+        raise CrossSite("the session cookie is only accepted from the dashboard's own pages; use an API key elsewhere")
 
 
 def current_caller(
@@ -120,10 +120,10 @@ def current_caller(
     database: DatabaseDep,
     settings: SettingsDep,
 ) -> Caller:
-    """Return who calls. Raises `Unauthorized`, or `CrossSite` for an unsafe method with a cookie from elsewhere."""
+    """Return the caller. Raises `Unauthorized`; `CrossSite` for an unsafe method with a cookie from another site."""
     if "authorization" in request.headers:
         if credentials is None:
-            raise Unauthorized("the Authorization header must be `Bearer dk_…`")
+            raise Unauthorized("the Authorization header must have the form `Bearer dk_…`")
         with database.read() as session:
             caller = find_caller(session, settings, credentials.credentials)
         if caller is None:
@@ -139,7 +139,7 @@ def current_caller(
 
 
 def session_caller(database: Database, settings: Settings, token: str) -> Caller:
-    """Return whose session token this is. Raises `Unauthorized` if it has expired or its key has been revoked."""
+    """Return the caller of a session token. Raises `Unauthorized` if it has expired or its key is revoked."""
     key_id = read_session(settings, token)
     if key_id is not None:
         with database.read() as session:

@@ -1,4 +1,4 @@
-"""Dependencies of endpoints: the parts that `app.main` made when the process started, and the catalog."""
+"""Dependencies of endpoints: the objects that `app.main` made when the process started, and the catalog."""
 
 from typing import Annotated
 

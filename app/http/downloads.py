@@ -1,4 +1,4 @@
-"""Objects from the store over HTTP: ranges, conditions, digests, and headers that keep a browser from running them."""
+"""Downloads from the object store: ranges, conditions, digests, and headers that keep a browser from running them."""
 
 import base64
 import re
@@ -18,9 +18,9 @@ PARAMETERS: dict[str, Any] = {
     "parameters": [
         {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
         for name, description in (
-            ("Range", "`bytes=first-last`, `bytes=first-` or `bytes=-count`; several ranges are answered whole."),
-            ("If-Range", "An `ETag`: `Range` holds only while the file is still that one."),
-            ("If-None-Match", "`ETag`s of copies that the caller has."),
+            ("Range", "`bytes=first-last`, `bytes=first-` or `bytes=-count`; several ranges return the whole file."),
+            ("If-Range", "An `ETag`: `Range` applies only if the file still has it."),
+            ("If-None-Match", "`ETag`s of the caller's copies."),
         )
     ]
 }
@@ -30,18 +30,18 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
     206: {
-        "description": "The part that `Range` asks for.",
+        "description": "The bytes that `Range` requests.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
-    304: {"description": "The caller's copy, named by `If-None-Match`, is still good."},
+    304: {"description": "The caller's copy, named by `If-None-Match`, is current."},
 }
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Return (start, end) with an exclusive end, or None where the whole is the answer.
+    """Return (start, end) with an exclusive end, or None to return the whole file.
 
-    As RFC 9110 has it, a header that is malformed, in another unit or asks for several ranges is ignored. Raises
-    `RangeNotSatisfiable` if the range begins behind the end.
+    As RFC 9110 allows, a header that is malformed, uses another unit or requests several ranges is ignored. Raises
+    `RangeNotSatisfiable` if the range begins after the end.
     """
     found = _RANGE.fullmatch(header or "")
     if not found or not (found[1] or found[2]):
@@ -55,29 +55,30 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
         start, end = max(size - int(found[2]), 0), size
     if start >= end:
         raise RangeNotSatisfiable(
-            f"the file has {size} bytes; {header!r} asks for others", headers={"Content-Range": f"bytes */{size}"}
+            f"the file has {size} bytes; Range {header!r} requests none of them",
+            headers={"Content-Range": f"bytes */{size}"},
         )
     return start, end
 
 
 def _matches(header: str | None, etag: str) -> bool:
-    """Say whether an If-None-Match header names this tag; comparison is weak, as it is for this header."""
+    """Return whether an If-None-Match header names this tag, by weak comparison (RFC 9110)."""
     if header is None:
         return False
     return any(tag.strip().removeprefix("W/") in (etag, "*") for tag in header.split(","))
 
 
 def safe_name(name: str) -> str:
-    """Return a file name that no shell, file system or header can misread: the last part of `name`, plain ASCII."""
+    """Return the last part of `name` in plain ASCII: safe in a header, a shell and a file system."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", name.rsplit("/", 1)[-1]).lstrip(".") or "file"
 
 
 def respond(
     request: Request, storage: Storage, *, key: str, size_bytes: int, sha256: str, content_type: str, name: str
 ) -> Response:
-    """Answer a GET or HEAD for one object.
+    """Return the response to a GET or HEAD of one object.
 
-    Raises `NotFound` if the store has lost it, `RangeNotSatisfiable`; `OSError` if the store does not answer.
+    Raises `NotFound` if the store no longer has it, `RangeNotSatisfiable`; `OSError` if the store does not respond.
     """
     etag = f'"{sha256}"'
     kind = "inline" if content_type in _SHOWN_INLINE else "attachment"
@@ -87,7 +88,7 @@ def respond(
         "Cache-Control": "private, no-cache",
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",
         "Content-Disposition": f'{kind}; filename="{safe_name(name)}"',
-        # The file is what some run wrote: should a browser open it after all, it may do nothing.
+        # A run wrote the file: if a browser opens it after all, it may not execute anything.
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "X-Content-Type-Options": "nosniff",
     }

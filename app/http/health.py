@@ -1,4 +1,4 @@
-"""/healthz and /readyz: for those who start and watch the process. No key needed."""
+"""/healthz and /readyz: liveness and readiness probes. They need no API key."""
 
 import math
 import threading
@@ -24,13 +24,13 @@ _NO_ANSWER: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *BROKER_ERR
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(BaseModel):
-    """Whether every part of the service answers, and which does not."""
+    """Whether each dependency of the service responds."""
 
     status: Literal["ready", "unavailable"]
     checks: dict[str, Literal["ok", "does not answer"]]
@@ -38,12 +38,12 @@ class Readiness(BaseModel):
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """Say that the process lives."""
+    """Liveness: always 200."""
     return Health()
 
 
 class ReadinessCache:
-    """One answer a second at most: anybody may ask, and asking writes to the object store."""
+    """Checks at most once a second: anybody may call it, and a check writes to the object store."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class ReadinessCache:
         self._answer: Readiness | None = None
 
     def get(self, database: Database, queue: Queue, storage: Storage) -> Readiness:
-        """Return whether the parts answer, as of at most a second ago."""
+        """Return the state of the dependencies, at most a second old."""
         with self._lock:
             if self._answer is None or time.monotonic() - self._asked_at > KEPT_S:
                 self._answer = _ask(database, queue, storage)
@@ -59,11 +59,11 @@ class ReadinessCache:
             return self._answer
 
 
-@router.get("/readyz", responses={503: {"model": Readiness, "description": "A part does not answer."}})
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "A dependency does not respond."}})
 def readyz(
     request: Request, response: Response, database: DatabaseDep, queue: QueueDep, storage: StorageDep
 ) -> Readiness:
-    """Say whether database, broker and object store answer."""
+    """Readiness: whether database, broker and object store respond."""
     cache: ReadinessCache = request.app.state.readiness
     readiness = cache.get(database, queue, storage)
     response.status_code = 200 if readiness.status == "ready" else 503

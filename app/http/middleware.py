@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, security headers, the limit on bodies, the request log, unexpected errors."""
+"""The outermost middleware: request ids, security headers, the limit of bodies, the request log, unexpected errors."""
 
 import re
 import time
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 MAX_BODY_BYTES = 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Uploads count for themselves: their limit is a setting.
+# The upload endpoints have a limit of their own, which is a setting.
 _UPLOAD = re.compile(r"/v1/(datasets|checkpoints)/[^/]+/content")
 _METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 _HEADERS = {
@@ -29,7 +29,7 @@ _HEADERS = {
 }
 
 
-class Boundary:
+class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -63,14 +63,14 @@ class _Exchange:
         try:
             if self._announced() > MAX_BODY_BYTES and self.limited:
                 raise PayloadTooLarge(
-                    f"a request body may have {MAX_BODY_BYTES} bytes; this one has {self._announced()}"
+                    f"the body has {self._announced()} bytes; the limit of this path is {MAX_BODY_BYTES}"
                 )
             await self.app(self.scope, self.receive, self.send)
         except ClientDisconnect:
             log.info("client_disconnected")
         except Exception as error:
             if self.status is not None:
-                # The response has begun: breaking the connection is the only way left to say that it is not whole.
+                # The response has begun: only a broken connection can still tell the client that it is incomplete.
                 log.exception("response_broken_off")
                 raise
             await render(Request(self.scope), error)(self.scope, self.receive, self.send)
@@ -80,7 +80,7 @@ class _Exchange:
     def _report(self, took_s: float) -> None:
         method, path = self.scope["method"], self.scope["path"]
         log.info("request", method=method, path=path, status=self.status, duration_ms=round(took_s * 1000, 1))
-        # Only what we define ourselves becomes a label: paths and methods are the caller's, and without end.
+        # Labels take values that the service defines: the caller's paths and methods would be unbounded.
         route = getattr(self.scope.get("route"), "path", "none")
         known = method if method in _METHODS else "other"
         HTTP_REQUESTS.labels(known, route, str(self.status or "none")).observe(took_s)
@@ -95,7 +95,7 @@ class _Exchange:
             self.received += len(message.get("body", b""))
             if self.received > MAX_BODY_BYTES:
                 # FastAPI turns anything but an HTTPException into a 400 while it reads a body.
-                raise HTTPException(413, f"a request body may have {MAX_BODY_BYTES} bytes")
+                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes, the limit of this path")
         return message
 
     async def send(self, message: Message) -> None:

@@ -1,4 +1,4 @@
-"""Keyset pagination on (created_at, id): a page costs the same however long the list is."""
+"""Keyset pagination on (created_at, id): the cost of a page does not grow with the list."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ Row = TypeVar("Row", Dataset, Checkpoint, Job)
 
 
 class Page(BaseModel, Generic[Item]):
-    """One page of a list; pass `next_cursor` as `after` to get the next."""
+    """One page of a list. Pass `next_cursor` as `after` to get the next page."""
 
     data: list[Item]
     has_more: bool
@@ -30,28 +30,28 @@ class Page(BaseModel, Generic[Item]):
 
 
 class PageQuery(BaseModel):
-    """Which page: the part of a list's query that every list has."""
+    """The query parameters that every list has."""
 
     limit: int
     after: str | None
 
 
 def page_query(
-    limit: Annotated[int, Query(ge=1, le=100, description="How many at most.")] = 20,
-    after: Annotated[str | None, Query(max_length=300, description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of items.")] = 20,
+    after: Annotated[str | None, Query(max_length=300, description="`next_cursor` of the previous page.")] = None,
 ) -> PageQuery:
     """Read `?limit=&after=`."""
     return PageQuery(limit=limit, after=after)
 
 
 def bad_cursor(cursor: str) -> Invalid:
-    """Return the error for a cursor that we did not make."""
-    detail = f"{cursor[:80]!r} is not a cursor of this list; pass a page's next_cursor, or nothing for the first page"
+    """Return the error for a cursor that this list did not return."""
+    detail = f"{cursor[:80]!r} is not a cursor of this list; pass a page's next_cursor, or omit it for the first page"
     return Invalid(detail, code="bad_cursor", errors=[problem("query:after", "bad_cursor", detail)])
 
 
 def encode_cursor(created_at: datetime, row_id: str) -> str:
-    """Return the opaque cursor that stands behind this row."""
+    """Return the opaque cursor of the position after this row."""
     return base64.urlsafe_b64encode(json.dumps([created_at.isoformat(), row_id]).encode()).decode().rstrip("=")
 
 
@@ -61,7 +61,7 @@ def decode_cursor(cursor: str) -> tuple[datetime, str]:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         created_at, row_id = json.loads(text)
         moment = datetime.fromisoformat(created_at)
-        # In UTC at once: next to the first and the last year, the database's own conversion would overflow.
+        # Convert to UTC here: for the first and the last year, the database's conversion would overflow.
         here = moment.astimezone(UTC)
     except (binascii.Error, ValueError, TypeError, OverflowError) as error:
         raise bad_cursor(cursor) from error

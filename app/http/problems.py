@@ -1,4 +1,4 @@
-"""Every error becomes a problem document (RFC 9457) here, and endpoints declare theirs with `problems`."""
+"""Renders every error as a problem document (RFC 9457). Endpoints declare their errors with `problems`."""
 
 import errno
 from typing import Any
@@ -22,7 +22,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class ErrorItem(BaseModel):
-    """One mistake in a request."""
+    """One error in a request."""
 
     pointer: str
     code: str
@@ -30,7 +30,7 @@ class ErrorItem(BaseModel):
 
 
 class ProblemDocument(BaseModel):
-    """An error. `code` is stable; `detail` is for people."""
+    """An error. Branch on `code`, which is stable; `detail` is text for people."""
 
     type: str
     title: str
@@ -43,19 +43,19 @@ class ProblemDocument(BaseModel):
 
 
 class BadRequest(ServiceError):
-    """The request cannot be read."""
+    """The request cannot be parsed."""
 
     status, code, title = 400, "bad_request", "Bad request"
 
 
 class MethodNotAllowed(ServiceError):
-    """The path is there and does not take this method."""
+    """The path exists, but does not support the method."""
 
     status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
 class InternalError(ServiceError):
-    """A mistake of ours: the log has it, the caller gets the request id."""
+    """An error of the service: it logs the traceback, and the caller gets the request id."""
 
 
 _BY_STATUS: dict[int, type[ServiceError]] = {
@@ -68,7 +68,7 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
 
 
 def problems(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """Return `responses=` for the errors an endpoint can give; what every endpoint can give is added."""
+    """Return `responses=` for an endpoint's errors, with those that every endpoint can return."""
     by_status: dict[int, list[type[ServiceError]]] = {}
     every: tuple[type[ServiceError], ...] = (*kinds, Unauthorized, Unavailable)
     for kind in every:
@@ -83,7 +83,7 @@ def problems(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
 
 
 def as_service_error(error: Exception) -> ServiceError:
-    """Return the error that the caller gets for any exception; logs those that need somebody's attention."""
+    """Return the error to send for any exception. Logs the ones that an operator must look at."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, RequestValidationError):
@@ -92,15 +92,15 @@ def as_service_error(error: Exception) -> ServiceError:
         return _from_http(error)
     if _disk_full(error):
         log.error("disk_full", exc_info=error)
-        return StorageFull("the service has no space left; nothing was changed")
+        return StorageFull("the service's disk is full; nothing was changed")
     if isinstance(error, (OperationalError, InterfaceError, PoolTimeout)):
         log.error("database_unavailable", exc_info=error)
-        return Unavailable("the database does not answer; try again")
+        return Unavailable("the database does not respond; try again")
     if isinstance(error, OSError):
         log.error("storage_unavailable", exc_info=error)
-        return Unavailable("the object store does not answer; try again")
+        return Unavailable("the object store does not respond; try again")
     log.error("unexpected_error", exc_info=error)
-    return InternalError("something went wrong on our side; the request id leads to it in the service's log")
+    return InternalError("the service failed; the operator finds the cause in the service's log under this request id")
 
 
 def _disk_full(error: Exception) -> bool:
@@ -114,8 +114,8 @@ def _disk_full(error: Exception) -> bool:
 def _from_http(error: HTTPException) -> ServiceError:
     kind = _BY_STATUS.get(error.status_code)
     details = {
-        404: "there is nothing at this path; /openapi.json describes them all",
-        405: "this path does not take this method; /openapi.json describes them all",
+        404: "no such path; /openapi.json lists every path",
+        405: "this path does not support this method; /openapi.json lists every path and its methods",
     }
     if kind is None:
         known = ServiceError(str(error.detail))
@@ -131,7 +131,7 @@ def _item(item: dict[str, Any]) -> Problem:
     place, *path = item["loc"]
     if place == "body":
         return problem("" if code == "bad_json" else pointer(path), code, detail)
-    # Not a JSON pointer, so that nobody takes it for a key of the body.
+    # Not a JSON pointer: it must not look like a key of the body.
     return problem(f"{place}:{'.'.join(str(token) for token in path)}", code, detail)
 
 
@@ -144,7 +144,7 @@ def render(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Make `render` the one handler; what it is not registered for reaches it through the boundary."""
+    """Register `render` as the handler of these errors; `RequestMiddleware` calls it for all others."""
 
     async def _handler(request: Request, error: Exception) -> JSONResponse:
         return render(request, error)

@@ -12,7 +12,7 @@ AssetStatus = Literal["awaiting_upload", "queued", "checking", "ready", "invalid
 
 
 class Failure(BaseModel):
-    """Why something failed. `class`: user (the spec), data (the input), oom (memory), infra (machine, network)."""
+    """Why a row failed. `class`: user (the spec), data (the input), oom (out of memory), infra (machine or network)."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -23,11 +23,11 @@ class Failure(BaseModel):
 
 
 class Resource(BaseModel):
-    """What every resource has. Filled from its row, and from `derived` where a row has no such column."""
+    """The members that every resource has, from its row's columns and from `derived`."""
 
     model_config = ConfigDict(from_attributes=True)
 
-    # Declared here, narrowed by each resource: so they come first in its JSON.
+    # Declared here and narrowed by each resource, so that they come first in its JSON.
     id: str
     object: str
     name: str
@@ -40,7 +40,7 @@ class Resource(BaseModel):
 
     @classmethod
     def of(cls, row: Leased) -> Self:
-        """Return the resource that a row is to its owner."""
+        """Return the resource of a row."""
         columns = {name: getattr(row, name) for name in cls.model_fields if hasattr(row, name)}
         return cls.model_validate(columns | dict(cls.derived(row)))
 

@@ -1,4 +1,4 @@
-"""Raw request bodies on their way to the object store: streamed to a part file, counted, checked, then stored."""
+"""Uploads: a raw request body is streamed to a part file, checked, and then stored in the object store."""
 
 import asyncio
 import base64
@@ -26,14 +26,14 @@ log = structlog.get_logger()
 
 BUFFER_BYTES = 1 * MIB
 IDLE_S = 60.0
-"""A client that sends nothing for so long has gone."""
+"""An upload is aborted when the client sends nothing for this long."""
 ABANDONED_S = 60 * 60.0
 _MAX_DIGITS = 20
 _DIGEST = re.compile(r"\s*([a-z0-9*._-]+)=:([A-Za-z0-9+/=]*):\s*")
 
 
 class UploadTooLarge(PayloadTooLarge):
-    """The upload is larger than the operator allows."""
+    """The upload is larger than `max_upload_bytes`."""
 
     code, title = "upload_too_large", "Upload too large"
 
@@ -45,14 +45,14 @@ class EmptyUpload(Invalid):
 
 
 class BadDigest(Invalid):
-    """The Content-Digest header cannot be read."""
+    """The Content-Digest header is malformed."""
 
-    code, title = "bad_digest", "Content-Digest cannot be read"
+    code, title = "bad_digest", "Malformed Content-Digest"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A whole body, on disk: valid inside the block of `receive` only."""
+    """A complete body on disk, valid only inside the `with` block of `receive`."""
 
     path: Path
     size_bytes: int
@@ -60,9 +60,9 @@ class Part:
 
 
 def announced_digest(header: str | None) -> bytes | None:
-    """Return the SHA-256 that a Content-Digest header (RFC 9530) announces; None without a header.
+    """Return the SHA-256 of a Content-Digest header (RFC 9530); None without a header.
 
-    Raises `BadDigest` if the header is malformed or holds other algorithms only.
+    Raises `BadDigest` if the header is malformed or has no sha-256.
     """
     if header is None:
         return None
@@ -79,15 +79,15 @@ def announced_digest(header: str | None) -> bytes | None:
 
 
 def announced_length(request: Request, limit: int) -> int | None:
-    """Return Content-Length, None where the body is chunked. Raises `UploadTooLarge`, `EmptyUpload`."""
+    """Return Content-Length; None for a chunked body. Raises `UploadTooLarge`, `EmptyUpload`."""
     header = request.headers.get("content-length", "")
     if not header.isdecimal():
         return None
     if len(header) > _MAX_DIGITS:
-        raise UploadTooLarge(f"Content-Length has {len(header)} digits; at most {limit} bytes are taken")
+        raise UploadTooLarge(f"Content-Length has {len(header)} digits; the limit is {limit} bytes")
     length = int(header)
     if length > limit:
-        raise UploadTooLarge(f"the body has {length} bytes; at most {limit} are taken")
+        raise UploadTooLarge(f"the body has {length} bytes; the limit is {limit}")
     if length == 0:
         raise EmptyUpload("the body is empty; send the file itself as the request's body")
     return length
@@ -95,12 +95,13 @@ def announced_length(request: Request, limit: int) -> int | None:
 
 @asynccontextmanager
 async def receive(request: Request, settings: Settings) -> AsyncIterator[Part]:
-    """Stream the body to a part file, which is gone when the block ends.
+    """Stream the body to a part file, which is deleted when the block ends.
 
     Raises:
-        UploadTooLarge: more than `max_upload_bytes`, by the announced length or by counting.
-        UploadIncomplete: the client went away or fell silent, or length or digest differ from the announced ones.
-        EmptyUpload, BadDigest: see there.
+        UploadTooLarge: Content-Length or the body itself exceeds `max_upload_bytes`.
+        UploadIncomplete: the client disconnected or sent nothing for `IDLE_S`, or the length or digest does not match.
+        EmptyUpload: the body is empty.
+        BadDigest: the Content-Digest header is malformed.
         StorageFull, Unavailable: the part file could not be written.
     """
     limit = settings.max_upload_bytes
@@ -116,7 +117,7 @@ async def receive(request: Request, settings: Settings) -> AsyncIterator[Part]:
             raise UploadIncomplete(f"{part.size_bytes} of {length} bytes arrived; send the file again")
         if digest is not None and part.sha256 != digest.hex():
             raise UploadIncomplete(
-                f"the body's SHA-256 is {part.sha256}, and Content-Digest says {digest.hex()}; send the file again"
+                f"the body's SHA-256 is {part.sha256}, but Content-Digest has {digest.hex()}; send the file again"
             )
         if part.size_bytes == 0:
             raise EmptyUpload("the body is empty; send the file itself as the request's body")
@@ -126,7 +127,7 @@ async def receive(request: Request, settings: Settings) -> AsyncIterator[Part]:
 
 
 @asynccontextmanager
-async def _silence_is_departure() -> AsyncIterator[None]:
+async def _idle_timeout() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(IDLE_S):
             yield
@@ -147,13 +148,13 @@ async def _write(request: Request, path: Path, limit: int) -> Part:
 
     try:
         while True:
-            async with _silence_is_departure():
+            async with _idle_timeout():
                 chunk = await anext(stream, None)
             if chunk is None:
                 break
             size += len(chunk)
             if size > limit:
-                raise UploadTooLarge(f"the body has more than {limit} bytes, which is the most that is taken")
+                raise UploadTooLarge(f"the body has more than {limit} bytes, the limit")
             buffer += chunk
             if len(buffer) >= BUFFER_BYTES:
                 await run_in_threadpool(_flush, bytes(buffer))
@@ -166,20 +167,20 @@ async def _write(request: Request, path: Path, limit: int) -> Part:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Turn a failing disk or object store into `StorageFull` or `Unavailable`."""
+    """Convert an `OSError` of the disk or the object store to `StorageFull` or `Unavailable`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("the service has no space left for this file; nothing was changed") from error
+            raise StorageFull("the service has no space for this file; nothing was changed") from error
         log.error("upload_not_stored", exc_info=error)
         raise Unavailable("the file could not be stored; send it again") from error
 
 
 def store(storage: Storage, folder: str, part: Part) -> str:
-    """Put the part into the store under a key of its own and return the key.
+    """Store the part under a new key and return the key.
 
-    Never under a fixed key: of two uploads to one row, the one that comes second must not replace the first one's.
+    Never under a fixed key: of two uploads to one row, the second must not replace the first one's object.
     """
     key = f"{folder}/upload-{secrets.token_hex(8)}"
     with writing():
@@ -188,7 +189,7 @@ def store(storage: Storage, folder: str, part: Part) -> str:
 
 
 def discard(storage: Storage, key: str) -> None:
-    """Delete an object that no row refers to. Where that fails it is logged: it goes with its row's other objects."""
+    """Delete an object that no row refers to. Logs a failure: retention deletes the object later."""
     try:
         storage.delete(key)
     except OSError as error:
@@ -196,7 +197,7 @@ def discard(storage: Storage, key: str) -> None:
 
 
 def discard_prefix(storage: Storage, prefix: str) -> None:
-    """Delete the objects of a row that is gone. Where that fails it is logged with what has to be deleted by hand."""
+    """Delete the objects of a deleted row. Logs a failure with the prefix: retention deletes the objects later."""
     try:
         storage.delete_prefix(prefix)
     except OSError as error:
@@ -204,7 +205,7 @@ def discard_prefix(storage: Storage, prefix: str) -> None:
 
 
 def remove_abandoned(settings: Settings) -> None:
-    """Delete part files that nobody has written to for an hour: their process was killed."""
+    """Delete part files that were not written to for an hour: their process was killed."""
     for path in (settings.scratch / "uploads").glob("*.part"):
         try:
             if path.stat().st_mtime < time.time() - ABANDONED_S:

@@ -33,7 +33,7 @@ from app.usage.quotas import QuotaBusy, QuotaExceeded
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-# A plain object here, so that the outer keys' mistakes and those found with the catalog come in one answer.
+# A plain object here, so that one answer lists the errors of the outer keys and those found with the catalog.
 SpecBody = Annotated[dict[str, Any], Body()]
 SPEC_SCHEMA: dict[str, Any] = {
     "requestBody": {
@@ -63,7 +63,7 @@ def create_job(
     settings: SettingsDep,
     idempotent: Idempotent,
 ) -> JobOut:
-    """Make a job and queue it."""
+    """Create a job and queue it."""
     with database.write() as session:
         return idempotent.once(
             session,
@@ -78,7 +78,7 @@ def create_job(
 def validate_job(
     body: SpecBody, caller: CurrentCaller, database: DatabaseDep, catalog: CatalogDep, settings: SettingsDep
 ) -> ValidatedOut:
-    """Check a spec and return it resolved; nothing is made."""
+    """Validate a spec and return it resolved, without creating a job."""
     with database.read() as session:
         return ValidatedOut(spec=resolve(session, caller.tenant_id, catalog, body, settings).spec)
 
@@ -89,13 +89,11 @@ def list_jobs(
     database: DatabaseDep,
     settings: SettingsDep,
     page: Annotated[PageQuery, Depends(page_query)],
-    status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
+    status: Annotated[JobStatus | None, Query(description="Only jobs with this status.")] = None,
     dataset: Annotated[
         str | None, Query(pattern=r"^ds_[0-9a-z]{1,30}$", description="Only jobs on this dataset.")
     ] = None,
-    name: Annotated[
-        Name | None, Query(description="Only jobs with this in their name, in upper or lower case.")
-    ] = None,
+    name: Annotated[Name | None, Query(description="Only jobs whose name contains this, ignoring case.")] = None,
 ) -> Page[JobOut]:
     """List jobs, newest first."""
     statement = repository.of_tenant(caller.tenant_id, status=status, dataset_id=dataset, name=name)
@@ -126,14 +124,14 @@ def change_job(
 
 @router.post("/{job_id}/cancel", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
 def cancel_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
-    """Ask a job to end. Asking again changes nothing."""
+    """Cancel a job. A running job saves its work first. Repeating the request changes nothing."""
     with database.write() as session:
         return _one(session, settings, lifecycle.cancel(session, caller, job_id))
 
 
 @router.post("/{job_id}/pause", status_code=202, responses=problems(NotFound, Conflict, CrossSite))
 def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> JobOut:
-    """Ask a job to save and rest, until it is resumed. Asking again changes nothing."""
+    """Pause a job. A running job saves a checkpoint first. Repeating the request changes nothing."""
     with database.write() as session:
         return _one(session, settings, lifecycle.pause(session, caller, job_id))
 
@@ -142,7 +140,7 @@ def pause_job(job_id: str, caller: CurrentCaller, database: DatabaseDep, setting
 def resume_job(
     job_id: str, caller: CurrentCaller, database: DatabaseDep, queue: QueueDep, settings: SettingsDep
 ) -> JobOut:
-    """Put a paused job back into the queue. Asking again changes nothing."""
+    """Queue a paused job again. Repeating the request changes nothing."""
     with database.write() as session:
         return _one(session, settings, lifecycle.resume(session, caller, job_id, queue=queue, settings=settings))
 
@@ -162,7 +160,7 @@ def retry_job(
     idempotent: Idempotent,
     body: RetryBody | None = None,
 ) -> JobOut:
-    """Begin another attempt of a job that failed or was cancelled."""
+    """Queue another attempt of a job that failed or was cancelled."""
     start = body.start if body is not None else None
     with database.write() as session:
         return idempotent.once(
@@ -192,18 +190,18 @@ def list_job_metrics(
     job_id: str,
     caller: CurrentCaller,
     database: DatabaseDep,
-    subject: Annotated[Subject, Query(description="Who is trained.")] = "student",
-    after_step: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Only steps behind this one.")] = -1,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="How many steps at most.")] = 1000,
+    subject: Annotated[Subject, Query(description="Whose training: the teacher's or the student's.")] = "student",
+    after_step: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Only later steps.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Maximum number of steps.")] = 1000,
 ) -> MetricsOut:
-    """Return what was logged, by optimiser step."""
+    """Return a job's logged metrics, by optimiser step."""
     with database.read() as session:
         return service.list_metrics(session, caller, job_id, subject=subject, after_step=after_step, limit=limit)
 
 
 @router.get("/{job_id}/evaluations", responses=problems(NotFound))
 def list_job_evaluations(job_id: str, caller: CurrentCaller, database: DatabaseDep) -> EvaluationsOut:
-    """Return the COCO metrics that were measured, by epoch."""
+    """Return a job's evaluations (COCO metrics), by epoch."""
     with database.read() as session:
         job = service.get(session, caller, job_id)
         rows = repository.evaluations(session, job.id)

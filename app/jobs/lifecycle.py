@@ -1,7 +1,7 @@
-"""What a job's owner may have done with it: pause, resume, cancel, and try again.
+"""Changes of a job's state by its owner: pause, resume, cancel, retry.
 
-Each move happens under a lock on the row. A worker that holds the row sees the new state when it next looks (every
-two seconds), tells its run to save, and gives the row back. Asking twice is asking once.
+Each change happens under a lock on the row. The worker that holds the row sees the new state at its next poll (every
+two seconds), makes its run save, and releases the row. Repeating a request changes nothing.
 """
 
 from typing import Any
@@ -53,34 +53,34 @@ def _move(session: Session, row: Job, wanted: str, code: str, message: str, **va
 
 
 def cancel(session: Session, caller: Caller, job_id: str) -> Job:
-    """Ask a job to end: one that no worker holds ends at once, a running one saves what it has and ends soon.
+    """Cancel a job: one that no worker holds ends at once, a running one saves its work first.
 
-    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
+    Repeating it changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended.
     """
     row = _locked(session, caller, job_id)
     if row.status == CANCELLING:
         return row
     if row.status in AT_REST:
-        message = "the job was cancelled while no worker was at it"
+        message = "the job was cancelled before a worker ran it"
         return _move(session, row, CANCELLED, "cancelled", message, finished_at=now(session), not_before=None)
-    return _move(session, row, CANCELLING, "cancelling", "the job was asked to end; it saves what it has")
+    return _move(session, row, CANCELLING, "cancelling", "the job is being cancelled; its run saves its work first")
 
 
 def pause(session: Session, caller: Caller, job_id: str) -> Job:
-    """Ask a job to rest: a queued one does at once, a running one saves a checkpoint first and gives its worker up.
+    """Pause a job: a queued one is paused at once, a running one saves a checkpoint first and releases its worker.
 
-    Asking again changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended or is being cancelled.
+    Repeating it changes nothing. Raises `NotFound`, and `Conflict` for a job that has ended or is being cancelled.
     """
     row = _locked(session, caller, job_id)
     if row.status in (PAUSING, PAUSED):
         return row
     if row.status == QUEUED:
-        return _move(session, row, PAUSED, "paused", "the job was paused while it waited", not_before=None)
-    return _move(session, row, PAUSING, "pausing", "the job was asked to pause; it saves what it has")
+        return _move(session, row, PAUSED, "paused", "the job was paused while it was queued", not_before=None)
+    return _move(session, row, PAUSING, "pausing", "the job is being paused; its run saves a checkpoint first")
 
 
 def resume(session: Session, caller: Caller, job_id: str, *, queue: Queue, settings: Settings) -> Job:
-    """Put a paused job back into the queue, to go on from its last checkpoint. One that is not paused stays as it is.
+    """Queue a paused job again, to continue from its last checkpoint. A queued or running job stays as it is.
 
     Raises `NotFound`, `QuotaBusy`, and `Conflict` for a job that is still saving, is being cancelled or has ended.
     """
@@ -88,9 +88,9 @@ def resume(session: Session, caller: Caller, job_id: str, *, queue: Queue, setti
     if row.status in (QUEUED, PREPARING, RUNNING):
         return row
     if row.status == PAUSING:
-        raise Conflict(f"{row.id} is pausing and has not saved yet; resume it once it is paused")
+        raise Conflict(f"{row.id} is still saving its checkpoint; resume it once its status is paused")
     if row.status in (FAILED, CANCELLED):
-        raise Conflict(f"{row.id} is {row.status}, not paused; POST /v1/jobs/{row.id}/retry begins another attempt")
+        raise Conflict(f"{row.id} is {row.status}, not paused; use POST /v1/jobs/{row.id}/retry for another attempt")
     note = ("unpaused", "the job was resumed and waits for a worker")
     return _queue_again(session, row, note, queue=queue, settings=settings)
 
@@ -105,27 +105,27 @@ def retry(
     storage: Storage,
     settings: Settings,
 ) -> Job:
-    """Put a job that failed or was cancelled back into the queue, with nothing held against it.
+    """Queue a job that failed or was cancelled again, with its count of lost attempts reset.
 
-    `start` None: from the last training checkpoint if there is one. From the beginning, all that was logged is
-    forgotten but the events, and so is what the service had adjusted.
+    `start` None: from the last training checkpoint if there is one. `beginning` deletes the metrics, the evaluations
+    and the service's adjustments; the events stay.
 
     Raises `NotFound`, `QuotaBusy`, and `Conflict` for a job in another state (`conflict`), without a training
-    checkpoint (`no_checkpoint`), or whose spec refers to a checkpoint that is gone (`checkpoint_not_found`).
+    checkpoint (`no_checkpoint`), or whose spec refers to a deleted checkpoint (`checkpoint_not_found`).
     """
     row = _locked(session, caller, job_id)
     if row.status not in (FAILED, CANCELLED):
-        raise Conflict(f"{row.id} is {row.status}; only a job that failed or was cancelled can be tried again")
+        raise Conflict(f"{row.id} is {row.status}; only a job that failed or was cancelled can be retried")
     if start == "checkpoint" and row.resume_key is None:
         raise Conflict(
-            f"{row.id} has no training checkpoint: it ended before its first, or that was deleted; "
-            'take {"from": "beginning"}',
+            f"{row.id} has no training checkpoint: it ended before its first one, or retention deleted it; "
+            'use {"from": "beginning"}',
             code="no_checkpoint",
         )
     for checkpoint_id in named(row.spec):
         if checkpoints.find_to_use(session, caller.tenant_id, checkpoint_id) is None:
             raise Conflict(
-                f"{checkpoint_id}, which the job's spec refers to, was deleted; submit a job with another",
+                f"the job's spec refers to {checkpoint_id}, which was deleted; submit a job with another checkpoint",
                 code="checkpoint_not_found",
             )
     values: dict[str, Any] = {
@@ -140,18 +140,18 @@ def retry(
     again = start != "beginning" and row.resume_key is not None
     if not again:
         values |= {"resume_key": None, "progress": None, "adjustments": None}
-        repository.forget_history(session, row)
+        repository.delete_history(session, row)
         if (key := row.resume_key) is not None:
             after_commit(session, lambda: discard(storage, key))
     where = "from its last training checkpoint" if again else "from the beginning"
-    note = ("retried", f"the job is tried again, {where}; it waits for a worker")
+    note = ("retried", f"the job is retried {where} and waits for a worker")
     return _queue_again(session, row, note, queue=queue, settings=settings, **values)
 
 
 def _queue_again(
     session: Session, row: Job, note: tuple[str, str], *, queue: Queue, settings: Settings, **values: Any
 ) -> Job:
-    """Let the job wait for a worker, within the quota that holds for new ones. `note` is an event's code and message.
+    """Queue the job, within the tenant's quota of queued jobs. `note` is the event's code and message.
 
     Raises `Conflict`, `QuotaBusy`.
     """

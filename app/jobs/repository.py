@@ -1,4 +1,4 @@
-"""Queries on jobs and what they log, each limited to one tenant or to a job that was found for one."""
+"""Queries on jobs and what they log, each limited to one tenant, or to a job that the caller found by its tenant."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from app.models import Job, JobEvaluation, JobEvent, JobMetric
 def of_tenant(
     tenant_id: str, *, status: str | None = None, dataset_id: str | None = None, name: str | None = None
 ) -> Select[Job]:
-    """Return the query for a tenant's jobs; `name` is any part of the name, in upper or lower case."""
+    """Return the query for a tenant's jobs; `name` is any part of the name, ignoring case."""
     statement = select(Job).where(Job.tenant_id == tenant_id)
     if status is not None:
         statement = statement.where(Job.status == status)
@@ -25,40 +25,40 @@ def of_tenant(
 
 
 def find(session: Session, tenant_id: str, job_id: str) -> Job | None:
-    """Return the tenant's job, if there is one of this id."""
+    """Return the tenant's job, or None."""
     return session.scalars(of_tenant(tenant_id).where(Job.id == job_id)).one_or_none()
 
 
 def find_locked(session: Session, tenant_id: str, job_id: str) -> Job | None:
-    """As `find`, and nobody else changes the row before this transaction ends."""
+    """Like `find`; nobody else can change the row before this transaction ends."""
     return session.scalars(of_tenant(tenant_id).where(Job.id == job_id).with_for_update()).one_or_none()
 
 
 def move(session: Session, job: Job, status: str, **values: Any) -> bool:
-    """Give the job this status if it still has the one that was read; return whether it had."""
+    """Set the job's status if it still has the one that was read; return whether it had."""
     statement = update(Job).where(Job.id == job.id, Job.status == job.status)
     return bool(update_count(session, statement.values(status=status, **values)))
 
 
-def forget_history(session: Session, job: Job) -> None:
-    """Delete what the job's runs measured; its events stay."""
+def delete_history(session: Session, job: Job) -> None:
+    """Delete the job's metrics and evaluations; its events stay."""
     for model in (JobMetric, JobEvaluation):
         session.execute(delete(model).where(model.job_id == job.id))
 
 
 def add_event(session: Session, job: Job, code: str, message: str) -> None:
-    """Tell people something about a job."""
+    """Add an event of level info to a job."""
     session.add(JobEvent(job_id=job.id, level="info", code=code, message=message))
 
 
 def events(session: Session, job_id: str, *, after: int, limit: int) -> Sequence[JobEvent]:
-    """Return a job's events behind the one of number `after`, oldest first."""
+    """Return a job's events after the one with number `after`, oldest first."""
     statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
     return session.scalars(statement.order_by(JobEvent.id).limit(limit)).all()
 
 
 def metrics(session: Session, job_id: str, *, subject: str, after_step: int, limit: int) -> Sequence[JobMetric]:
-    """Return what a job logged for one subject behind a step, by step."""
+    """Return a job's metrics of one subject after a step, by step."""
     statement = select(JobMetric).where(
         JobMetric.job_id == job_id, JobMetric.subject == subject, JobMetric.step > after_step
     )

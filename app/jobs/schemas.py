@@ -1,4 +1,4 @@
-"""Responses of jobs."""
+"""Request bodies and responses of jobs."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,7 +19,7 @@ EVENT_PREFIX = "evt_"
 
 
 class Progress(BaseModel):
-    """Where a run is; `fraction` is of the whole run, 0 to 1. What does not apply is null."""
+    """Progress of a run. `fraction` is of the whole run, 0 to 1. Members that do not apply are null."""
 
     phase: str
     epoch: int | None = None
@@ -32,18 +32,22 @@ class Progress(BaseModel):
 
 
 class QueueOut(BaseModel):
-    """Where a queued job stands. Times are until it begins, from how long jobs like those ahead have taken."""
+    """Position of a queued job. Times are estimates until it begins, from the durations of similar jobs."""
 
-    position: int | None = Field(description="1: the next to begin; null where more are ahead than are looked at.")
-    jobs_ahead: int = Field(description="Jobs that begin before it, if nothing comes or ends; 200: that many or more.")
-    waiting_for: str = Field(description="For people: a free worker, 2 GPUs, a worker with label x, retry at …")
-    eta_s: float | None = Field(description="Median of the time until it begins, seconds; null where nobody can know.")
-    eta_low_s: float | None = Field(description="The same, if all ahead are as fast as the fastest quarter.")
-    eta_high_s: float | None = Field(description="The same for the slowest quarter.")
+    position: int | None = Field(description="1: the next to begin; null if more jobs are ahead than are counted.")
+    jobs_ahead: int = Field(
+        description="Jobs that begin before it, if no job is added or ends; 200: that many or more."
+    )
+    waiting_for: str = Field(description="Text for display: a free worker, 2 GPUs, a worker with label x, retry at …")
+    eta_s: float | None = Field(
+        description="Median estimate of the time until it begins, seconds; null if it cannot be estimated."
+    )
+    eta_low_s: float | None = Field(description="The same for the lower quartile of durations.")
+    eta_high_s: float | None = Field(description="The same for the upper quartile of durations.")
 
 
 class Results(BaseModel):
-    """What came out: COCO metrics of the last teacher and of the best student."""
+    """Results: COCO metrics of the last teacher and of the best student."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -58,15 +62,17 @@ class JobOut(Resource):
     object: Literal["job"] = "job"
     labels: dict[str, str]
     status: JobStatus
-    attempt: int = Field(description="How often a worker has begun it.")
+    attempt: int = Field(description="How many times a worker has started it.")
     dataset_id: str
     spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
-    priority: int = Field(description="-100 to 100; of the jobs that wait, those with the highest go first.")
-    queue: QueueOut | None = Field(description="Where it stands in the queue; null for a job that does not wait.")
+    priority: int = Field(description="-100 to 100; queued jobs with a higher priority begin first.")
+    queue: QueueOut | None = Field(description="Position in the queue; null for a job that is not queued.")
     adjustments: dict[str, Any] | None = Field(
-        description="What the service changed in the spec, in its shape, after memory ran out; null: nothing."
+        description="What the service changed in the spec after memory ran out, in the spec's structure; null: nothing."
     )
-    not_before: datetime | None = Field(description="When it is tried again at the earliest; null: as soon as can be.")
+    not_before: datetime | None = Field(
+        description="Earliest time of the next attempt; null: as soon as a worker is free."
+    )
     progress: Progress | None
     results: Results | None
 
@@ -79,24 +85,24 @@ class JobOut(Resource):
 
 
 class JobPatch(Body):
-    """What of a job may be changed."""
+    """The members of a job that can be changed."""
 
-    priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first; at most what the key may.")
+    priority: int = Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher begins first; limited by the API key.")
 
 
 class RetryBody(Body):
-    """Where another attempt of a job begins."""
+    """Where the next attempt of a job begins."""
 
     start: RetryFrom | None = Field(
         None,
         alias="from",
-        description="`checkpoint`: the last training checkpoint; `beginning`: what was logged is forgotten. Null: the "
-        "checkpoint if there is one.",
+        description="`checkpoint`: at the last training checkpoint; `beginning`: from the start, and the metrics are "
+        "deleted. Null: at the checkpoint if there is one.",
     )
 
 
 class ValidatedOut(BaseModel):
-    """A spec that would be taken."""
+    """A valid spec."""
 
     spec: dict[str, Any] = Field(description="The resolved spec: every default filled in.")
 
@@ -113,13 +119,13 @@ class EventOut(BaseModel):
 
     @classmethod
     def of(cls, row: JobEvent) -> "EventOut":
-        """Return the event that a row is; its id sorts by creation."""
+        """Return the event of a row. Ids sort by creation."""
         members = {name: getattr(row, name) for name in ("level", "code", "message", "created_at")}
         return cls.model_validate({"id": f"{EVENT_PREFIX}{row.id:012d}", **members})
 
 
 class MetricOut(BaseModel):
-    """What was logged at one optimiser step."""
+    """The values logged at one optimiser step."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -130,7 +136,7 @@ class MetricOut(BaseModel):
 
 
 class MetricsOut(BaseModel):
-    """Logged values by step; ask again with `after_step` of the last one while `has_more`."""
+    """Logged values by step. While `has_more`, request the next with `after_step` of the last one."""
 
     data: list[MetricOut]
     has_more: bool

@@ -1,4 +1,4 @@
-"""Rules of jobs: how one is made, read and moved in the queue. What may become of one is in `lifecycle`."""
+"""Jobs: creating and reading them, and their priority. `lifecycle` has the changes of state."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from app.usage import quotas
 
 
 class PriorityTooHigh(Forbidden):
-    """The key may not put a job before that many others."""
+    """The key's highest priority is lower than the requested one."""
 
     code, title = "priority_too_high", "Priority too high"
 
@@ -36,9 +36,9 @@ _EVENT_ID = re.compile(rf"{EVENT_PREFIX}(\d{{1,18}})")
 def create(
     session: Session, caller: Caller, body: dict[str, Any], catalog: Catalog, queue: Queue, settings: Settings
 ) -> Job:
-    """Make a job and queue it.
+    """Create a job and queue it.
 
-    Raises `Invalid` with every mistake in the spec, `DatasetNotReady`, `CheckpointNotReady`, `QuotaBusy`,
+    Raises `Invalid` with every error in the spec, `DatasetNotReady`, `CheckpointNotReady`, `QuotaBusy`,
     `QuotaExceeded`.
     """
     resolved = resolve(session, caller.tenant_id, catalog, body, settings)
@@ -75,18 +75,18 @@ def get(session: Session, caller: Caller, job_id: str) -> Job:
 
 
 def set_priority(session: Session, caller: Caller, job_id: str, priority: int) -> Job:
-    """Change the priority of a job that has not ended; one in work keeps it for when it must wait again.
+    """Change the priority of a job that has not ended; a running one keeps it for when it is queued again.
 
     Raises `NotFound`, `PriorityTooHigh`, and `Conflict` for a job that has ended.
     """
     row = assets.found(repository.find_locked(session, caller.tenant_id, assets.checked_id(job_id)), job_id)
     if priority > caller.max_priority:
         raise PriorityTooHigh(
-            f"this key may give a job a priority of at most {caller.max_priority}; got {priority}: take a lower "
-            "one, or ask the operator for a key that may"
+            f"the highest priority of this API key is {caller.max_priority}; got {priority}: use a lower one, or ask "
+            "the operator for a key with a higher limit"
         )
     if row.status in JOB_TERMINAL:
-        raise Conflict(f"{row.id} is {row.status}: it waits for nothing any more, and its priority cannot be changed")
+        raise Conflict(f"{row.id} is {row.status}; only the priority of a job that has not ended can be changed")
     if priority != row.priority:
         message = f"the priority was changed from {row.priority} to {priority}"
         repository.add_event(session, row, "priority_changed", message)
@@ -95,7 +95,7 @@ def set_priority(session: Session, caller: Caller, job_id: str, priority: int) -
 
 
 def shown(session: Session, settings: Settings, rows: Sequence[Job]) -> list[JobOut]:
-    """Return the jobs as their tenant sees them, each that waits with its place in the queue."""
+    """Return the jobs' resources; queued ones have their position in the queue."""
     waiting = Waiting(session, settings)
     return [JobOut.of(row).model_copy(update={"queue": waiting.of(row)}) for row in rows]
 
@@ -118,7 +118,7 @@ def list_events(session: Session, caller: Caller, job_id: str, *, after: str | N
 def list_metrics(
     session: Session, caller: Caller, job_id: str, *, subject: str, after_step: int, limit: int
 ) -> MetricsOut:
-    """Return what a job logged, by step. Raises `NotFound`."""
+    """Return a job's metrics, by step. Raises `NotFound`."""
     job = get(session, caller, job_id)
     rows = repository.metrics(session, job.id, subject=subject, after_step=after_step, limit=limit + 1)
     return MetricsOut(data=[MetricOut.model_validate(row) for row in rows[:limit]], has_more=len(rows) > limit)

@@ -11,12 +11,12 @@ from app.models import ApiKey, Tenant
 
 
 def tenant_by_name(session: Session, name: str) -> Tenant | None:
-    """Return the tenant of this name, if there is one."""
+    """Return the tenant of this name, or None."""
     return session.scalars(select(Tenant).where(Tenant.name == name)).one_or_none()
 
 
 def any_key(session: Session) -> bool:
-    """Say whether any key was ever made."""
+    """Return whether there is any key, revoked or not."""
     return bool(session.scalar(select(exists(select(ApiKey.id)))))
 
 
@@ -27,6 +27,6 @@ def all_keys(session: Session) -> Sequence[tuple[ApiKey, Tenant]]:
 
 
 def revoke(session: Session, key_id: str, moment: datetime) -> bool:
-    """Revoke a key; False if there is no such key or it was revoked before."""
+    """Revoke a key; return False if there is no such key or it is revoked already."""
     statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=moment)
     return update_count(session, statement) == 1

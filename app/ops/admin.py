@@ -1,6 +1,6 @@
 """The operator's command, with the settings of the environment: `defeat admin keys|workers|usage|retention|migrate`.
 
-Exit codes: 0 done; 1 what was named is not there, or cannot be; 2 a mistake in the arguments.
+Exit codes: 0 success; 1 an unknown name, an invalid value, or the database does not respond; 2 invalid arguments.
 """
 
 import json
@@ -38,7 +38,7 @@ app = typer.Typer(
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Print what a service rejects to stderr, and exit with 1."""
+    """Print a service's error to stderr, and exit with 1."""
     try:
         yield
     except (NotFound, ValueError) as error:
@@ -56,9 +56,7 @@ def keys(
         int, typer.Option(metavar="N", help="Highest priority that the new key may give a job.")
     ] = MAX_PRIORITY,
     list_all: Annotated[bool, typer.Option("--list", help="List the keys, without their secrets.")] = False,
-    revoke: Annotated[
-        str | None, typer.Option(metavar="ID", help="Revoke a key, and end the sessions made from it.")
-    ] = None,
+    revoke: Annotated[str | None, typer.Option(metavar="ID", help="Revoke a key, and end its sessions.")] = None,
 ) -> None:
     """Create an API key (--tenant and --name; prints the key, once), list keys, or revoke one."""
     creating = tenant is not None and name is not None
@@ -156,7 +154,7 @@ def retention(
                 print(json.dumps(line))
                 more = report.more and not dry_run
     except SQLAlchemyError as error:
-        print(f"the database does not answer: {logs.first_line(error)}", file=sys.stderr)
+        print(f"the database does not respond: {logs.first_line(error)}", file=sys.stderr)
         raise typer.Exit(1) from error
 
 

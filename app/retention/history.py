@@ -1,4 +1,4 @@
-"""Reduces what an ended job logged: metrics to points spread evenly over their series, events to the telling ones."""
+"""Reduces the history of ended jobs: metrics to evenly spread points, events to warnings, errors and the newest."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,11 +17,11 @@ from app.storage import Storage
 
 JOBS: Final = 20
 ROWS: Final = 100_000
-"""Rows after which a transaction begins nothing new: the rest is for the next."""
+"""Number of deleted rows after which a transaction ends; the next pass goes on."""
 
 
 def reduce_history(session: Session, storage: Storage, settings: Settings, before: datetime) -> Removed:
-    """Reduce the histories of jobs that ended long ago. First and last point of each series stay."""
+    """Reduce the histories of jobs that ended before `before`. The first and last point of each series stay."""
     del storage
     ended = (Job.status.in_(JOB_TERMINAL), Job.finished_at < before, Job.history_swept_at.is_(None))
     jobs = take(session, Job, *ended, limit=JOBS)
@@ -40,7 +40,7 @@ def reduce_history(session: Session, storage: Storage, settings: Settings, befor
 
 
 def _reduce_events(session: Session, job_id: str, kept: int) -> int:
-    """Delete a job's notices but for its last `kept` events; warnings and errors stay."""
+    """Delete a job's events of level info, except among its last `kept` events."""
     newest = select(JobEvent.id).where(JobEvent.job_id == job_id).order_by(JobEvent.id.desc()).limit(1).offset(kept - 1)
     oldest_kept = session.scalar(newest)
     if oldest_kept is None:
@@ -64,7 +64,7 @@ def _reduce_metrics(session: Session, job_id: str, points: int, at_most: int) ->
 
 
 def _kept_steps(session: Session, job_id: str, subject: str, points: int) -> Sequence[int]:
-    """Return the steps of at most `points` evenly spread points, the first and the last among them."""
+    """Return the steps of `points` evenly spread points, with the first and the last; empty for a shorter series."""
     series = (JobMetric.job_id == job_id, JobMetric.subject == subject)
     count = session.scalar(select(func.count()).select_from(JobMetric).where(*series)) or 0
     if count <= points:

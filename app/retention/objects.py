@@ -1,4 +1,4 @@
-"""Finds objects that no row refers to: what a worker or the API left when it was killed, or could not delete."""
+"""Finds orphaned objects, which no row refers to: a process was killed before it recorded or deleted them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from app.states import ASSET_TERMINAL, JOB_TERMINAL
 from app.storage import Found, Storage
 
 FOLDERS: Final = ("checkpoints", "datasets", "jobs", "ping")
-"""Folders of the store that are the service's; anything else is somebody's own."""
+"""The service's folders in the store. Other folders are never touched."""
 BATCH: Final = 1000
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One look at a part of the store.
+    """The result of scanning one batch of objects.
 
     Attributes:
-        orphans: what may go.
-        cursor: where the next look goes on; None: the store has been seen to its end.
+        orphans: the objects to delete.
+        cursor: where the next scan continues; None: the store has been scanned to its end.
     """
 
     orphans: Sequence[Found]
@@ -31,9 +31,9 @@ class Scan:
 
 
 def scan(session: Session, storage: Storage, cursor: str | None, before: datetime) -> Scan:
-    """Look at the next objects behind `cursor`, and return those written before a time that no row refers to.
+    """Scan the next objects after `cursor`; return those written before `before` that no row refers to.
 
-    Everything of a row that a worker may be at stays, whatever refers to it.
+    All objects of a row that a worker may be processing are kept.
     """
     folder = (cursor or FOLDERS[0]).split("/")[0]
     found = storage.scan(folder, after=cursor, limit=BATCH)
@@ -55,7 +55,7 @@ def _orphans(session: Session, folder: str, found: Sequence[Found]) -> list[Foun
     else:
         busy, kept = _assets(session, Dataset if folder == "datasets" else Checkpoint, owners)
     if folder == "checkpoints":
-        # A job that trains its teacher stores it under the checkpoint that is to be.
+        # A job that trains its teacher stores it under the id of the checkpoint that it will create.
         makers, _ = _jobs(session, ["job_" + owner.removeprefix("ckpt_") for owner in owners])
         busy |= {"ckpt_" + maker.removeprefix("job_") for maker in makers}
     return [one for one in found if _owner(one) not in busy and one.key not in kept]
@@ -71,19 +71,19 @@ def _keys(keys: Iterable[str | None]) -> set[str]:
 
 
 def _jobs(session: Session, ids: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return which of the jobs have not ended, and the training checkpoints that they refer to."""
+    """Return the ids of the jobs that have not ended, and the keys of all their training checkpoints."""
     rows = session.execute(select(Job.id, Job.status, Job.resume_key).where(Job.id.in_(ids))).all()
     return {row.id for row in rows if row.status not in JOB_TERMINAL}, _keys(row.resume_key for row in rows)
 
 
 def _artifacts(session: Session, keys: Sequence[str]) -> set[str]:
-    # By the jobs' ids: there is no index on the key.
+    # By job id: the key has no index.
     jobs = sorted({key.split("/")[1] for key in keys if "/" in key})
     return set(session.scalars(select(Artifact.storage_key).where(Artifact.job_id.in_(jobs))))
 
 
 def _assets(session: Session, model: type[Dataset] | type[Checkpoint], ids: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return which of the rows a worker or an upload may be at, and the objects that the rows refer to."""
+    """Return the ids of the rows that a worker or an upload may be processing, and the keys that the rows refer to."""
     columns = select(model.id, model.status, model.upload_key, model.storage_key).where(model.id.in_(ids))
     rows = session.execute(columns).all()
     kept = _keys(key for row in rows for key in (row.upload_key, row.storage_key))

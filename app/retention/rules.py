@@ -1,8 +1,8 @@
-"""What may go: each rule does a bounded part of its work in the transaction that it is given.
+"""The rules of retention. Each processes a bounded number of rows in the given transaction.
 
-A rule locks the rows that it takes (on PostgreSQL it skips those that others hold; SQLite has one writer), asks its
-conditions in the same statement, and leaves objects to `after_commit`. So any number of processes may run them at
-once, and rolled back they have done nothing: that is a dry run.
+A rule selects and locks its rows in one statement (PostgreSQL skips rows that others have locked; SQLite has one
+writer), and deletes objects in `after_commit`. So several processes may apply the rules at once, and a rollback undoes
+everything, which makes a dry run.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from app.states import AWAITING_UPLOAD, FAILED, JOB_TERMINAL, READY
 from app.storage import Storage
 
 LIMIT: Final = 200
-"""Rows that a rule takes at once."""
+"""Most rows that a rule processes at once."""
 
 Row = TypeVar("Row", bound=Leased)
 ASSETS: Final[tuple[type[Dataset] | type[Checkpoint], ...]] = (Dataset, Checkpoint)
@@ -30,7 +30,7 @@ ASSETS: Final[tuple[type[Dataset] | type[Checkpoint], ...]] = (Dataset, Checkpoi
 
 @dataclass(frozen=True)
 class Removed:
-    """What a rule did: what it removed, by name, and whether there may be more of it."""
+    """What a rule deleted (ids or keys), and whether there may be more."""
 
     names: Sequence[str]
     more: bool = False
@@ -38,18 +38,18 @@ class Removed:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that the operator's setting `keep_…_s` switches on; None: for ever.
+    """A rule and its setting `keep_…_s`; None: the rule is off.
 
     Attributes:
-        setting: its name.
-        apply: does a part of the work on what is older than a time.
+        setting: the setting's name.
+        apply: deletes a bounded part of what is older than the given time.
     """
 
     setting: str
     apply: Callable[[Session, Storage, Settings, datetime], Removed]
 
     def run(self, session: Session, storage: Storage, settings: Settings) -> Removed:
-        """Apply the rule if the operator wants it."""
+        """Apply the rule, unless it is off."""
         keep_s: float | None = getattr(settings, self.setting)
         if keep_s is None:
             return Removed(())
@@ -57,7 +57,7 @@ class Rule:
 
 
 def take(session: Session, model: type[Row], *which: ColumnElement[bool], limit: int = LIMIT) -> Sequence[Row]:
-    """Return rows that nobody else changes before this transaction ends."""
+    """Return rows and lock them until this transaction ends."""
     return session.scalars(select(model).where(*which).limit(limit).with_for_update(skip_locked=True)).all()
 
 
@@ -70,7 +70,7 @@ def _discard_later(session: Session, storage: Storage, keys: Sequence[str]) -> N
 
 
 def training_checkpoints(session: Session, storage: Storage, settings: Settings, before: datetime) -> Removed:
-    """Delete what a job that ended long ago could go on from."""
+    """Delete training checkpoints of ended jobs: a retry then begins from the start."""
     del settings
     ended = (Job.status.in_(JOB_TERMINAL), Job.finished_at < before, Job.resume_key.is_not(None))
     rows = take(session, Job, *ended)
@@ -83,7 +83,7 @@ def training_checkpoints(session: Session, storage: Storage, settings: Settings,
 
 
 def empty_uploads(session: Session, storage: Storage, settings: Settings, before: datetime) -> Removed:
-    """Delete datasets and checkpoints whose content never came."""
+    """Delete datasets and checkpoints whose content was never uploaded."""
     del settings
     names: list[str] = []
     more = False
@@ -107,7 +107,7 @@ def _delete_assets(
 
 
 def failed_uploads(session: Session, storage: Storage, settings: Settings, before: datetime) -> Removed:
-    """Delete the uploads of checks that failed long ago; their rows stay, and say why."""
+    """Delete the uploads of failed checks; the rows stay, with their failure."""
     del settings
     keys: list[str] = []
     more = False
@@ -124,9 +124,9 @@ def failed_uploads(session: Session, storage: Storage, settings: Settings, befor
 
 
 def teachers(session: Session, storage: Storage, settings: Settings, before: datetime) -> Removed:
-    """Delete trained teachers that no job's spec names and that nobody has downloaded lately.
+    """Delete trained teachers that no job's spec names and that were not downloaded recently.
 
-    The job that trained one keeps it as an artifact all the same.
+    The job that trained one still has it as an artifact.
     """
     del settings
     wanted = func.coalesce(Checkpoint.downloaded_at, Checkpoint.finished_at, Checkpoint.created_at)
@@ -134,8 +134,8 @@ def teachers(session: Session, storage: Storage, settings: Settings, before: dat
     of_tenant = Job.tenant_id == Checkpoint.tenant_id
     unnamed = [~exists().where(of_tenant, Job.spec[path].as_string() == Checkpoint.id) for path in NAMED_AT]
     rows = take(session, Checkpoint, *trained, *unnamed)
-    # Asked again behind the locks: a job may have been made since the statement began. From now on one that is made
-    # waits for this transaction, and then finds no checkpoint.
+    # Checked again under the locks: a job may have been created since the statement began. Creating one now waits for
+    # this transaction, and then finds no checkpoint.
     names = [row.id for row in rows if not jobs_using(session, row.tenant_id, [row.id])]
     _delete_assets(session, storage, Checkpoint, names)
     return Removed(names, len(rows) == LIMIT)

@@ -1,4 +1,4 @@
-"""One pass of retention: every rule's next part, then the next part of the object store."""
+"""Retention. A pass applies each rule to a bounded number of rows, then scans a bounded part of the object store."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ RULES: Final[tuple[Rule, ...]] = (
 )
 ORPHANS: Final = "keep_orphans_s"
 SCANS: Final = 10
-"""Parts of the object store that one pass looks at, of `objects.BATCH` objects each."""
+"""How many batches of `objects.BATCH` objects one pass scans."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass removed, by the name of the setting that let it go.
+    """What a pass deleted.
 
     Attributes:
-        removed: rows or keys by setting.
-        orphan_bytes: the size of the objects that nothing referred to.
+        removed: ids of rows or keys of objects, by the setting that allowed it.
+        orphan_bytes: total size of the orphaned objects, which no row refers to.
         more: whether another pass would find more.
     """
 
@@ -50,13 +50,13 @@ class Report:
 
 
 class _DryRun(Exception):
-    """Rolls a transaction back, and with it what was to happen after it."""
+    """Rolls the transaction back, and with it the actions after its commit."""
 
 
 def run_if_due(database: Database, storage: Storage, settings: Settings) -> Report | None:
-    """Run a pass unless this or another process began one within `retention_s`; then return None.
+    """Run a pass, or return None if this or another process began one within `retention_s`.
 
-    Safe anywhere, at any time. Raises the database's error; an object store that does not answer is logged.
+    Several processes may call it at any time. Raises the database's errors; logs those of the object store.
     """
     due = utcnow() - timedelta(seconds=settings.retention_s)
     with database.read() as session:
@@ -70,7 +70,7 @@ def run_if_due(database: Database, storage: Storage, settings: Settings) -> Repo
 
 
 def begin(session: Session, due: datetime) -> bool:
-    """Take the next pass if the last one began at `due` or before; say whether it is the caller's."""
+    """Claim the next pass if the last one began at `due` or before; return whether the caller has it."""
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     never = {"name": NAME, "began_at": datetime.fromtimestamp(0, UTC)}
     session.execute(insert(SweepPass).values(never).on_conflict_do_nothing())
@@ -79,7 +79,7 @@ def begin(session: Session, due: datetime) -> bool:
 
 
 def run(database: Database, storage: Storage, settings: Settings, *, dry: bool = False) -> Report:
-    """Run one pass; `dry` only reports what it would remove, of the object store all. Logs what it removes."""
+    """Run one pass and log what it deletes. `dry` deletes nothing and scans the whole object store."""
     removed: dict[str, list[str]] = {}
     more = False
     for rule in RULES:
@@ -111,7 +111,7 @@ def _apply(database: Database, storage: Storage, settings: Settings, rule: Rule,
 
 
 def _sweep_objects(database: Database, storage: Storage, settings: Settings, *, dry: bool) -> tuple[list[Found], bool]:
-    """Delete orphans in the next parts of the store; return them, and whether its end has not been reached."""
+    """Delete orphans in the next batches of the store; return them, and whether there are more batches."""
     if settings.keep_orphans_s is None:
         return [], False
     before = utcnow() - timedelta(seconds=settings.keep_orphans_s)
@@ -140,7 +140,7 @@ def _delete(database: Database, storage: Storage, part: objects.Scan) -> None:
         try:
             storage.discard(one)
         except OSError as error:
-            # The next round finds it again; the others need not wait.
+            # The next scan finds it again; go on with the others.
             log.warning("object_not_deleted", key=one.key, error=str(error))
     with database.write() as session:
         update_count(session, update(SweepPass).where(SweepPass.name == NAME).values(cursor=part.cursor))

@@ -13,6 +13,6 @@ router = APIRouter(prefix="/v1/usage", tags=["usage"])
 
 @router.get("", responses=problems())
 def get_usage(caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> UsageOut:
-    """Return what the caller's tenant stores and has queued, and how much it may."""
+    """Return what the caller's tenant stores and has queued, and its limits."""
     with database.read() as session:
         return service.of_tenant(session, settings, caller.tenant_id)

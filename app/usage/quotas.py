@@ -1,6 +1,6 @@
-"""Quotas: what a tenant may have at most, checked in the transaction that would add to it.
+"""Quotas: limits of what a tenant may have, checked in the transaction that adds to it.
 
-The service's settings hold for every tenant; `Tenant.limits` says what differs for one (null: no limit).
+The settings apply to every tenant; `Tenant.limits` overrides them for one (null: no limit).
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ RETRY_AFTER_S: Final = 60
 
 
 class QuotaExceeded(ServiceError):
-    """The tenant has as much as it may of what somebody must remove."""
+    """A quota is used up, and something must be deleted to make room."""
 
     status, code, title = 403, "quota_exceeded", "Quota used up"
 
 
 class QuotaBusy(ServiceError):
-    """The tenant has as much at once as it may, and time or the tenant's own work makes room."""
+    """A quota is used up, and waiting, or finishing what was begun, makes room."""
 
     status, code, title = 429, "quota_busy", "Quota used up for now"
 
@@ -33,10 +33,10 @@ class Quota:
     """One limit.
 
     Attributes:
-        count: returns the present value of a tenant.
-        what: what is counted, for people.
-        remedy: what would make room, for people.
-        passes: whether it ends without anything being removed (429), or not (403).
+        count: returns a tenant's current value.
+        what: what is counted, as text.
+        remedy: what makes room, as text.
+        passes: whether room comes without deleting anything (429), or not (403).
     """
 
     count: Callable[[Session, str], int]
@@ -46,7 +46,7 @@ class Quota:
 
 
 def storage_bytes(session: Session, tenant_id: str) -> int:
-    """Return the bytes that the tenant's objects take together."""
+    """Return the bytes that all of the tenant's objects use."""
     return sum(repository.storage(session, tenant_id).values())
 
 
@@ -54,8 +54,8 @@ QUOTAS: Final[dict[str, Quota]] = {
     "queued_jobs": Quota(repository.queued_jobs, "queued jobs", "wait until one begins, or cancel one", passes=True),
     "uploads": Quota(
         repository.uploads,
-        "datasets and checkpoints that wait for their content",
-        "send the content of one, or delete it",
+        "datasets and checkpoints that await their content",
+        "upload the content of one, or delete one",
         passes=True,
     ),
     "datasets": Quota(repository.datasets, "datasets", "delete one that no job uses", passes=False),
@@ -66,15 +66,15 @@ QUOTAS: Final[dict[str, Quota]] = {
 
 
 def limit_of(settings: Settings, own: dict[str, int | None], name: str) -> int | None:
-    """Return the limit that holds for a tenant whose own limits are `own`; None: there is none."""
+    """Return the limit of a tenant whose own limits are `own`; None: no limit."""
     service: int | None = getattr(settings, f"quota_{name}")
     return own.get(name, service)
 
 
 def check(session: Session, settings: Settings, tenant_id: str, name: str, *, more: int = 1) -> None:
-    """Raise `QuotaExceeded` or `QuotaBusy` if the tenant may not have `more` of what `name` limits.
+    """Raise `QuotaExceeded` or `QuotaBusy` if `more` would exceed the tenant's quota `name`.
 
-    In a writing session two requests that check at once take turns, so that a limit holds exactly.
+    In a write session concurrent requests check one after the other, so that a limit is exact.
     """
     if limit_of(settings, repository.limits(session, tenant_id), name) is None:
         return
@@ -83,8 +83,8 @@ def check(session: Session, settings: Settings, tenant_id: str, name: str, *, mo
     present = quota.count(session, tenant_id)
     if limit is None or present + more <= limit:
         return
-    needed = f", and this needs {more} more" if more > 1 else ""
-    detail = f"the quota {name} allows {limit} {quota.what}; there are {present}{needed}: {quota.remedy}"
+    needed = f", and this request adds {more}" if more > 1 else ""
+    detail = f"the quota {name} is {limit} {quota.what}; there are {present}{needed}: {quota.remedy}"
     if quota.passes:
         raise QuotaBusy(detail, headers={"Retry-After": str(RETRY_AFTER_S)})
     raise QuotaExceeded(detail)

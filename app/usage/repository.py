@@ -1,4 +1,4 @@
-"""Queries on what one tenant uses."""
+"""Queries on one tenant's usage."""
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
@@ -8,14 +8,14 @@ from app.states import AWAITING_UPLOAD, QUEUED
 
 
 def limits_locked(session: Session, tenant_id: str) -> dict[str, int | None]:
-    """Return the tenant's own limits; nobody else counts for it before this transaction ends."""
-    # `key_share`: rows that refer to the tenant can be made meanwhile, by those who do not count.
+    """Return the tenant's own limits, and lock them: other requests count only after this transaction ends."""
+    # `key_share`: transactions that do not count may still insert rows that refer to the tenant.
     statement = select(Tenant.limits).where(Tenant.id == tenant_id).with_for_update(key_share=True)
     return session.scalar(statement) or {}
 
 
 def limits(session: Session, tenant_id: str) -> dict[str, int | None]:
-    """Return the tenant's own limits; what it does not name is the service's."""
+    """Return the tenant's own limits; for the others the settings apply."""
     return session.scalar(select(Tenant.limits).where(Tenant.id == tenant_id)) or {}
 
 
@@ -24,17 +24,17 @@ def _count(session: Session, model: type[Dataset] | type[Checkpoint] | type[Job]
 
 
 def queued_jobs(session: Session, tenant_id: str) -> int:
-    """Return how many of the tenant's jobs wait for a worker."""
+    """Return the number of the tenant's queued jobs."""
     return _count(session, Job, Job.tenant_id == tenant_id, Job.status == QUEUED)
 
 
 def datasets(session: Session, tenant_id: str) -> int:
-    """Return how many datasets the tenant has, in any state."""
+    """Return the number of the tenant's datasets, in any state."""
     return _count(session, Dataset, Dataset.tenant_id == tenant_id)
 
 
 def uploads(session: Session, tenant_id: str) -> int:
-    """Return how many of the tenant's datasets and checkpoints wait for their content or receive it."""
+    """Return the number of the tenant's datasets and checkpoints that await their content or receive it."""
     models: tuple[type[Dataset] | type[Checkpoint], ...] = (Dataset, Checkpoint)
     return sum(
         _count(session, model, model.tenant_id == tenant_id, model.status == AWAITING_UPLOAD) for model in models
@@ -42,9 +42,9 @@ def uploads(session: Session, tenant_id: str) -> int:
 
 
 def storage(session: Session, tenant_id: str) -> dict[str, int]:
-    """Return the bytes that the tenant's objects take, by kind.
+    """Return the bytes that the tenant's objects use, by kind.
 
-    Training checkpoints of jobs that have not ended are not counted: they come and go, and nobody asked for them.
+    Training checkpoints are not counted: they are temporary, and the tenant did not create them.
     """
     uploaded = sum(
         session.scalar(

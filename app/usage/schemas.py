@@ -1,4 +1,4 @@
-"""What GET /v1/usage answers."""
+"""Responses of usage."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class StorageUse(BaseModel):
-    """Bytes in the object store, by kind; uploads are those not yet checked, and of failed checks."""
+    """Bytes in the object store, by kind. Uploads are those that are not checked yet, or whose check failed."""
 
     uploads_bytes: int
     datasets_bytes: int
@@ -16,7 +16,7 @@ class StorageUse(BaseModel):
 
 
 class QuotaUse(BaseModel):
-    """How much there is, and how much there may be (null: no limit)."""
+    """The current value and the limit of a quota (null: no limit)."""
 
     used: int
     limit: int | None

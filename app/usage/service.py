@@ -1,4 +1,4 @@
-"""Rules of usage: what a tenant is told, and how an operator sets its limits."""
+"""Usage: what a tenant uses, and setting a tenant's own limits."""
 
 from sqlalchemy.orm import Session
 
@@ -26,13 +26,13 @@ def of_tenant(session: Session, settings: Settings, tenant_id: str) -> UsageOut:
 
 
 def set_limits(session: Session, tenant_name: str, changes: dict[str, int | None], cleared: list[str]) -> None:
-    """Give a tenant limits of its own (None: no limit), and the service's back for those that are cleared.
+    """Set limits of a tenant's own (None: no limit), and remove those in `cleared`, so that the settings apply again.
 
-    Raises `NotFound` for a tenant that is not there, `ValueError` for a quota that is not or a negative limit.
+    Raises `NotFound` for an unknown tenant, `ValueError` for an unknown quota or a negative limit.
     """
     for name in (*changes, *cleared):
         if name not in QUOTAS:
-            raise ValueError(f"there is no quota {name!r}; there are {', '.join(QUOTAS)}")
+            raise ValueError(f"there is no quota {name!r}; the quotas are {', '.join(QUOTAS)}")
     for name, limit in changes.items():
         if limit is not None and limit < 0:
             raise ValueError(f"{name} must be at least 0; got {limit}")

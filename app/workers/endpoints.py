@@ -13,6 +13,6 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 @router.get("", responses=problems())
 def list_workers(caller: CurrentCaller, database: DatabaseDep, settings: SettingsDep) -> WorkersOut:
-    """List the workers that are there, or were a moment ago, by name."""
+    """List the registered workers, by name."""
     with database.read() as session:
         return WorkersOut(data=service.listed(session, settings, caller))

@@ -1,4 +1,4 @@
-"""Which workers there are: how one makes itself known, when it counts as present, and when it is forgotten."""
+"""The registry of workers: heartbeats, which workers are present, and removing those that are gone."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,9 +12,9 @@ from app.workers import repository
 
 
 def beat(session: Session, worker: Worker, *, draining: bool = False) -> None:
-    """Say that this worker is there, and whether it drains by its own will.
+    """Record this worker's heartbeat, and register it if it is not registered (any more).
 
-    One that was forgotten while the database was away is known again. What the operator has set stays.
+    `draining` sets the flag, False leaves it as the operator or the worker set it before.
     """
     row = session.get(Worker, worker.id)
     if row is None:
@@ -26,11 +26,11 @@ def beat(session: Session, worker: Worker, *, draining: bool = False) -> None:
 
 
 def present(session: Session, settings: Settings, *, queue: str) -> Sequence[Worker]:
-    """Return the workers that take rows of this queue now: heard of within a lease's time, and not draining."""
+    """Return the workers that take rows of this queue: not draining, with a heartbeat at most `lease_s` old."""
     rows = repository.seen_since(session, now(session) - timedelta(seconds=settings.lease_s))
     return [row for row in rows if queue in row.queues and not row.draining]
 
 
 def forget_silent(session: Session, settings: Settings) -> int:
-    """Delete workers that were not heard of for long; return how many there were."""
+    """Delete workers whose last heartbeat is older than `worker_silent_s`; return their number."""
     return repository.forget_silent(session, now(session) - timedelta(seconds=settings.worker_silent_s))

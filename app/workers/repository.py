@@ -1,4 +1,4 @@
-"""Queries on workers, and on what each of them works on."""
+"""Queries on workers and the rows that they hold."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,12 +12,12 @@ from app.models import LEASED, Leased, Worker
 
 
 def all_workers(session: Session) -> Sequence[Worker]:
-    """Return every worker that is registered, by name."""
+    """Return every registered worker, by name."""
     return session.scalars(select(Worker).order_by(Worker.name, Worker.started_at, Worker.id)).all()
 
 
 def seen_since(session: Session, moment: datetime) -> Sequence[Worker]:
-    """Return the workers that were heard of since then."""
+    """Return the workers whose last heartbeat is at `moment` or later."""
     return session.scalars(select(Worker).where(Worker.seen_at >= moment)).all()
 
 
@@ -37,7 +37,7 @@ def worker_of(row: Leased) -> str:
 
 
 def set_draining(session: Session, name: str, draining: bool) -> int:
-    """Let the workers of this name take nothing new, or take rows again; return how many there are."""
+    """Set whether the workers of this name are draining (take no new rows); return their number."""
     return update_count(session, update(Worker).where(Worker.name == name).values(draining=draining))
 
 
@@ -47,5 +47,5 @@ def forget(session: Session, worker_id: str) -> None:
 
 
 def forget_silent(session: Session, before: datetime) -> int:
-    """Delete the workers that were not heard of since `before`; return how many there were."""
+    """Delete the workers whose last heartbeat is before `before`; return their number."""
     return update_count(session, delete(Worker).where(Worker.seen_at < before))

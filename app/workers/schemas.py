@@ -1,4 +1,4 @@
-"""Responses about workers."""
+"""Responses of workers."""
 
 from datetime import datetime
 from typing import Any, Literal, Self
@@ -26,22 +26,22 @@ class WorkerOut(BaseModel):
     name: str
     host: str
     status: WorkerStatus = Field(
-        description="silent: not heard of for longer than a lease; draining: it finishes what it has."
+        description="silent: no heartbeat for longer than a lease; draining: finishes its work and takes no more."
     )
     busy: bool
-    working_on: WorkingOn | None = Field(description="What it works on, if that is yours.")
+    working_on: WorkingOn | None = Field(description="The row that it works on, if it is the caller's.")
     queues: list[str] = Field(description="jobs, checks (of datasets and checkpoints), or both.")
-    labels: list[str] = Field(description="What `resources.label` may name.")
+    labels: list[str] = Field(description="Labels that a job's `resources.label` may require.")
     device: Literal["cuda", "cpu"]
     gpus: int
     gpu_memory_gb: float | None = Field(description="Memory of its smallest GPU, GB.")
-    processes: int = Field(description="The most `resources.gpus` that it takes; without GPUs, processes.")
+    processes: int = Field(description="Largest `resources.gpus` of a job that it takes; without GPUs, processes.")
     started_at: datetime
     seen_at: datetime
 
     @classmethod
     def of(cls, row: Worker, **members: Any) -> Self:
-        """Return the worker that a row is, with the members that are not columns."""
+        """Return the worker of a row, with the members that are not columns."""
         columns = {name: getattr(row, name) for name in cls.model_fields if hasattr(row, name)}
         return cls.model_validate(columns | members)
 

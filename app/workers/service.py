@@ -1,4 +1,4 @@
-"""Rules of workers: who is told what of them, and how one is drained."""
+"""Workers: listing and draining them."""
 
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ from app.workers.schemas import WorkerOut, WorkingOn
 
 
 def listed(session: Session, settings: Settings, caller: Caller) -> list[WorkerOut]:
-    """Return every worker. What it works on is told of the caller's own rows only."""
+    """Return every worker. `working_on` is only set for the caller's own rows."""
     held, silent_since = repository.held_rows(session), now(session) - timedelta(seconds=settings.lease_s)
     out = []
     for row in repository.all_workers(session):
@@ -28,9 +28,9 @@ def listed(session: Session, settings: Settings, caller: Caller) -> list[WorkerO
 
 
 def set_draining(session: Session, name: str, draining: bool) -> int:
-    """Let the workers of this name take nothing new, or take rows again; return how many. Raises `NotFound`."""
+    """Set whether the workers of this name are draining; return their number. Raises `NotFound`."""
     count = repository.set_draining(session, name, draining)
     if not count:
         known = ", ".join(sorted({row.name for row in repository.all_workers(session)})) or "none"
-        raise NotFound(f"there is no worker {name!r}; there are: {known}")
+        raise NotFound(f"there is no worker {name!r}; the workers are: {known}")
     return count

@@ -1,11 +1,11 @@
-"""`defeat catalog`: what can be asked for."""
+"""`defeat catalog`: what job specs may name."""
 
 from defeat.cli.console import JsonFlag, Output
 from defeat.client.client import Client
 
 
 def catalog(as_json: JsonFlag = False) -> None:
-    """Show the detectors, backbones, methods and dataset formats that the server offers; --json for all of it."""
+    """Show the detectors, backbones, methods and dataset formats of the server; --json prints all of the catalog."""
     out = Output(as_json)
     with Client() as client:
         offer = client.catalog()
@@ -15,12 +15,12 @@ def catalog(as_json: JsonFlag = False) -> None:
             [kind.replace("_", " "), "summary"],
             [(name, value.get("summary")) for name, value in offer.get(kind, {}).items()],
         )
-        out.say("")
+        out.line("")
     out.table(
         ["pretrained teachers", "weights"],
         [(name, ", ".join(value.get("weights", {}))) for name, value in offer.get("pretrained", {}).items()],
     )
-    out.say("")
+    out.line("")
     out.table(
         ["backbones", "parameters"],
         [(name, _parameters(value.get("parameters"))) for name, value in offer.get("backbones", {}).items()],

@@ -12,7 +12,7 @@ from defeat.client.client import Client
 from defeat.client.specs import load_spec
 from defeat.client.types import Checkpoint
 
-app = typer.Typer(no_args_is_help=True, help="Detectors' weights: teachers and initial students.")
+app = typer.Typer(no_args_is_help=True, help="Weights of detectors: teachers and initial students.")
 
 CheckpointId = Annotated[str, typer.Argument(metavar="ID", help="ckpt_…")]
 
@@ -22,31 +22,32 @@ def add(
     path: Annotated[Path, typer.Argument(help="A safetensors file, or a torch file of tensors.")],
     name: Annotated[str | None, typer.Option(help="Default: the file's name.")] = None,
     detector: Annotated[
-        Path | None, typer.Option(help="YAML file with the detector spec; default: the weights file says.")
+        Path | None, typer.Option(help="YAML file with the detector spec; default: the weights file's header.")
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="File with a class name a line, in order; default: the weights file says.")
+        Path | None,
+        typer.Option(help="File with one class name per line, in order; default: the weights file's header."),
     ] = None,
     wait: Wait = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send a detector's weights and have them checked."""
+    """Upload a detector's weights and have the server check them."""
     out = Output(as_json)
     spec = None if detector is None else load_spec(detector)
     names = None if classes is None else [line for line in classes.read_text("utf-8").splitlines() if line]
     with Client() as client:
-        with out.transfer(f"sending {path}") as on_progress:
+        with out.transfer(f"uploading {path}") as on_progress:
             checkpoint = client.checkpoints.add(path, name or path.name, spec, names, on_progress)
         if wait:
-            checkpoint = client.checkpoints.wait(checkpoint["id"], on_update=lambda c: out.say(c["id"], c["status"]))
+            checkpoint = client.checkpoints.wait(checkpoint["id"], on_update=lambda c: out.line(c["id"], c["status"]))
         else:
-            out.say(checkpoint["id"], checkpoint["status"])
+            out.line(checkpoint["id"], checkpoint["status"])
     out.json(checkpoint)
     if checkpoint["status"] in ("invalid", "failed"):
         out.failure(f"{checkpoint['id']} is {checkpoint['status']}", checkpoint["failure"])
         raise typer.Exit(FAILED)
     if coverage := _coverage(checkpoint):
-        out.say(coverage)
+        out.line(coverage)
 
 
 @app.command("list")
@@ -104,12 +105,12 @@ def download(
     output: Annotated[Path | None, typer.Option(help="File to write; default: <ID>.safetensors here.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a checkpoint's weights to a file; a download that was cut goes on where it was."""
+    """Download a checkpoint's weights to a file; resumes an interrupted download."""
     out = Output(as_json)
-    with Client() as client, out.transfer(f"receiving {checkpoint_id}") as on_progress:
+    with Client() as client, out.transfer(f"downloading {checkpoint_id}") as on_progress:
         path = client.checkpoints.download(checkpoint_id, output or Path(f"{checkpoint_id}.safetensors"), on_progress)
     out.json({"id": checkpoint_id, "path": str(path)})
-    out.say(path)
+    out.line(path)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def delete(checkpoint_id: CheckpointId, as_json: JsonFlag = False) -> None:
     with Client() as client:
         client.checkpoints.delete(checkpoint_id)
     out.json({"id": checkpoint_id, "deleted": True})
-    out.say(f"{checkpoint_id} deleted")
+    out.line(f"{checkpoint_id} deleted")
 
 
 def _coverage(checkpoint: Checkpoint) -> str | None:

@@ -1,4 +1,4 @@
-"""How the command speaks: to people, safely, and to machines, in JSON only."""
+"""Output of the commands: text for people, with unsafe characters escaped, or JSON."""
 
 import json
 import re
@@ -19,9 +19,9 @@ from defeat.client.types import Failure, Queue
 
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 
-# Without a terminal nothing is folded or cut: a log keeps whole lines.
-_UNFOLDED = 100_000
-# Control characters could move the cursor, rename the window or answer for the user; direction marks reorder text.
+# Without a terminal lines are not wrapped, so that logs keep whole lines.
+_UNWRAPPED = 100_000
+# Control characters could move the cursor, rename the window or type input; direction marks reorder text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _JSON_META = "defeat.json"
@@ -33,7 +33,8 @@ def _remember_json(context: typer.Context, value: bool) -> bool:
 
 
 JsonFlag = Annotated[
-    bool, typer.Option("--json", callback=_remember_json, help="Print JSON only; words for people go to stderr.")
+    bool,
+    typer.Option("--json", callback=_remember_json, help="Print JSON on stdout; messages for people go to stderr."),
 ]
 
 
@@ -43,57 +44,57 @@ def wants_json(context: typer.Context) -> bool:
 
 
 def safe(text: object, style: str = "") -> Text:
-    """Return text from elsewhere for a terminal: no markup is read in it, and control characters are shown as codes."""
+    """Return untrusted text for a terminal: markup is not interpreted, control characters are escaped."""
     return Text(_UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), str(text)), style=style)
 
 
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _UNFOLDED)
+    return Console(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _UNWRAPPED)
 
 
 class Output:
-    """Where a command's words go: `people` is a console on stdout, or on stderr with `--json`."""
+    """A command's output. `console` writes to stdout, or to stderr with `--json`; `errors` to stderr."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.people = _console(stderr=as_json)
+        self.console = _console(stderr=as_json)
         self.errors = _console(stderr=True)
 
     def json(self, value: Any) -> None:
         """Print one line of JSON; only with `--json`."""
         if self.as_json:
-            # Not `typer.echo`: ASCII only, so no locale can spoil it and no terminal acts on it.
+            # ASCII only, so that it is safe with any locale and on any terminal.
             print(json.dumps(value), flush=True)
 
-    def say(self, *parts: object, style: str = "") -> None:
-        """Print one line for people; only without `--json`."""
+    def line(self, *parts: object, style: str = "") -> None:
+        """Print a line of text; only without `--json`."""
         if not self.as_json:
-            self.people.print(Text(" ").join(part if isinstance(part, Text) else safe(part, style) for part in parts))
+            self.console.print(Text(" ").join(part if isinstance(part, Text) else safe(part, style) for part in parts))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print rows for people, in columns; only without `--json`."""
+        """Print a table; only without `--json`."""
         if self.as_json:
             return
         table = Table(*(Column(safe(column)) for column in columns), box=None, pad_edge=False, header_style="bold")
         for row in rows:
             table.add_row(*(safe("-" if value is None else value) for value in row))
-        self.people.print(table)
+        self.console.print(table)
 
     def failure(self, what: str, failure: Failure | None) -> None:
-        """Tell people, on stderr, why something ended badly."""
+        """Print why a resource failed to stderr."""
         self.errors.print(safe(what, "bold red"))
         if failure is None:
             return
         self.errors.print(safe(f"{failure['class']} / {failure['code']}: {failure['detail']}"))
         if tail := failure.get("log_tail"):
-            self.errors.print(safe("the end of the log:", "dim"))
+            self.errors.print(safe("last lines of the log:", "dim"))
             for line in tail:
                 self.errors.print(safe(f"  {line.rstrip()}", "dim"))
 
     @contextmanager
     def transfer(self, what: str) -> Iterator[OnProgress | None]:
-        """Show an upload's or a download's progress on stderr, if that is a terminal."""
+        """Show the progress of an upload or download on stderr, if it is a terminal."""
         if not self.errors.is_terminal:
             yield None
             return
@@ -106,7 +107,7 @@ class Output:
 
 
 def show_error(context: typer.Context, error: ClientError | OSError) -> None:
-    """Tell people on stderr, and machines on stdout with `--json`, what went wrong."""
+    """Print an error to stderr, and with `--json` also to stdout as JSON."""
     out = Output(wants_json(context))
     out.errors.print(Text("error: ", "bold red") + safe(error))
     for note in getattr(error, "__notes__", []):
@@ -118,7 +119,7 @@ def show_error(context: typer.Context, error: ClientError | OSError) -> None:
 
 
 def seconds(value: float | None) -> str:
-    """Return a duration for people: `45s`, `3m 20s`, `2h 05m`; `-` for None."""
+    """Format a duration: `45s`, `3m 20s`, `2h 05m`; `-` for None."""
     if value is None:
         return "-"
     whole = round(value)
@@ -130,7 +131,7 @@ def seconds(value: float | None) -> str:
 
 
 def queued(queue: Queue) -> str:
-    """Return a queued job's place for people: `2 ahead, waits for a free worker, begins in 3m 20s (2m 10s to 5m)`."""
+    """Format a queued job's position: `2 ahead, waits for a free worker, begins in 3m 20s (2m 10s to 5m)`."""
     parts = [
         f"{queue['jobs_ahead']}{' or more' if queue['position'] is None else ''} ahead",
         f"waits for {queue['waiting_for']}",
@@ -142,7 +143,7 @@ def queued(queue: Queue) -> str:
 
 
 def size(value: int | None) -> str:
-    """Return a number of bytes for people, in powers of 1024: `31.0 MiB`; `-` for None."""
+    """Format a number of bytes, in powers of 1024: `31.0 MiB`; `-` for None."""
     if value is None:
         return "-"
     amount, unit = float(value), "B"
@@ -156,10 +157,10 @@ def size(value: int | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction (0 to 1) for people: `12.5%`, `50%`; `-` for None."""
+    """Format a fraction (0 to 1): `12.5%`, `50%`; `-` for None."""
     return "-" if value is None else f"{100 * value:.3g}%"
 
 
 def ap(value: float | None) -> str:
-    """Return an average precision (0 to 1) for people: `0.412`; `-` where there is nothing to measure."""
+    """Format an average precision (0 to 1): `0.412`; `-` for None."""
     return "-" if value is None else f"{value:.3f}"

@@ -13,8 +13,8 @@ from defeat.client.types import Dataset, Report
 app = typer.Typer(no_args_is_help=True, help="Images with boxes.")
 
 DatasetId = Annotated[str, typer.Argument(metavar="ID", help="ds_…")]
-Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, the newest.")]
-Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the server's check of the content.")]
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number to show, newest first.")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the server has checked the content.")]
 
 
 @app.command()
@@ -22,23 +22,26 @@ def add(
     path: Annotated[str, typer.Argument(help="A directory, an archive (zip, tar, tar.gz), or a file:// URI.")],
     name: Annotated[str | None, typer.Option(help="Default: the last part of the path.")] = None,
     max_dropped_fraction: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the content that may be unusable.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Largest fraction of boxes and images that may be unusable; default: the server's."
+        ),
     ] = None,
     wait: Wait = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send a dataset and have it checked."""
+    """Upload a dataset and have the server check it."""
     out = Output(as_json)
     with Client() as client:
-        with out.transfer(f"sending {path}") as on_progress:
+        with out.transfer(f"uploading {path}") as on_progress:
             dataset = client.datasets.add(path, name, max_dropped_fraction, on_progress)
         report: Report | None = None
         if wait:
-            dataset = client.datasets.wait(dataset["id"], on_update=lambda d: out.say(d["id"], d["status"]))
+            dataset = client.datasets.wait(dataset["id"], on_update=lambda d: out.line(d["id"], d["status"]))
             if dataset["status"] in ("ready", "invalid"):
                 report = _report_if_any(client, dataset["id"])
         else:
-            out.say(dataset["id"], dataset["status"])
+            out.line(dataset["id"], dataset["status"])
     out.json(dataset)
     if report is not None:
         _show_report(out, report)
@@ -96,7 +99,7 @@ def show(dataset_id: DatasetId, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def report(dataset_id: DatasetId, as_json: JsonFlag = False) -> None:
-    """Show what the import found: counts by class and split, and problems."""
+    """Show the report of a dataset's check: counts by class and split, and problems."""
     out = Output(as_json)
     with Client() as client:
         found = client.datasets.report(dataset_id)
@@ -111,11 +114,11 @@ def delete(dataset_id: DatasetId, as_json: JsonFlag = False) -> None:
     with Client() as client:
         client.datasets.delete(dataset_id)
     out.json({"id": dataset_id, "deleted": True})
-    out.say(f"{dataset_id} deleted")
+    out.line(f"{dataset_id} deleted")
 
 
 def _report_if_any(client: Client, dataset_id: str) -> Report | None:
-    """Return the report, or None: a check that broke off early has left none."""
+    """Return the report; None if the check ended before it wrote one."""
     try:
         return client.datasets.report(dataset_id)
     except ApiError as error:
@@ -131,7 +134,7 @@ def _counts(split: Any) -> str:
 def _show_report(out: Output, report: Report) -> None:
     dropped, most = percent(report["dropped_fraction"]), percent(report["max_dropped_fraction"])
     if report["images"] is not None:
-        out.say(f"{report['format']}: {_counts(report)}, {dropped} dropped (at most {most} may be)")
+        out.line(f"{report['format']}: {_counts(report)}, {dropped} dropped (limit {most})")
     splits = list(report["splits"])
     out.table(
         ["class", *(f"{split} boxes" for split in splits)],
@@ -141,9 +144,9 @@ def _show_report(out: Output, report: Report) -> None:
         ],
     )
     for problem in report["problems"]:
-        out.say(f"{problem['severity']}: {problem['summary']} ({problem['code']}, {problem['count']} times)")
+        out.line(f"{problem['severity']}: {problem['summary']} ({problem['code']}, {problem['count']} times)")
         for example in problem["examples"][:3]:
-            out.say(f"    {example['file']}: {example['detail']}")
+            out.line(f"    {example['file']}: {example['detail']}")
 
 
 def _exit_by_status(out: Output, dataset: Dataset) -> None:

@@ -22,7 +22,9 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="job_…")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file with the job spec.")]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change the spec, as schedule.epochs=3; may be repeated."),
+    typer.Option(
+        "--set", metavar="KEY.PATH=VALUE", help="Change a value of the spec, e.g. schedule.epochs=3; may be repeated."
+    ),
 ]
 
 
@@ -30,10 +32,12 @@ Changes = Annotated[
 def submit(
     spec: SpecFile,
     changes: Changes = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show progress and exit by how the job ends.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show progress until the job ends; exit with 0 only if it succeeds.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Start a job. Without --wait, exit 0 once it is accepted."""
+    """Submit a job. Without --wait, exit with 0 once the server has accepted it."""
     out = Output(as_json)
     with Client() as client:
         job = client.jobs.submit(load_spec(spec, changes or []))
@@ -41,24 +45,24 @@ def submit(
             _follow(out, client, job["id"])
         else:
             out.json(job)
-            out.say(job["id"], job["status"])
+            out.line(job["id"], job["status"])
 
 
 @app.command()
 def validate(spec: SpecFile, changes: Changes = None, as_json: JsonFlag = False) -> None:
-    """Check a job spec and show it with every default filled in; start nothing."""
+    """Validate a job spec and print it with every default, without creating a job."""
     out = Output(as_json)
     with Client() as client:
         resolved = client.jobs.validate(load_spec(spec, changes or []))
     out.json(resolved)
-    out.say(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
+    out.line(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @app.command("list")
 def list_(
     status: Annotated[str | None, typer.Option(help="queued, preparing, running, succeeded, …")] = None,
     dataset: Annotated[str | None, typer.Option(metavar="ID", help="Only jobs on this dataset.")] = None,
-    name: Annotated[str | None, typer.Option(help="Only jobs with this in their name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only jobs whose name contains this.")] = None,
     limit: Limit = 20,
     as_json: JsonFlag = False,
 ) -> None:
@@ -119,7 +123,7 @@ def show(job_id: JobId, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def watch(job_id: JobId, as_json: JsonFlag = False) -> None:
-    """Show a job's progress until it ends, and exit by how it ends."""
+    """Show a job's progress until it ends; exit with 0 only if it succeeds."""
     with Client() as client:
         _follow(Output(as_json), client, job_id)
 
@@ -127,36 +131,36 @@ def watch(job_id: JobId, as_json: JsonFlag = False) -> None:
 @app.command(context_settings={"ignore_unknown_options": True})
 def priority(
     job_id: JobId,
-    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="-100 to 100; higher goes first.")],
+    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="-100 to 100; higher begins first.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Change where a job stands in the queue."""
+    """Set a job's priority."""
     out = Output(as_json)
     with Client() as client:
         job = client.jobs.set_priority(job_id, value)
     out.json(job)
-    out.say(job["id"], job["status"], f"priority {job['priority']}")
+    out.line(job["id"], job["status"], f"priority {job['priority']}")
     if job["queue"] is not None:
-        out.say(queued(job["queue"]))
+        out.line(queued(job["queue"]))
 
 
 @app.command()
 def cancel(job_id: JobId, as_json: JsonFlag = False) -> None:
-    """Ask a job to end; a running one saves its work first."""
+    """Cancel a job; a running one saves its work first."""
     with Client() as client:
         _show_status(Output(as_json), client.jobs.cancel(job_id))
 
 
 @app.command()
 def pause(job_id: JobId, as_json: JsonFlag = False) -> None:
-    """Ask a job to rest until it is resumed; a running one saves a checkpoint first."""
+    """Pause a job until it is resumed; a running one saves a checkpoint first."""
     with Client() as client:
         _show_status(Output(as_json), client.jobs.pause(job_id))
 
 
 @app.command()
 def resume(job_id: JobId, as_json: JsonFlag = False) -> None:
-    """Let a paused job go on from its last checkpoint."""
+    """Queue a paused job again, to continue from its last checkpoint."""
     with Client() as client:
         _show_status(Output(as_json), client.jobs.resume(job_id))
 
@@ -170,16 +174,16 @@ def retry(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Begin another attempt of a job that failed or was cancelled."""
+    """Queue another attempt of a job that failed or was cancelled."""
     if start not in (None, "checkpoint", "beginning"):
-        raise InvalidInput(f"--from is {start!r}; it can be checkpoint or beginning")
+        raise InvalidInput(f"--from must be checkpoint or beginning; got {start!r}")
     with Client() as client:
         _show_status(Output(as_json), client.jobs.retry(job_id, start=cast(RetryFrom | None, start)))
 
 
 def _show_status(out: Output, job: Job) -> None:
     out.json(job)
-    out.say(job["id"], job["status"])
+    out.line(job["id"], job["status"])
 
 
 @app.command()
@@ -189,14 +193,14 @@ def download(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write to.")] = Path(),
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a job's files here; a download that was cut goes on where it was."""
+    """Download a job's files; resumes an interrupted download."""
     out = Output(as_json)
     written = []
     with Client() as client:
         for name in names or [_best_student(job_id, client.jobs.artifacts(job_id))]:
-            with out.transfer(f"receiving {name}") as on_progress:
+            with out.transfer(f"downloading {name}") as on_progress:
                 path = client.jobs.download(job_id, name, _target(output, name), on_progress)
-            out.say(path)
+            out.line(path)
             written.append({"name": name, "path": str(path)})
     out.json({"id": job_id, "files": written})
 
@@ -211,9 +215,8 @@ def _follow(out: Output, client: Client, job_id: str) -> None:
                 job: Job = update["job"]
     except KeyboardInterrupt:
         out.errors.print(
-            f"\n{job_id} goes on without this command: "
-            f"`defeat jobs watch {job_id}` shows it again, `defeat jobs pause {job_id}` lets it rest, "
-            f"`defeat jobs cancel {job_id}` ends it"
+            f"\n{job_id} continues on the server: `defeat jobs watch {job_id}` shows it again, "
+            f"`defeat jobs pause {job_id}` pauses it, `defeat jobs cancel {job_id}` cancels it"
         )
         raise typer.Exit(INTERRUPTED) from None
     out.json(job)
@@ -226,13 +229,13 @@ def _follow(out: Output, client: Client, job_id: str) -> None:
 def _best_student(job_id: str, artifacts: Sequence[Artifact]) -> str:
     students = [artifact["name"] for artifact in artifacts if artifact["kind"] == "student"]
     if not students:
-        raise InvalidInput(f"{job_id} has left no student yet; `defeat jobs show {job_id}` says what it has")
+        raise InvalidInput(f"{job_id} has no student yet; `defeat jobs show {job_id}` lists its files")
     return next((name for name in students if "best" in name), students[0])
 
 
 def _target(directory: Path, name: str) -> Path:
-    """Return the file for an artifact; names come from a server, and none may lead out of the directory."""
+    """Return the path for an artifact. Raises `InvalidInput` for a name that points outside the directory."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in name or ":" in name:
-        raise InvalidInput(f"the artifact name {name!r} would lead out of {directory}: it is not written")
+        raise InvalidInput(f"the artifact's name {name!r} points outside {directory}; it was not downloaded")
     return directory.joinpath(*parts)

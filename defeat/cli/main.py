@@ -1,7 +1,7 @@
 """The `defeat` command.
 
-Exit codes: 0 done (and, where it waited, succeeded); 1 failed, cancelled, invalid or refused; 2 a mistake in what was
-asked for; 3 no server reached; 130 interrupted.
+Exit codes: 0 success (with --wait: of the job); 1 the job or the request failed, or the job was cancelled; 2 invalid
+arguments or spec; 3 the server does not respond; 130 interrupted.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from defeat.client.errors import ApiError, ClientError, ConnectionFailed, Invali
 
 
 class _Commands(TyperGroup):
-    """Turns the errors of this package into messages and exit codes, for every command in one place."""
+    """Converts the client's exceptions to messages and exit codes, for every command."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # typer ends quietly when the reader of a pipe is gone
+            raise  # typer exits quietly when the reader of a pipe is gone
         except (ClientError, OSError) as error:
             show_error(ctx, error)
             raise typer.Exit(_exit_code(error)) from error
@@ -40,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distillation as a service for object detectors. "
-    "The server and the key come from DEFEAT_URL and DEFEAT_API_KEY.",
+    "Set the server's address in DEFEAT_URL and the API key in DEFEAT_API_KEY.",
 )
 app.command(name="up")(up.up)
 app.command(name="doctor")(doctor.doctor)

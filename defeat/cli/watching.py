@@ -1,4 +1,4 @@
-"""A job's progress for people: lines as things happen, and on a terminal a bar below them."""
+"""Shows a job's progress: a line for each event, and on a terminal a progress bar below them."""
 
 import time
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _STYLES = {"info": "", "warn": "yellow", "error": "red"}
 
 
 class JobView:
-    """Shows the updates of one job; a context manager, so that the bar is gone when it ends."""
+    """Shows the updates of one job. As a context manager it removes the progress bar at its end."""
 
     def __init__(self, out: Output) -> None:
         self._out = out
@@ -25,12 +25,12 @@ class JobView:
         self._ahead: int | None = None
         self._losses: dict[str, float | None] = {}
         self._bar: Progress | None = None
-        if out.people.is_terminal and not out.as_json:
+        if out.console.is_terminal and not out.as_json:
             self._bar = Progress(
                 BarColumn(bar_width=30),
                 TaskProgressColumn(),
                 TextColumn("{task.description}", markup=False),
-                console=out.people,
+                console=out.console,
                 transient=True,
             )
             self._task = self._bar.add_task("", total=1.0)
@@ -47,21 +47,21 @@ class JobView:
             self._bar.stop()
 
     def show(self, update: Update) -> None:
-        """Tell what is new."""
+        """Print what is new."""
         job = update["job"]
         if job["status"] != self._status:
             self._status = job["status"]
-            self._out.say(job["id"], job["status"])
+            self._out.line(job["id"], job["status"])
         if (queue := job["queue"]) is not None and queue["jobs_ahead"] != self._ahead:
             self._ahead = queue["jobs_ahead"]
-            self._out.say(queued(queue))
+            self._out.line(queued(queue))
         for event in update["events"]:
-            self._out.say(
+            self._out.line(
                 f"{event['level']}: {event['message']} ({event['code']})", style=_STYLES.get(event["level"], "")
             )
         self._losses = _newest_losses(update["metrics"]) or self._losses
         for evaluation in update["evaluations"]:
-            self._out.say(_evaluation_line(evaluation))
+            self._out.line(_evaluation_line(evaluation))
         self._show_progress(job)
 
     def _show_progress(self, job: Job) -> None:
@@ -75,11 +75,11 @@ class JobView:
         place = (progress["phase"], progress["epoch"])
         if place != self._place or time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._place, self._last_line = place, time.monotonic()
-            self._out.say(f"{percent(progress['fraction'])} {line}")
+            self._out.line(f"{percent(progress['fraction'])} {line}")
 
 
 def show_results(out: Output, job: Job) -> None:
-    """Print what came out: the accuracies of teacher and student."""
+    """Print the results: the accuracies of teacher and student."""
     results = job["results"] or {}
     rows = []
     for subject in ("teacher", "student"):
@@ -90,7 +90,7 @@ def show_results(out: Output, job: Job) -> None:
     if rows:
         out.table(["", "AP", "AP50", "AP75"], rows)
     if checkpoint := results.get("teacher_checkpoint_id"):
-        out.say(f"the teacher is kept as {checkpoint}")
+        out.line(f"the teacher is saved as {checkpoint}")
 
 
 def _newest_losses(metrics: Iterable[Metrics]) -> dict[str, float | None]:

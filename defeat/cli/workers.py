@@ -1,11 +1,11 @@
-"""`defeat workers`: who works."""
+"""`defeat workers`: the server's workers."""
 
 from defeat.cli.console import JsonFlag, Output
 from defeat.client.client import Client
 
 
 def workers(as_json: JsonFlag = False) -> None:
-    """List the server's workers: what they have for jobs, and what they do."""
+    """List the server's workers: their resources and their work."""
     out = Output(as_json)
     with Client() as client:
         rows = client.workers()

@@ -1,1 +1,1 @@
-"""The Python SDK and the `defeat` command. Speaks HTTP, imports neither the service nor the engine."""
+"""The Python client of the service. Uses HTTP only; imports neither the service nor the engine."""

@@ -1,4 +1,4 @@
-"""A directory as one uncompressed tar: the same files give the same bytes."""
+"""Packs a directory into an uncompressed tar; the same files give the same bytes."""
 
 import os
 import stat
@@ -11,13 +11,13 @@ from defeat.client.errors import InvalidInput
 
 
 def write_tar(directory: Path, target: BinaryIO) -> None:
-    """Write every file below `directory` to `target`, by path, in order, without times, owners or modes.
+    """Write every file below `directory` to `target`, sorted by path, without times, owners or modes.
 
-    Images are compressed already, so the tar is not. Names that begin with a dot are left out. A symbolic link is
-    stored as the file it leads to, and only if that lies in `directory` too: an unpacked archive of somebody else's
-    must not be able to send files from elsewhere on this machine.
+    Not compressed, because images are already. Names that begin with a dot are left out. A symbolic link is stored as
+    the file it points to, which must be in `directory` too: a link in a directory from elsewhere must not send other
+    files of this machine.
 
-    Raises `InvalidInput` for a link that leads outside or nowhere, for what is no file, and for an empty directory.
+    Raises `InvalidInput` for a link that points outside or nowhere, for special files, and for an empty directory.
     """
     root = directory.resolve()
     empty = True
@@ -29,23 +29,23 @@ def write_tar(directory: Path, target: BinaryIO) -> None:
                 entry.size = os.fstat(file.fileno()).st_size
                 tar.addfile(entry, file)
     if empty:
-        raise InvalidInput(f"{directory} holds no files: give a directory with images and their annotations")
+        raise InvalidInput(f"{directory} contains no files; pass a directory with images and their annotations")
 
 
 def _files(directory: Path, root: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Yield the files below `directory` by path; `above` are the directories that it lies in, to find link loops."""
+    """Yield the files below `directory` by path; `above` are its parent directories, to detect loops of links."""
     for path in sorted(directory.iterdir()):
         if path.name.startswith("."):
             continue
         real = _resolved(path, root)
         if real.is_dir():
             if real in above:
-                raise InvalidInput(f"{path} is a link to a directory that it lies in: remove it")
+                raise InvalidInput(f"{path} is a link to one of its parent directories; remove it")
             yield from _files(path, root, above | {real})
         elif stat.S_ISREG(real.stat().st_mode):
             yield path
         else:
-            raise InvalidInput(f"{path} is neither a file nor a directory: remove it")
+            raise InvalidInput(f"{path} is neither a file nor a directory; remove it")
 
 
 def _resolved(path: Path, root: Path) -> Path:
@@ -54,7 +54,7 @@ def _resolved(path: Path, root: Path) -> Path:
     except PermissionError:
         raise
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
-        raise InvalidInput(f"{path} is a link that leads nowhere: remove it") from error
+        raise InvalidInput(f"{path} is a link to a file that does not exist; remove it") from error
     if not real.is_relative_to(root):
-        raise InvalidInput(f"{path} is a link to {real}, outside {root}: copy what it leads to into the directory")
+        raise InvalidInput(f"{path} is a link to {real}, outside {root}; replace it with a copy of that file")
     return real

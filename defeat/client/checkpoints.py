@@ -1,4 +1,4 @@
-"""Checkpoints: detectors' weights."""
+"""Checkpoints: weights of detectors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,14 +24,14 @@ class Checkpoints(Resource):
         classes: Sequence[str] | None = None,
         on_progress: OnProgress | None = None,
     ) -> Checkpoint:
-        """Create a checkpoint and send its weights (safetensors, or a torch file of tensors).
+        """Create a checkpoint and upload its weights (safetensors, or a torch file of tensors).
 
-        `detector` is a detector spec and `classes` the class names in the order of the weights; None: the file says.
-        Returns it as the check begins (see `wait`). Raises what `Datasets.add` raises.
+        `detector` is the detector spec and `classes` the class names in the order of the weights' labels; None: the
+        file's header has them. Returns before the server has checked it (see `wait`). Raises like `Datasets.add`.
         """
         path = Path(path)
         if path.is_dir():
-            raise InvalidInput(f"{path} is a directory: give the weights file")
+            raise InvalidInput(f"{path} is a directory; pass the weights file")
         body = {"name": name, "detector": detector, "classes": None if classes is None else list(classes)}
         with opened(path, what="weights file") as file:
             checkpoint = self._transport.create("/v1/checkpoints", body)
@@ -50,17 +50,19 @@ class Checkpoints(Resource):
         return cast(Checkpoint, self._transport.get(self._path(checkpoint_id)))
 
     def list(self) -> Iterator[Checkpoint]:
-        """Yield every checkpoint, newest first, as the pages are asked for."""
+        """Yield every checkpoint, newest first, and request pages as needed."""
         return self._pages("/v1/checkpoints")
 
     def download(self, checkpoint_id: str, path: str | Path, on_progress: OnProgress | None = None) -> Path:
-        """Write the weights to the file `path` and return it; a cut download goes on where it was.
+        """Write the weights to the file `path` and return it. Resumes an interrupted download.
 
-        Raises `InvalidInput` unless the checkpoint is ready, and what `defeat.client.transfer.download` raises.
+        Raises `InvalidInput` unless the checkpoint is ready, and like `defeat.client.transfer.download`.
         """
         checkpoint = self.get(checkpoint_id)
         if checkpoint["sha256"] is None or checkpoint["size_bytes"] is None:
-            raise InvalidInput(f"{checkpoint_id} is {checkpoint['status']}: it can be downloaded once it is ready")
+            raise InvalidInput(
+                f"{checkpoint_id} is {checkpoint['status']}: only a checkpoint that is ready can be downloaded"
+            )
         return download(
             self._transport,
             self._path(checkpoint_id, "content"),

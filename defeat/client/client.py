@@ -1,11 +1,13 @@
-"""The Python SDK.
+"""The Python client.
+
+from defeat import Client
 
 with Client() as client:
-    dataset = defeat.client.datasets.wait(defeat.client.datasets.add("cells.zip")["id"])
-    job = defeat.client.jobs.submit({"name": "cells-small", "dataset": dataset["id"], ...})
-    for update in defeat.client.jobs.watch(job["id"]):
+    dataset = client.datasets.wait(client.datasets.add("cells.zip")["id"])
+    job = client.jobs.submit({"name": "cells-small", "dataset": dataset["id"], ...})
+    for update in client.jobs.watch(job["id"]):
         print(update["job"]["progress"])
-    defeat.client.jobs.download(job["id"], "student-best.safetensors", "student.safetensors")
+    client.jobs.download(job["id"], "student-best.safetensors", "student.safetensors")
 """
 
 import os
@@ -25,15 +27,15 @@ DEFAULT_URL = "http://127.0.0.1:8765"
 
 
 class Client:
-    """A connection to one server as one tenant. Not for several threads at once.
+    """A client of one server with one API key. Not thread-safe.
 
     Args:
         url: the server's address; default: `DEFEAT_URL`, else `http://127.0.0.1:8765`.
         api_key: default: `DEFEAT_API_KEY`.
-        patience_s: how long broken connections and answers 502, 503 and 504 are tried again for, seconds.
+        patience_s: how long a request is retried after a broken connection or status 502, 503 or 504, seconds.
 
-    Requests that create carry an idempotency key, so that they can be tried again too.
-    Every method raises `ApiError` for an error that the service answered with and `ConnectionFailed` for no answer.
+    Requests that create a resource carry an idempotency key, so that they can be retried too.
+    Every method raises `ApiError` if the service returns an error, and `ConnectionFailed` if it does not respond.
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None, *, patience_s: float = 60.0) -> None:
@@ -53,11 +55,11 @@ class Client:
         return self._transport.url
 
     def catalog(self) -> dict[str, Any]:
-        """Return what can be asked for: detectors, backbones, methods, schedule parameters, dataset formats."""
+        """Return what job specs may name: detectors, backbones, methods, schedule parameters, dataset formats."""
         return cast(dict[str, Any], self._transport.get("/v1/catalog"))
 
     def usage(self) -> dict[str, Any]:
-        """Return what the key's team stores, in bytes by kind, and how much of each quota it uses."""
+        """Return what the key's tenant stores, in bytes by kind, and its use of each quota."""
         return cast(dict[str, Any], self._transport.get("/v1/usage"))
 
     def workers(self) -> list[Worker]:

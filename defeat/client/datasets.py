@@ -26,15 +26,15 @@ class Datasets(Resource):
         max_dropped_fraction: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> Dataset:
-        """Create a dataset and send its content; returns it as the import begins (see `wait`).
+        """Create a dataset and upload its content. Returns before the server has imported it (see `wait`).
 
-        `path_or_uri` is a directory (sent as a tar), an archive (zip, tar, tar.gz: sent as it is), or a `file://` URI
-        of a directory or an archive that the *server* reads. `name` defaults to the last part of the path.
-        `max_dropped_fraction` (0 to 1, the server's default if None) is the share of boxes and images that may be
-        unusable before the import fails.
+        `path_or_uri` is a directory (uploaded as a tar), an archive (zip, tar, tar.gz; uploaded as it is), or a `file://`
+        URI of a directory or an archive that the *server* reads. `name` defaults to the last part of the path.
+        `max_dropped_fraction` (0 to 1; None: the server's default) is the largest fraction of boxes and images that
+        may be unusable in a valid dataset.
 
-        Raises `InvalidInput` if the path cannot be sent, `ApiError`, `ConnectionFailed`. A dataset whose upload failed
-        stays `awaiting_upload`; the error's notes name it.
+        Raises `InvalidInput` if the path cannot be uploaded, `ApiError`, `ConnectionFailed`. A dataset whose upload
+        failed stays `awaiting_upload`; a note of the exception has its id.
         """
         text = str(path_or_uri)
         body = {} if max_dropped_fraction is None else {"max_dropped_fraction": max_dropped_fraction}
@@ -66,11 +66,11 @@ class Datasets(Resource):
         return cast(Dataset, self._transport.get(self._path(dataset_id)))
 
     def list(self) -> Iterator[Dataset]:
-        """Yield every dataset, newest first, as the pages are asked for."""
+        """Yield every dataset, newest first, and request pages as needed."""
         return self._pages("/v1/datasets")
 
     def report(self, dataset_id: str) -> Report:
-        """Return what the import found."""
+        """Return the report of the dataset's check."""
         return cast(Report, self._transport.get(self._path(dataset_id, "report")))
 
     def delete(self, dataset_id: str) -> None:
@@ -93,7 +93,7 @@ class Datasets(Resource):
 
 @contextmanager
 def opened(path: Path, *, what: str) -> Iterator[BufferedIOBase]:
-    """Give the file at `path`, or the tar of the directory at `path`, for reading from its start."""
+    """Open the file at `path`, or a tar of the directory at `path`, for reading."""
     try:
         if path.is_dir():
             with tempfile.TemporaryFile(prefix="defeat-") as tar:
@@ -109,9 +109,9 @@ def opened(path: Path, *, what: str) -> Iterator[BufferedIOBase]:
 
 @contextmanager
 def naming(resource_id: str) -> Iterator[None]:
-    """Name the resource in the notes of what goes wrong: it exists, and has no content."""
+    """Add a note with the resource's id to an exception: it exists, but has no content."""
     try:
         yield
     except (ClientError, OSError) as error:
-        error.add_note(f"{resource_id} was created and still waits for its content: delete it, or add it again")
+        error.add_note(f"{resource_id} was created and awaits its content; delete it, then add it again")
         raise

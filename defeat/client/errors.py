@@ -1,4 +1,4 @@
-"""What can go wrong between a caller and the service. Every message says what to do next."""
+"""The client's exceptions. Every message names the remedy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,18 @@ from defeat.client.types import Problem
 
 
 class ClientError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the client's exceptions."""
 
 
 class ApiError(ClientError):
-    """The service answered with an error.
+    """The service returned an error.
 
     Attributes:
         status: the HTTP status.
-        code: a stable name to branch on, such as `dataset_not_ready`.
-        detail: what was wrong, which value, and what would do.
-        errors: one `{"pointer", "code", "detail"}` for each mistake in the request; may be empty.
-        request_id: what the operator needs to find the request in the logs; None if the answer had none.
+        code: a stable code to branch on, such as `dataset_not_ready`.
+        detail: what is wrong, the value, and the remedy.
+        errors: one `{"pointer", "code", "detail"}` for each error in the request; may be empty.
+        request_id: identifies the request in the server's log; None if the response had none.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class ApiError(ClientError):
         if self.status == 401:
             lines.append("set DEFEAT_API_KEY to a key of this server; `defeat up --new-key` prints one")
         if self.status >= 500 and self.request_id:
-            lines.append(f"request id {self.request_id}: the server's log has more under it")
+            lines.append(f"request id {self.request_id}: search the server's log for it")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the attributes, for machines."""
+        """Return the attributes as a JSON object."""
         return {
             "status": self.status,
             "code": self.code,
@@ -52,7 +52,7 @@ class ApiError(ClientError):
 
 
 class ConnectionFailed(ClientError):
-    """No answer came: nobody listens at `url`, or the connection broke and kept breaking."""
+    """The server did not respond: nothing listens at `url`, or the connection broke repeatedly."""
 
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(
@@ -64,19 +64,19 @@ class ConnectionFailed(ClientError):
 
 
 class DigestMismatch(ClientError):
-    """What was downloaded is not what the service has; the file was not kept."""
+    """The download's digest is not the service's; the file was deleted."""
 
     def __init__(self, name: str, expected: str, actual: str) -> None:
         super().__init__(
-            f"{name} arrived damaged: its SHA-256 is {actual} and should be {expected}; nothing was kept, try again"
+            f"{name} was damaged: its SHA-256 is {actual}, expected {expected}; it was deleted, download it again"
         )
         self.expected = expected
         self.actual = actual
 
 
 class InvalidInput(ClientError):
-    """An argument, a file or a setting on this side cannot be used; nothing was sent."""
+    """An argument, a file or a setting of the client is invalid; nothing was sent."""
 
 
 class WaitTimeout(ClientError):
-    """The resource did not end within the time that the caller gave; it goes on."""
+    """The resource did not reach a final status within the timeout. The service continues its work."""

@@ -32,11 +32,11 @@ class Jobs(Resource):
     KIND = "jobs"
 
     def submit(self, spec: dict[str, Any]) -> Job:
-        """Create a job from a spec and return it; raises `ApiError` with one entry of `errors` for each mistake."""
+        """Create a job from a spec and return it; raises `ApiError` with one entry of `errors` for each error in it."""
         return cast(Job, self._transport.create("/v1/jobs", spec))
 
     def validate(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Return the resolved spec, every default filled in, without creating a job; raises as `submit` does."""
+        """Return the resolved spec, with every default, without creating a job. Raises like `submit`."""
         return cast(dict[str, Any], self._transport.post("/v1/jobs/validate", spec)["spec"])
 
     def get(self, job_id: str) -> Job:
@@ -46,34 +46,34 @@ class Jobs(Resource):
     def list(
         self, *, status: JobStatus | None = None, dataset: str | None = None, name: str | None = None
     ) -> Iterator[Job]:
-        """Yield every job that fits, newest first, as the pages are asked for; `name` is any part of the name."""
+        """Yield the jobs that match, newest first, and request pages as needed; `name` is any part of the name."""
         return self._pages("/v1/jobs", {"status": status, "dataset": dataset, "name": name})
 
     def cancel(self, job_id: str) -> Job:
-        """Ask a job to end and return it: a queued one is cancelled at once, a running one saves its work first."""
+        """Cancel a job and return it: a queued one ends at once, a running one saves its work first."""
         return cast(Job, self._transport.post(self._path(job_id, "cancel")))
 
     def set_priority(self, job_id: str, priority: int) -> Job:
-        """Change where a job stands in the queue, -100 to 100, higher first, and return it."""
+        """Set a job's priority (-100 to 100, higher begins first) and return it."""
         return cast(Job, self._transport.patch(self._path(job_id), {"priority": priority}))
 
     def pause(self, job_id: str) -> Job:
-        """Ask a job to rest and return it: a queued one does at once, a running one saves a checkpoint first."""
+        """Pause a job and return it: a queued one is paused at once, a running one saves a checkpoint first."""
         return cast(Job, self._transport.post(self._path(job_id, "pause")))
 
     def resume(self, job_id: str) -> Job:
-        """Put a paused job back into the queue, to go on from its last checkpoint, and return it."""
+        """Queue a paused job again, to continue from its last checkpoint, and return it."""
         return cast(Job, self._transport.post(self._path(job_id, "resume")))
 
     def retry(self, job_id: str, *, start: RetryFrom | None = None) -> Job:
-        """Begin another attempt of a job that failed or was cancelled, and return it.
+        """Queue another attempt of a job that failed or was cancelled, and return it.
 
-        `start` None: from the last training checkpoint if there is one. From the beginning, its metrics are forgotten.
+        `start` None: from the last training checkpoint if there is one. `beginning` deletes its metrics.
         """
         return cast(Job, self._transport.create(self._path(job_id, "retry"), {"from": start}))
 
     def events(self, job_id: str, *, after: str | None = None) -> Iterator[Event]:
-        """Yield the job's messages, oldest first; `after` is the id of an event."""
+        """Yield the job's events, oldest first; `after` is the id of an event."""
         path = self._path(job_id, "events")
         while True:
             page = self._transport.get(path, {"limit": 100, "after": after})
@@ -83,7 +83,7 @@ class Jobs(Resource):
             after = page["data"][-1]["id"]
 
     def metrics(self, job_id: str, *, subject: Subject = "student", after_step: int | None = None) -> Iterator[Metrics]:
-        """Yield what was logged while one subject was trained, by step; `after_step` leaves out earlier ones."""
+        """Yield the metrics of one subject's training, by step; `after_step` yields later steps only."""
         path = self._path(job_id, "metrics")
         while True:
             page = self._transport.get(path, {"subject": subject, "after_step": after_step, "limit": _METRICS_PAGE})
@@ -93,11 +93,11 @@ class Jobs(Resource):
             after_step = page["data"][-1]["step"]
 
     def evaluations(self, job_id: str) -> Sequence[Evaluation]:
-        """Return every evaluation of the teacher and the student so far."""
+        """Return all evaluations of the teacher and the student so far."""
         return cast(Sequence[Evaluation], self._transport.get(self._path(job_id, "evaluations"))["data"])
 
     def artifacts(self, job_id: str) -> Sequence[Artifact]:
-        """Return the files that the job left."""
+        """Return the files that the job produced."""
         return cast(Sequence[Artifact], self._transport.get(self._path(job_id, "artifacts"))["data"])
 
     def wait(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Job:
@@ -105,10 +105,10 @@ class Jobs(Resource):
         return wait_until(lambda: self.get(job_id), JOB_TERMINAL, timeout_s=timeout_s, poll_s=poll_s)
 
     def watch(self, job_id: str, *, timeout_s: float | None = None, poll_s: float = 1.0) -> Iterator[Update]:
-        """Yield what is new, first everything so far, every `poll_s` seconds until the job has ended.
+        """Poll every `poll_s` seconds and yield what is new, first everything so far, until the job has ended.
 
-        The last update holds the ended job and the last of its events, metrics and evaluations. Nothing is yielded
-        while nothing changes. Raises `WaitTimeout` after `timeout_s` seconds (None: never).
+        The last update has the ended job and the last of its events, metrics and evaluations. Yields nothing while
+        nothing changes. Raises `WaitTimeout` after `timeout_s` seconds (None: never).
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         feed = _Feed(self, job_id)
@@ -119,13 +119,13 @@ class Jobs(Resource):
             if feed.ended:
                 return
             if end is not None and time.monotonic() + poll_s > end:
-                raise WaitTimeout(f"{job_id} has not ended after {timeout_s:g} s; it goes on")
+                raise WaitTimeout(f"{job_id} has not ended after {timeout_s:g} s; it continues on the server")
             time.sleep(poll_s)
 
     def download(self, job_id: str, name: str, path: str | Path, on_progress: OnProgress | None = None) -> Path:
-        """Write the artifact `name` to the file `path` and return it; a cut download goes on where it was.
+        """Write the artifact `name` to the file `path` and return it. Resumes an interrupted download.
 
-        Raises `InvalidInput` if the job has no such artifact, and what `defeat.client.transfer.download` raises.
+        Raises `InvalidInput` if the job has no such artifact, and like `defeat.client.transfer.download`.
         """
         artifacts = {artifact["name"]: artifact for artifact in self.artifacts(job_id)}
         if name not in artifacts:
@@ -142,7 +142,7 @@ class Jobs(Resource):
 
 
 class _Feed:
-    """What of a job was told already."""
+    """Remembers which of a job's events, metrics and evaluations were yielded."""
 
     def __init__(self, jobs: Jobs, job_id: str) -> None:
         self._jobs = jobs
@@ -158,7 +158,7 @@ class _Feed:
 
     def next(self) -> Update | None:
         """Return what is new, or None."""
-        # The job first: what a job had when it had ended is then all in the same update.
+        # The job first: if it has ended, this update then has everything.
         job = self._jobs.get(self._job_id)
         events = list(self._jobs.events(self._job_id, after=self._event))
         metrics: list[Metrics] = []

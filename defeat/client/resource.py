@@ -1,4 +1,4 @@
-"""What the resources have in common: addresses, pages, waiting."""
+"""What the resources share: paths, pages, waiting."""
 
 import re
 import time
@@ -23,14 +23,14 @@ class Resource:
         self._transport = transport
 
     def _path(self, resource_id: str, *rest: str) -> str:
-        """Return the path of one resource or of something of its; raises `InvalidInput` for what can be no id."""
-        # An id goes into a path: `../x` or `?` in one would ask for something else.
+        """Return the path of a resource or of a part of it. Raises `InvalidInput` for a malformed id."""
+        # The id becomes a part of the path: `../x` or `?` would change the request.
         if not _ID.fullmatch(resource_id):
-            raise InvalidInput(f"{resource_id!r} is no id of {self.KIND}: an id looks like ds_…, ckpt_… or job_…")
+            raise InvalidInput(f"{resource_id!r} is not an id of {self.KIND}; ids look like ds_…, ckpt_… or job_…")
         return "/".join((f"/v1/{self.KIND}", resource_id, *rest))
 
     def _pages(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[Any]:
-        """Yield every row of a list, page after page."""
+        """Yield every item of a list, page by page."""
         after: str | None = None
         while True:
             page = self._transport.get(path, {"limit": _PAGE, **(params or {}), "after": after})
@@ -48,7 +48,7 @@ def wait_until(
     poll_s: float,
     on_update: Callable[[R], None] | None = None,
 ) -> R:
-    """Ask until the resource's status is terminal and return it; `on_update` is told of every new status.
+    """Poll until the resource's status is terminal and return it. Calls `on_update` at every new status.
 
     Raises `WaitTimeout` after `timeout_s` seconds (None: never).
     """
@@ -63,5 +63,5 @@ def wait_until(
         if status in terminal:
             return resource
         if end is not None and time.monotonic() + poll_s > end:
-            raise WaitTimeout(f"{resource['id']} is still {status} after {timeout_s:g} s; it goes on")
+            raise WaitTimeout(f"{resource['id']} is still {status} after {timeout_s:g} s; it continues on the server")
         time.sleep(poll_s)

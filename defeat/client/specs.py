@@ -1,4 +1,4 @@
-"""Specs from YAML files and from the command line."""
+"""Reads specs from YAML files, with changes from the command line."""
 
 import math
 import re
@@ -12,16 +12,16 @@ from defeat.client.errors import InvalidInput
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, without two of its traps: `1e-4` as text, and the last of two equal keys winning."""
+    """PyYAML's YAML 1.1 with two corrections: `1e-4` is a number, and a key that occurs twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping; raises `ConstructorError` at a key that stands twice."""
+        """Return the mapping; raises `ConstructorError` for a key that occurs twice."""
         seen = set()
         for key_node, _ in node.value:
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} occurs twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -37,10 +37,10 @@ def _parse(text: str) -> Any:
 
 
 def load_spec(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML (or JSON) file, with `key.path=value` changes made to it.
+    """Return the mapping in a YAML (or JSON) file, with `key.path=value` changes applied.
 
     Values of changes are YAML too: `schedule.epochs=3` is a number, `teacher=null` is null.
-    Raises `InvalidInput` for a file or a change that cannot be read, and for what JSON cannot carry.
+    Raises `InvalidInput` for a file or a change that cannot be parsed, and for values that JSON does not have.
     """
     try:
         spec = _parse(path.read_text("utf-8"))
@@ -49,7 +49,7 @@ def load_spec(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} is not YAML: {error}") from error
     if not isinstance(spec, dict):
-        raise InvalidInput(f"{path} must hold keys with values, such as `name: cells-small`")
+        raise InvalidInput(f"{path} must be a mapping, such as `name: cells-small`")
     for change in changes:
         _change(spec, change)
     _check(spec, "")
@@ -60,14 +60,14 @@ def _change(spec: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     *parents, last = path.split(".")
     if not equals or not all([*parents, last]):
-        raise InvalidInput(f"--set {change!r}: write it as key.path=value, such as schedule.epochs=3")
+        raise InvalidInput(f"--set {change!r} must have the form key.path=value, such as schedule.epochs=3")
     target = spec
     for depth, key in enumerate(parents, start=1):
         if target.get(key) is None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise InvalidInput(f"--set {change!r}: {'.'.join(parents[:depth])} is {target!r} and has no keys")
+            raise InvalidInput(f"--set {change!r}: {'.'.join(parents[:depth])} is {target!r}, not a mapping")
     try:
         target[last] = _parse(text)
     except yaml.YAMLError as error:
@@ -75,14 +75,16 @@ def _change(spec: dict[str, Any], change: str) -> None:
 
 
 def _check(value: Any, where: str) -> None:
-    """Raise `InvalidInput` for what YAML can say and JSON cannot: dates, NaN, keys that are no text."""
+    """Raise `InvalidInput` for YAML values that JSON does not have: dates, NaN, keys that are not strings."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise InvalidInput(f"the key {key!r} at {where or 'the top'} is no text: write it in quotes")
+                raise InvalidInput(f"the key {key!r} at {where or 'the top level'} is not a string; put it in quotes")
             _check(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check(item, f"{where}[{index}]")
     elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        raise InvalidInput(f"{where} is {value!r}: a spec holds text, finite numbers, true, false and null only")
+        raise InvalidInput(
+            f"{where} is {value!r}: a spec may only contain strings, finite numbers, true, false and null"
+        )

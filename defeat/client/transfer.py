@@ -1,4 +1,4 @@
-"""Large bodies: uploads that can be repeated, downloads that can be resumed."""
+"""Uploads that are repeated, and downloads that are resumed, when the connection breaks."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1024 * 1024
 _DAMAGED_TRIES = 3
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all; the first falls back when a transfer starts again."""
+"""Called with the bytes transferred and the total bytes; the first decreases when a transfer starts again."""
 
 
 def upload(
@@ -29,15 +29,16 @@ def upload(
     is_awaited: Callable[[], bool],
     on_progress: OnProgress | None = None,
 ) -> None:
-    """PUT the whole of `file` to `path`, again from the start if the connection breaks.
+    """PUT `file` to `path`; starts again if the connection breaks.
 
-    `is_awaited` asks the service whether it still wants the content: an upload whose answer was lost has arrived.
-    Raises `ApiError` for a refusal, `ConnectionFailed` once patience ends, `InvalidInput` for an empty file.
+    `is_awaited` asks the service whether it still awaits the content: an upload may be complete though its response was
+    lost. Raises `ApiError` if the service rejects it, `ConnectionFailed` after `patience_s`, and `InvalidInput` for an
+    empty file.
     """
     digest = hashlib.file_digest(file, "sha256").digest()
     size = file.seek(0, os.SEEK_END)
     if size == 0:
-        raise InvalidInput("the file is empty: there is nothing to upload")
+        raise InvalidInput("the file is empty; there is nothing to upload")
     headers = {
         "Content-Type": "application/octet-stream",
         "Content-Length": str(size),
@@ -53,7 +54,7 @@ def upload(
             if not patience.wait():
                 raise transport.failed(error) from error
         except ApiError as error:
-            # A conflict on a second try: the first one had arrived and was being stored when its connection broke.
+            # A conflict at the second attempt: the first was complete, and its connection broke before the response.
             overtaken = error.status == HTTPStatus.CONFLICT and tries > 1 and not is_awaited()
             damaged = error.code == "upload_incomplete" and tries < _DAMAGED_TRIES
             passing = error.status in RETRIED_STATUSES
@@ -70,9 +71,11 @@ def _chunks(file: BufferedIOBase, size: int, on_progress: OnProgress | None) -> 
     while done < size:
         chunk = file.read(min(CHUNK_BYTES, size - done))
         if not chunk:
-            raise ClientError(f"the file became shorter while it was sent: {done} of {size} bytes were left")
+            raise ClientError(
+                f"the file became shorter during the upload: it has {done} of {size} bytes; upload it again"
+            )
         yield chunk
-        # Counted once the next one is asked for: until then it may not have gone out.
+        # Counted when the next chunk is requested: until then it may not be sent.
         done += len(chunk)
         if on_progress:
             on_progress(done, size)
@@ -87,13 +90,13 @@ def download(
     size_bytes: int,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """GET `path` into `target` and return it; a `target` that stood there is replaced only by a whole file.
+    """GET `path` into `target` and return it. Only a complete file replaces an existing `target`.
 
-    Bytes go to a part file beside it, named after the content's digest, so that a download that was cut goes on
-    where it was, now or in another process, and never on top of other content.
+    The bytes go to a part file beside it, named after the content's digest, so that an interrupted download is resumed,
+    also by another process, and never with other content.
 
-    Raises `DigestMismatch` if the bytes are not those of `sha256`, `ConnectionFailed` once patience ends without a
-    byte more, `ApiError` for a refusal.
+    Raises `DigestMismatch` if the file's digest is not `sha256`, `ConnectionFailed` after `patience_s` without another
+    byte, `ApiError` if the service rejects the request.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{sha256[:16]}.part")
@@ -125,7 +128,7 @@ def download(
 def _receive(
     transport: Transport, path: str, file: BinaryIO, etag: str, size_bytes: int, on_progress: OnProgress | None
 ) -> None:
-    """Add to `file` what is missing, or start it again where the service sends the whole."""
+    """Append the missing bytes to `file`, or start again if the service sends the whole file."""
     have = file.tell()
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -135,11 +138,11 @@ def _receive(
             have = file.seek(0)
             file.truncate()
         elif not response.headers.get("content-range", "").startswith(f"bytes {have}-"):
-            raise ClientError(f"{path}: bytes from {have} on were asked for and others were sent")
+            raise ClientError(f"{path}: the client requested bytes from {have} on, and the server sent others")
         for chunk in response.iter_raw():
-            # A server that never stops must not fill the disk.
+            # A server that sends without end must not fill the disk.
             if have + len(chunk) > size_bytes:
-                raise ClientError(f"{path} is longer than the {size_bytes} bytes that the service told of")
+                raise ClientError(f"{path} is longer than the {size_bytes} bytes that the service reported")
             file.write(chunk)
             have += len(chunk)
             if on_progress:

@@ -1,4 +1,4 @@
-"""Requests over HTTP: the key, the errors, and which failures are tried again."""
+"""HTTP requests: the API key, errors, and retries."""
 
 import json
 import time
@@ -13,7 +13,7 @@ import httpx2
 
 from defeat.client.errors import ApiError, ConnectionFailed, InvalidInput
 
-# The service or a proxy before it is restarting: worth another try.
+# The service, or a proxy before it, is restarting: retry.
 RETRIED_STATUSES = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
 _NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
@@ -22,14 +22,14 @@ _TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 
 
 class Patience:
-    """Time to go on trying for, with growing pauses between the tries."""
+    """A period of retries with increasing delays."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
         self._delay = _FIRST_DELAY_S
 
     def wait(self, at_least_s: float = 0.0) -> bool:
-        """Pause before another try; return False, at once, if the time would be over by then."""
+        """Wait before the next attempt; return False at once if the period would be over by then."""
         delay = max(self._delay, at_least_s)
         if time.monotonic() + delay > self._end:
             return False
@@ -39,15 +39,15 @@ class Patience:
 
 
 class Transport:
-    """One server, one key.
+    """HTTP requests to one server with one API key.
 
     Args:
         url: the server's address, `http://…` or `https://…`, without `/v1`.
         api_key: sent as a bearer token; None sends none.
-        patience_s: how long failures that may pass are tried again for, once the server has answered before.
-        first_patience_s: the same while it never has: a wrong address should be told soon.
+        patience_s: how long temporary failures are retried once the server has responded, seconds.
+        first_patience_s: the same before its first response, short, so that a wrong address is reported soon.
 
-    Raises `InvalidInput` for an address or a key that cannot be used.
+    Raises `InvalidInput` for an invalid address or key.
     """
 
     def __init__(
@@ -56,16 +56,18 @@ class Transport:
         self.url = url.rstrip("/")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput(f"{url!r} is no server address: it looks like http://127.0.0.1:8765")
+            raise InvalidInput(f"{url!r} is not a server's address; it must look like http://127.0.0.1:8765")
         headers = {"Accept": "application/json", "User-Agent": "defeat-client"}
         if api_key:
             if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
-                raise InvalidInput("the API key holds characters that no key has: copy it again, without line breaks")
+                raise InvalidInput(
+                    "the API key contains characters that no key has; copy it again, without spaces and line breaks"
+                )
             headers["Authorization"] = f"Bearer {api_key}"
         self._patience_s = patience_s
         self._first_patience_s = first_patience_s
         self._reached = False
-        # Redirects are not followed: the key must go nowhere else. A proxy cannot reach this machine's loopback.
+        # No redirects, so that the key goes to no other server. No proxy for loopback addresses: it cannot reach them.
         self._http = httpx2.Client(
             base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=parts.hostname not in _LOOPBACK
         )
@@ -75,34 +77,34 @@ class Transport:
         self._http.close()
 
     def patience(self) -> Patience:
-        """Return the time that a failing request may be repeated for."""
+        """Return the period in which a failing request is retried."""
         return Patience(self._patience_s if self._reached else self._first_patience_s)
 
     def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
-        """Return the JSON answer to a GET; parameters that are None are left out."""
+        """Return the JSON response to a GET; omits parameters that are None."""
         kept = {name: value for name, value in (params or {}).items() if value is not None}
         return self._decoded(self._repeated("GET", path, repeatable=True, params=kept))
 
     def post(self, path: str, body: Any = None) -> Any:
-        """Return the JSON answer to a POST that may be sent twice without harm, or that creates nothing."""
+        """Return the JSON response to a POST that is idempotent or creates nothing."""
         return self._decoded(self._repeated("POST", path, repeatable=True, content=_encoded(body), headers=_JSON))
 
     def create(self, path: str, body: Any) -> Any:
-        """Return the JSON answer to a POST that creates; its idempotency key makes a second sending harmless."""
+        """Return the JSON response to a POST that creates; an idempotency key makes retries safe."""
         headers = {**_JSON, "Idempotency-Key": str(uuid4())}
         return self._decoded(self._repeated("POST", path, repeatable=True, content=_encoded(body), headers=headers))
 
     def patch(self, path: str, body: Any) -> Any:
-        """Return the JSON answer to a PATCH that sets values, which may be sent twice without harm."""
+        """Return the JSON response to a PATCH, which is idempotent."""
         return self._decoded(self._repeated("PATCH", path, repeatable=True, content=_encoded(body), headers=_JSON))
 
     def delete(self, path: str) -> None:
-        """Carry out a DELETE. Not repeated once sent: the second answer would be a 404 that means success."""
+        """Send a DELETE. Not retried once sent: the second response would be a 404 that means success."""
         self._repeated("DELETE", path, repeatable=False)
 
     def put_once(self, path: str, content: Iterable[bytes], headers: Mapping[str, str]) -> Any:
-        """Send a body once and return the JSON answer; raises httpx2's `TransportError` if the connection breaks."""
-        # The server may hash and store the whole body before it answers.
+        """PUT a body, without retries, and return the JSON response. Raises httpx2's `TransportError`."""
+        # The server may hash and store the whole body before it responds.
         timeout = httpx2.Timeout(60.0, connect=10.0, read=900.0)
         response = self._http.put(path, content=content, headers=dict(headers), timeout=timeout)
         self._reached = True
@@ -111,7 +113,7 @@ class Transport:
 
     @contextmanager
     def stream_once(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Give the streaming answer to one GET; raises httpx2's `TransportError` if the connection breaks."""
+        """Give the streaming response to a GET, without retries. Raises httpx2's `TransportError`."""
         with self._http.stream("GET", path, headers={"Accept": "*/*", **headers}) as response:
             self._reached = True
             if not response.is_success:
@@ -120,7 +122,7 @@ class Transport:
             yield response
 
     def failed(self, error: httpx2.TransportError) -> ConnectionFailed:
-        """Return the error to raise when there is no patience left."""
+        """Return the exception to raise when the retries are over."""
         return ConnectionFailed(self.url, str(error) or type(error).__name__)
 
     def _repeated(self, method: str, path: str, *, repeatable: bool, **request: Any) -> httpx2.Response:
@@ -133,7 +135,7 @@ class Transport:
                     raise self.failed(error) from error
                 continue
             except httpx2.InvalidURL as error:
-                raise InvalidInput(f"{self.url + path!r} cannot be asked for: {error}") from error
+                raise InvalidInput(f"{self.url + path!r} is not a valid URL: {error}") from error
             self._reached = True
             if response.status_code in RETRIED_STATUSES and repeatable and patience.wait(_retry_after_s(response)):
                 continue
@@ -148,7 +150,7 @@ class Transport:
             raise ApiError(
                 response.status_code,
                 "not_this_service",
-                f"{self.url} answered with {kind} instead of JSON: is it the address of a DeFeat server?",
+                f"{self.url} returned {kind} instead of JSON; check that it is the address of a DeFeat server",
             ) from error
 
 
@@ -165,7 +167,7 @@ def _retry_after_s(response: httpx2.Response) -> float:
 
 
 def _raise_for_problem(response: httpx2.Response) -> None:
-    """Raise `ApiError` for an answer that is no success, whoever wrote it: the service or a proxy before it."""
+    """Raise `ApiError` for an unsuccessful response of the service or of a proxy before it."""
     if response.is_success:
         return
     try:
@@ -174,7 +176,7 @@ def _raise_for_problem(response: httpx2.Response) -> None:
         problem = None
     if not isinstance(problem, dict):
         problem = {}
-    reason = response.reason_phrase or "no success"
+    reason = response.reason_phrase or "request failed"
     raise ApiError(
         response.status_code,
         str(problem.get("code", "http_error")),

@@ -1,4 +1,4 @@
-"""The resources as the service sends them. See docs/api.md; unknown members may be added at any time."""
+"""The resources as the service sends them (see docs/api.md). The service may add members at any time."""
 
 from typing import Any, Literal, TypedDict
 
@@ -14,11 +14,11 @@ JOB_TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 SUBJECTS: tuple[Subject, ...] = ("teacher", "student")
 
 Failure = TypedDict("Failure", {"class": str, "code": str, "detail": str, "log_tail": list[str]}, total=False)
-"""Why something ended badly: class `user`, `data`, `oom` or `infra`, a stable code, and what would do."""
+"""Why a resource failed: class `user`, `data`, `oom` or `infra`, a stable code, and the detail with the remedy."""
 
 
 class Problem(TypedDict):
-    """One mistake in a request: `pointer` is the JSON Pointer of the wrong value."""
+    """One error in a request; `pointer` is the JSON Pointer of the wrong value."""
 
     pointer: str
     code: str
@@ -26,7 +26,7 @@ class Problem(TypedDict):
 
 
 class Counts(TypedDict):
-    """How much there is of a split."""
+    """Counts of a split."""
 
     images: int
     boxes: int
@@ -54,7 +54,7 @@ class Dataset(TypedDict):
 
 
 class ReportProblem(TypedDict):
-    """One kind of trouble that the import found; `examples` are the first few `{"file", "detail"}`."""
+    """One kind of problem in a dataset; `examples` are its first occurrences, `{"file", "detail"}`."""
 
     code: str
     severity: Literal["note", "dropped", "fatal"]
@@ -64,7 +64,7 @@ class ReportProblem(TypedDict):
 
 
 class Report(TypedDict):
-    """What the import of a dataset found; the numbers are None where it ended before there were any."""
+    """The report of a dataset's check; numbers are None if the check ended before it counted."""
 
     format: str | None
     images: int | None
@@ -97,7 +97,7 @@ class Checkpoint(TypedDict):
 
 
 class Progress(TypedDict):
-    """Where a job is; `fraction` is 0 to 1 of the whole job, and what does not apply is None."""
+    """Progress of a job; `fraction` is of the whole job, 0 to 1. Members that do not apply are None."""
 
     phase: str
     epoch: int | None
@@ -110,7 +110,7 @@ class Progress(TypedDict):
 
 
 class Queue(TypedDict):
-    """Where a queued job stands; times are until it begins, and None where nobody can know."""
+    """Position of a queued job; times are estimates until it begins, None if it cannot be estimated."""
 
     position: int | None
     jobs_ahead: int
@@ -121,7 +121,7 @@ class Queue(TypedDict):
 
 
 class Worker(TypedDict):
-    """A worker of the service, what it has for jobs, and what it does."""
+    """A worker of the service: its resources and its work."""
 
     id: str
     object: Literal["worker"]
@@ -141,7 +141,7 @@ class Worker(TypedDict):
 
 
 class Job(TypedDict):
-    """One distillation: what was asked, where it is, what came out."""
+    """One distillation: its spec, its state, its results."""
 
     id: str
     object: Literal["job"]
@@ -192,7 +192,7 @@ class Evaluation(TypedDict):
 
 
 class Artifact(TypedDict):
-    """A file that a job left."""
+    """A file that a job produced."""
 
     name: str
     kind: Literal["student", "teacher", "metrics", "log", "gallery"]
@@ -204,7 +204,7 @@ class Artifact(TypedDict):
 
 
 class Update(TypedDict):
-    """What is new about a job since the update before: the job as it stands, and what was added to it."""
+    """A job's current state, and its events, metrics and evaluations since the previous update."""
 
     job: Job
     events: list[Event]

@@ -115,7 +115,7 @@ def test_a_new_file_that_another_starter_writes_to_is_waited_for(tmp_path: Path)
 
 
 def test_a_new_file_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(db, "_SQLITE_PATIENCE_S", 0)
+    monkeypatch.setattr(db, "_SQLITE_BUSY_TIMEOUT_S", 0)
     path = tmp_path / "new.sqlite3"
     with closing(_being_written(path)), pytest.raises(OperationalError, match="database is locked"):
         make_engine(f"sqlite:///{path}").connect()
