@@ -1,7 +1,7 @@
 """Distillation for object detectors: the client of the service, and the engine that trains and loads detectors.
 
 `Client` talks to a service over HTTP. `load` reads a downloaded student; it needs torch
-(`pip install "defeat-service[worker]"`). Both are imported when they are first used, so that `import defeat` costs
+(`pip install "defeat-service[engine]"`). Both are imported when they are first used, so that `import defeat` costs
 nothing.
 """
 
@@ -52,7 +52,7 @@ def load(path: str | Path, *, device: str = "cpu") -> "Detector":
         from defeat.engine import detectors
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'defeat.load needs {error.name}, which is not installed: pip install "defeat-service[worker]"'
+            f'defeat.load needs {error.name}, which is not installed: pip install "defeat-service[engine]"'
         ) from error
     return detectors.load(path, device=device)
 

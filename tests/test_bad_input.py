@@ -480,7 +480,7 @@ def test_a_flood_of_mistakes_gets_a_short_answer(front: Front, spec: dict[str, A
     assert len(answer.json()["errors"]) <= MAX_ERRORS
     assert len(answer.content) < 100_000
     if path not in ("teacher", "student.detector.backbone"):
-        assert f"more than {MAX_ERRORS} mistakes" in answer.json()["detail"]
+        assert f"more than {MAX_ERRORS} errors" in answer.json()["detail"]
 
 
 @ONE_DATABASE

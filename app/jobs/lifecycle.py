@@ -88,7 +88,7 @@ def resume(session: Session, caller: Caller, job_id: str, *, queue: Queue, setti
     if row.status in (QUEUED, PREPARING, RUNNING):
         return row
     if row.status == PAUSING:
-        raise Conflict(f"{row.id} is still saving its checkpoint; resume it once its status is paused")
+        raise Conflict(f"{row.id} is pausing and has not saved its checkpoint yet; resume it once it is paused")
     if row.status in (FAILED, CANCELLED):
         raise Conflict(f"{row.id} is {row.status}, not paused; use POST /v1/jobs/{row.id}/retry for another attempt")
     note = ("unpaused", "the job was resumed and waits for a worker")

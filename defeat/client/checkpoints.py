@@ -61,7 +61,7 @@ class Checkpoints(Resource):
         checkpoint = self.get(checkpoint_id)
         if checkpoint["sha256"] is None or checkpoint["size_bytes"] is None:
             raise InvalidInput(
-                f"{checkpoint_id} is {checkpoint['status']}: only a checkpoint that is ready can be downloaded"
+                f"{checkpoint_id} is {checkpoint['status']}: it can be downloaded once it is ready"
             )
         return download(
             self._transport,

@@ -160,7 +160,7 @@ def test_a_bucket_that_is_not_there_is_no_missing_object(s3_url: str, file: Path
     storage = Storage("s3://defeat-no-such-bucket")
     calls = (lambda: storage.put_file("a/b", file), storage.ping, lambda: storage.list("a"))
     for call in calls:
-        with pytest.raises(OSError, match="the bucket does not exist; make it, or mend STORAGE_URL"):
+        with pytest.raises(OSError, match="the bucket does not exist; create it, or correct STORAGE_URL"):
             call()
 
 

@@ -71,4 +71,4 @@ def test_loading_without_torch_says_what_to_install():
     )
     message = _python(program)
     assert "defeat.load needs" in message
-    assert 'pip install "defeat-service[worker]"' in message
+    assert 'pip install "defeat-service[engine]"' in message

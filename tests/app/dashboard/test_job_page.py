@@ -271,7 +271,7 @@ def test_a_job_is_paused_resumed_and_retried(page: Page, service: Service, runni
     button("Retry").click()
     expect(status).to_have_text("Queued")
     expect(button("Retry")).to_be_hidden()
-    expect(page.locator("#events")).to_contain_text("the job is tried again")
+    expect(page.locator("#events")).to_contain_text("the job is retried")
 
 
 def test_a_rejected_action_shows_why(page: Page, running_job: str, complaints: Complaints) -> None:

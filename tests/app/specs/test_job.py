@@ -277,7 +277,7 @@ def test_all_mistakes_come_at_once(api: TestClient, spec):
         ("/student/detector/backbone", "unknown_backbone"),
     ]
     document = api.post("/v1/jobs/validate", json=body).json()
-    assert (document["code"], document["detail"][:25]) == ("validation_failed", "the request has 6 mistake")
+    assert (document["code"], document["detail"][:25]) == ("validation_failed", "the request has 6 errors;")
 
 
 def test_a_long_list_of_choices_is_shortened(api: TestClient, spec):

@@ -102,6 +102,6 @@ def test_the_operator_drains_by_name(database: Database, settings: Settings, adm
         assert len(registry.present(session, settings, queue="jobs")) == 1
     code, _, error = admin("workers", "--drain", "nobody")
     assert code == 1
-    assert "there is no worker 'nobody'; there are: jobs@one" in error
+    assert "there is no worker 'nobody'; the workers are: jobs@one" in error
     for arguments in ([], ["--list", "--drain", "jobs@one"], ["--drain", "a", "--undrain", "b"]):
         assert admin("workers", *arguments)[0] == 2

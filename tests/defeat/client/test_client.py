@@ -80,7 +80,7 @@ def test_links_that_lead_nowhere_useful_are_told(client, tmp_path, target):
 def test_what_cannot_be_sent_is_told_before_anything_is_created(client, service, tmp_path):
     with pytest.raises(InvalidInput, match="no such dataset"):
         client.datasets.add(tmp_path / "missing.zip")
-    with pytest.raises(InvalidInput, match="holds no files"):
+    with pytest.raises(InvalidInput, match="contains no files"):
         client.datasets.add(tmp_path)
     with pytest.raises(InvalidInput, match="is a directory"):
         client.checkpoints.add(tmp_path, "teacher")
@@ -122,7 +122,7 @@ def test_an_upload_that_stays_damaged_fails_and_names_the_dataset(client, servic
     with pytest.raises(ApiError, match="digest differs") as caught:
         client.datasets.add(archive)
     assert caught.value.code == "upload_incomplete"
-    assert "ds_0000 was created and still waits" in caught.value.__notes__[0]
+    assert "ds_0000 was created and awaits its content" in caught.value.__notes__[0]
 
 
 def test_a_create_whose_answer_was_lost_creates_once(client, service):
@@ -170,13 +170,13 @@ def test_errors_carry_what_the_service_said(client, service):
 def test_no_key_and_a_wrong_one(server):
     with Client(api_key="dk_wrong") as client, pytest.raises(ApiError, match="set DEFEAT_API_KEY"):
         client.catalog()
-    with pytest.raises(InvalidInput, match="without line breaks"):
+    with pytest.raises(InvalidInput, match="without spaces and line breaks"):
         Client(api_key="dk_a\nX-Other: b")
 
 
 def test_an_address_that_is_none(monkeypatch):
     monkeypatch.delenv("DEFEAT_URL", raising=False)
-    with pytest.raises(InvalidInput, match=r"'localhost:8765' is no server address"):
+    with pytest.raises(InvalidInput, match=r"'localhost:8765' is not a server's address"):
         Client("localhost:8765")
     with Client() as client:
         assert client.url == "http://127.0.0.1:8765"
@@ -190,14 +190,14 @@ def test_nobody_listens(unreachable):
 
 def test_an_id_cannot_ask_for_something_else(client, service):
     for wrong in ("../keys", "job_1?x=1", "", "job_1/cancel"):
-        with pytest.raises(InvalidInput, match="is no id"):
+        with pytest.raises(InvalidInput, match="is not an id"):
             client.jobs.get(wrong)
     assert not service.requests
 
 
 def test_a_server_of_another_kind(client, service):
     service.files["/v1/catalog"] = b"<html>hello</html>"
-    with pytest.raises(ApiError, match="is it the address of a DeFeat server"):
+    with pytest.raises(ApiError, match="check that it is the address of a DeFeat server"):
         client.catalog()
 
 
@@ -230,7 +230,7 @@ def test_content_that_changed_meanwhile_starts_again_and_is_refused(client, serv
     digest = service.artifacts[student][0]["sha256"]
     (tmp_path / f"s.{digest[:16]}.part").write_bytes(CONTENT[:1000])
     service.files[f"/v1/jobs/{student}/artifacts/student-best.safetensors"] = CONTENT[::-1]
-    with pytest.raises(DigestMismatch, match="arrived damaged"):
+    with pytest.raises(DigestMismatch, match="was damaged"):
         client.jobs.download(student, "student-best.safetensors", tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 

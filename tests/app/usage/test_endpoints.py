@@ -85,7 +85,7 @@ def test_jobs_beyond_the_quota_wait_outside(api: TestClient, database: Database,
     assert [answer.status_code for answer in made] == [201, 201, 429]
     refused = made[2]
     assert refused.json()["code"] == "quota_busy"
-    assert "quota queued_jobs allows 2 queued jobs; there are 2: " in refused.json()["detail"]
+    assert "quota queued_jobs is 2 queued jobs; there are 2: " in refused.json()["detail"]
     assert refused.headers["Retry-After"] == "60"
     # A repeated request makes nothing, so it is answered all the same; and a mistake is told before the quota.
     assert api.post("/v1/jobs", json=body, headers={"Idempotency-Key": "0"}).json()["id"] == made[0].json()["id"]
@@ -110,7 +110,7 @@ def test_jobs_that_are_queued_again_count_as_new_ones_do(
     refused = api.post(f"{path}/{verb}", json=body)
 
     assert (refused.status_code, refused.json()["code"]) == (429, "quota_busy")
-    assert "quota queued_jobs allows 1 queued jobs; there are 1: " in refused.json()["detail"]
+    assert "quota queued_jobs is 1 queued jobs; there are 1: " in refused.json()["detail"]
     assert refused.headers["Retry-After"] == "60"
     assert api.get(path).json()["status"] == status
     assert api.get(f"{path}/events").json()["data"] == []
@@ -146,7 +146,7 @@ def test_a_tenants_own_limit_goes_before_the_services(
     answers = [api.post("/v1/datasets", json=UPLOAD) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [201, 201, 403]
     assert answers[2].json()["code"] == "quota_exceeded"
-    assert "datasets allows 2 datasets; there are 2: delete one" in answers[2].json()["detail"]
+    assert "datasets is 2 datasets; there are 2: delete one" in answers[2].json()["detail"]
     assert [api.post("/v1/datasets", json=UPLOAD, headers=bob.headers).status_code for _ in range(3)] == [201] * 3
 
 
@@ -176,7 +176,7 @@ def test_an_upload_beyond_the_storage_quota_is_refused(
     for content in (b"x" * 41, _chunks(41)):
         answer = api.put(path, content=content)
         assert (answer.status_code, answer.json()["code"]) == (403, "quota_exceeded")
-        assert "allows 100 stored bytes; there are 60, and this needs 41 more" in answer.json()["detail"]
+        assert "is 100 stored bytes; there are 60, and this request adds 41" in answer.json()["detail"]
     assert storage.list("datasets") == []
     assert api.get("/v1/usage").json()["quotas"]["uploads"]["used"] == 1
     assert api.put(path, content=_chunks(40)).status_code == 202
@@ -213,7 +213,7 @@ def test_the_operator_sets_limits_by_command(database: Database, alice: Tenant, 
     for arguments, error in (
         (["--tenant", "nobody", "--set", "datasets=1"], "no tenant 'nobody'"),
         (["--tenant", "nobody"], "no tenant 'nobody'"),
-        (["--tenant", name, "--set", "cats=1"], "no quota 'cats'; there are queued_jobs, uploads,"),
+        (["--tenant", name, "--set", "cats=1"], "no quota 'cats'; the quotas are queued_jobs, uploads,"),
     ):
         code, _, printed = admin("usage", *arguments)
         assert code == 1
