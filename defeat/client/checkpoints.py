@@ -60,9 +60,7 @@ class Checkpoints(Resource):
         """
         checkpoint = self.get(checkpoint_id)
         if checkpoint["sha256"] is None or checkpoint["size_bytes"] is None:
-            raise InvalidInput(
-                f"{checkpoint_id} is {checkpoint['status']}: it can be downloaded once it is ready"
-            )
+            raise InvalidInput(f"{checkpoint_id} is {checkpoint['status']}: it can be downloaded once it is ready")
         return download(
             self._transport,
             self._path(checkpoint_id, "content"),
