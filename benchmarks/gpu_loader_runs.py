@@ -48,13 +48,13 @@ def loading(setting: Setting) -> Found:
             unequal += not equal(batch.to(setting.device), twin)
     return Found(
         measured={
-            "processes": ours.ahead.processes,
+            "processes": ours.prefetch.processes,
             "batches": compared,
             "unequal": unequal,
             "pinned": pinned,
         },
         goal="processes load; all batches pinned and equal",
-        met=ours.ahead.processes > 0 and unequal == 0 and pinned == compared == EPOCHS * len(ours),
+        met=ours.prefetch.processes > 0 and unequal == 0 and pinned == compared == EPOCHS * len(ours),
     )
 
 
@@ -83,7 +83,7 @@ def data_wait(setting: Setting) -> Found:
     batches = TrainingBatches(
         ImageReader(reader.root, records),
         batch_size=setting.size.images,
-        size=InputSize.taken_from(bench.ours.losses.detector),
+        size=InputSize.from_detector(bench.ours.losses.detector),
         augmentation=AugmentationConfig(),
         device=setting.device,
     )
@@ -97,7 +97,7 @@ def data_wait(setting: Setting) -> Found:
                 "step_ms": round(1000 * sum(whole for _, whole in times[1:]) / len(times[1:]), 1),
             }
     return Found(
-        measured={**rows, "processes": batches.ahead.processes, "images": len(records)},
+        measured={**rows, "processes": batches.prefetch.processes, "images": len(records)},
         goal={"share": WAIT_GOAL},
         met=all(row["share"] < WAIT_GOAL for row in rows.values()),
     )

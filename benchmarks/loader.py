@@ -34,7 +34,7 @@ from defeat.engine.data.canonical import AnnotatedImage, Box
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import InputSize, disable_training_resize
 from defeat.engine.training.config import ScheduleConfig
 
 GOAL = 2.0
@@ -125,7 +125,7 @@ def waiting(batches: TrainingBatches, steps: int) -> float:
     """Return the share of training steps, forward and backward, that is spent waiting for their images."""
     torch.manual_seed(0)
     detector = detectors.build(STUDENT, [f"class {index}" for index in range(80)]).train()
-    InputSize.taken_from(detector)
+    disable_training_resize(detector)
     epoch, waited, whole = batches.epoch(0), 0.0, 0.0
     for _ in range(steps):
         start = time.perf_counter()

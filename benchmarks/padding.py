@@ -36,7 +36,7 @@ def coco_like(count: int) -> list[Size]:
     for index in rng.choice(count, count // 5, replace=False):
         ratio = float(np.exp(rng.normal(0.15, 0.35)).clip(0.4, 2.5))
         sizes[index] = (int(640 / ratio), 640) if ratio > 1 else (640, int(640 * ratio))
-    return [SIZE.of(height, width) for height, width in sizes]
+    return [SIZE.for_image(height, width) for height, width in sizes]
 
 
 def padded_share(sizes: Sequence[Size], batches: Iterable[Sequence[int]]) -> float:

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from defeat.engine import detectors, methods
 from defeat.engine.data.loading.batch import Batch
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import disable_training_resize
 from defeat.engine.detectors import Detector, Target
+from defeat.engine.methods.balance import MEASURE_EVERY
 from defeat.engine.methods.base import StepInfo
 from defeat.engine.numerics import PRECISIONS, numerics
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.health import MEASURE_EVERY
 from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
 
@@ -181,7 +181,7 @@ def build(case: Case, size: Size, backbone: str, device: torch.device) -> Detect
 def make_step(student: Detector, teacher: Detector | None, distillation: Mapping[str, Any], size: Size) -> Step:
     """Return the engine's step; the student then resizes nothing any more, as in a training, whose loader does."""
     device = next(student.parameters()).device
-    InputSize.taken_from(student)
+    disable_training_resize(student)
     method = methods.build(distillation, student, teacher).to(device)
     # A rate that moves nothing: with random weights and images a real one would soon lead anywhere.
     schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.images, **size.schedule)

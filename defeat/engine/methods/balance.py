@@ -1,4 +1,7 @@
-"""How hard each loss pulls at the features it shares with the others, and part weights that follow from it."""
+"""The gradient norm of each loss at the features that the losses share, and loss weights that balance these norms.
+
+This module decides at which steps gradients are measured, for the metrics (`is_measured`) and for the weights.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,29 +11,36 @@ from torch import Tensor, nn
 from defeat.engine.detectors.base import TrainPass
 from defeat.engine.methods.losses import mean_over_ranks
 
-# Steps that are measured: the first ones all, for an adapter that starts near zero soon lets a hundred times more
-# gradient through; then one in so many. A measured step takes a sixth (ResNet-50) to a half (a tiny student) longer.
-FIRST_STEPS = 10
+# One step in so many is measured. It takes a sixth (ResNet-50) to a half (a tiny student) longer than others: 1 to 2 %
+# of the time at this distance.
 MEASURE_EVERY = 50
-# Share of a new measurement in the mean of them, a geometric one: a ratio halved and one doubled cancel out.
+# The balance also measures each of the first steps: an adapter that starts near zero soon passes on gradients a hundred
+# times as large.
+FIRST_STEPS = 10
+# Weight of a new measurement in the exponential moving average of their logarithms.
 NEW_SHARE = 0.2
-# A float16 gradient of 1e-8, as a neck's is at full size, is 0, and one of 1e5 overflows: in float16 each is measured
-# at all of these, and the first that does not overflow counts.
+# A float16 gradient of 1e-8, the size of a neck's at full resolution, is 0, and one of 1e5 overflows: in float16 each
+# is measured at all of these loss scales, and the first that does not overflow counts.
 _HALF_SCALES = (2.0**16, 2.0**8, 1.0)
-# A factor beyond this is not believed: the part hardly reaches the features at all.
-LARGEST_FACTOR = 1e6
+# The maximum factor: a part that would need a larger one hardly reaches the features at all.
+MAX_FACTOR = 1e6
+
+
+def is_measured(step: int) -> bool:
+    """Return whether gradient norms are measured at optimiser step `step` (from 0)."""
+    return step % MEASURE_EVERY == 0
 
 
 def gradient_norms(losses: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the Euclidean norm of each loss's gradient over all values of all `features` together.
 
-    The graph is kept and no `.grad` is written: a training step's backward pass after it is what it would have been
-    without. It costs the part of a backward pass that lies behind the features, for each loss.
+    The graph is kept and no `.grad` is written, so that the training step's backward pass does not change. It costs,
+    for each loss, the part of a backward pass from the loss to the features.
 
     Args:
         losses: scalars by name. One that does not depend on the features, or on nothing that is trained, has norm 0.
-        features: tensors inside the losses' graph, of any shapes. What reaches one through another counts in both; one
-            that needs no gradient, such as a map of frozen stages, counts in none.
+        features: tensors inside the losses' graph, of any shapes. A gradient that reaches one through another counts in
+            both; features that need no gradient, such as maps of frozen stages, are ignored.
 
     Returns:
         For each loss a float32 (float64 for float64 features) scalar on its device, without a graph.
@@ -49,9 +59,9 @@ def _gradient_norm(loss: Tensor, features: Sequence[Tensor]) -> Tensor:
 
 
 def _norm_at(loss: Tensor, features: Sequence[Tensor], scale: float) -> Tensor:
-    """Return the norm of the gradient as it is found when the loss is `scale` times as large."""
+    """Return the norm of the gradient, computed with a loss scale of `scale`."""
     gradients = torch.autograd.grad(loss * scale, features, retain_graph=True, allow_unused=True)
-    # Widened before squaring: a half's largest value is 65504.
+    # Converted to float32 before squaring: float16's largest value is 65504.
     norms = [
         torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         for gradient in gradients
@@ -61,17 +71,21 @@ def _norm_at(loss: Tensor, features: Sequence[Tensor], scale: float) -> Tensor:
 
 
 class Balance(nn.Module):
-    """Scales parts of a distillation so that each pulls as hard at the student's pyramid as the student's own losses.
+    """Scales parts of the distillation loss to the gradient norm of the student's own losses at its pyramid.
 
-    For a part p the factor is the mean over the measured steps of |gradient of the student's losses' sum| /
-    |gradient of p|, both at the pyramid. Which steps are measured follows from the step's number alone, and the means
-    are buffers: a resumed run goes on as it would have. Several processes that train together take the means of their
-    norms, and so have the same factors. Whatever weight a part came with makes no difference; one whose
-    gradient does not reach the pyramid, or is 0, keeps the weight that it came with.
+    The factor of a part p is the geometric moving average over the measured steps of |gradient of the sum of the
+    student's own losses| / |gradient of p|, both at the pyramid. Which steps are measured follows from the step's
+    number alone, and the averages are buffers, so that a resumed run continues exactly. Processes that train together
+    average their norms, and so have the same factors. A part's own weight has no effect, unless its gradient does not
+    reach the pyramid or is 0: it then keeps that weight.
+
+    These norms are not those of the metrics (`gradient_share/…`), even at steps at which both are measured: here of the
+    parts as they come and of the sum of the student's losses, there of the scaled parts and of each loss. One cannot be
+    computed from the other without a change in the last digits.
 
     Attributes:
         log_factor: (P,) natural logarithm of each part's factor.
-        measured: (P,) bool, whether it was ever measured.
+        measured: (P,) bool, whether each part was ever measured.
     """
 
     log_factor: Tensor
@@ -84,8 +98,8 @@ class Balance(nn.Module):
         self.register_buffer("measured", torch.zeros(len(self.parts), dtype=torch.bool))
 
     def forward(self, student: TrainPass, losses: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Return the losses, of which the balance's parts are scaled; `step` counts optimiser steps from 0."""
-        if step < FIRST_STEPS or step % MEASURE_EVERY == 0:
+        """Return the losses, with the balanced parts scaled; `step` counts optimiser steps from 0."""
+        if step < FIRST_STEPS or is_measured(step):
             self._measure(student, losses)
         factors = dict(zip(self.parts, self.log_factor.exp().unbind(), strict=True))
         return {name: factors[name] * loss if name in factors else loss for name, loss in losses.items()}
@@ -98,9 +112,9 @@ class Balance(nn.Module):
         )
         norms, _ = mean_over_ranks(norms)
         ratio = (norms[0] / norms[1:]).float()
-        # Neither a batch without objects nor a half-precision gradient that overflowed says anything of the balance.
-        good = ratio.isfinite() & (ratio > 0)
-        found = ratio.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR).log()
-        mean = torch.where(self.measured, self.log_factor.lerp(found, NEW_SHARE), found)
-        self.log_factor.copy_(torch.where(good, mean, self.log_factor))
-        self.measured.logical_or_(good)
+        # Batches without objects, and half-precision gradients that overflow, are not measurements.
+        valid = ratio.isfinite() & (ratio > 0)
+        log_ratio = ratio.clamp(1 / MAX_FACTOR, MAX_FACTOR).log()
+        average = torch.where(self.measured, self.log_factor.lerp(log_ratio, NEW_SHARE), log_ratio)
+        self.log_factor.copy_(torch.where(valid, average, self.log_factor))
+        self.measured.logical_or_(valid)

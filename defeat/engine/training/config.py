@@ -19,43 +19,45 @@ class ScheduleConfig(Config):
         {"key": "accumulation", "rule": "divides", "other": "batch_size"},
     )
 
-    epochs: Annotated[int, Field(description="Passes over the training split.", ge=1, le=1000)] = 12
-    batch_size: Annotated[int, Field(description="Images per optimiser step, on all GPUs together.", ge=1, le=1024)] = 8
+    epochs: Annotated[int, Field(description="Number of passes over the training split.", ge=1, le=1000)] = 12
+    batch_size: Annotated[int, Field(description="Images per optimiser step, over all GPUs.", ge=1, le=1024)] = 8
     accumulation: Annotated[
         int,
         Field(
-            description="Equal parts that a batch is cut into, one after the other, their gradients added up: as many "
-            "times less memory, the same learning rate. It must divide batch_size.",
+            description="Number of equal parts that a batch is processed in, one after the other, with accumulated "
+            "gradients. It divides the memory for activations; the learning rate stays the same. It must divide "
+            "batch_size.",
             ge=1,
             le=1024,
         ),
     ] = 1
-    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="SGD with momentum, or AdamW.")] = "sgd"
-    learning_rate: Annotated[float, Field(description="Highest learning rate, after warm-up.", gt=0, le=10)] = 0.01
-    momentum: Annotated[float, Field(description="SGD's momentum; AdamW's beta 1.", ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(description="Weight decay.", ge=0, le=1)] = 1e-4
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="Optimiser: SGD with momentum, or AdamW.")] = "sgd"
+    learning_rate: Annotated[float, Field(description="Peak learning rate, after the warm-up.", gt=0, le=10)] = 0.01
+    momentum: Annotated[float, Field(description="Momentum of SGD, or beta 1 of AdamW.", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(description="Weight decay coefficient.", ge=0, le=1)] = 1e-4
     norm_weight_decay: Annotated[
-        bool, Field(description="Apply weight decay to the parameters of norms and to biases, too.")
+        bool, Field(description="Apply weight decay to normalisation parameters and biases as well.")
     ] = True
     warmup_steps: Annotated[
-        int, Field(description="Steps of linear learning-rate warm-up; not with `one_cycle`.", ge=0, le=100_000)
+        int, Field(description="Steps of linear learning-rate warm-up; ignored by `one_cycle`.", ge=0, le=100_000)
     ] = 200
     decay: Annotated[
         Literal["step", "cosine", "one_cycle"],
         Field(
-            description="`step`: x 0.1 at each of decay_epochs; `cosine`: down to 0; `one_cycle`: by half cosines up "
-            "from 1/25 over the first 30 % of the steps, then down to 1/250,000."
+            description="Learning-rate schedule. `step`: multiply by 0.1 at each of decay_epochs. `cosine`: cosine "
+            "decay to 0. `one_cycle`: rise from 1/25 of the peak over the first 30 % of the steps, then fall to "
+            "1/250,000 of it, both along half cosines."
         ),
     ] = "step"
     decay_epochs: Annotated[
         tuple[Annotated[int, Field(ge=1, le=999)], ...],
-        Field(description="Epochs after which `step` multiplies by 0.1.", max_length=100),
+        Field(description="Epochs after which `step` multiplies the learning rate by 0.1.", max_length=100),
     ] = ()
     gradient_clip: Annotated[
         float,
         Field(
-            description="Largest norm of the detector's gradient, and of the method's own (its adapters'), each by "
-            "itself; 0: no clipping.",
+            description="Maximum gradient norm. The detector's gradient and that of the method's adapters are clipped "
+            "separately. 0: no clipping.",
             ge=0,
             le=1e6,
         ),
@@ -63,39 +65,44 @@ class ScheduleConfig(Config):
     ema_decay: Annotated[
         float,
         Field(
-            description="Decay of an exponential moving average of the weights, which is then what is measured and "
-            "kept; it rises from 0.1 as (1 + step) / (10 + step). 0: none.",
+            description="Decay of an exponential moving average (EMA) of the weights, which is then evaluated and "
+            "saved instead of the weights. It rises from 0.1 as (1 + step) / (10 + step). 0: no average.",
             ge=0,
             lt=1,
         ),
     ] = 0.0
     patience: Annotated[
-        int, Field(description="Measurements without a better AP after which training ends; 0: never.", ge=0, le=1000)
+        int,
+        Field(
+            description="Early stopping: evaluations without a better AP after which training ends. 0: off.",
+            ge=0,
+            le=1000,
+        ),
     ] = 0
     precision: Annotated[
         Precision,
         Field(
-            description="Of the forward passes; weights and losses stay float32. `tf32`: float32, whose products a GPU "
-            "makes with 10 bits of mantissa where it can; on a CPU the same as `float32`. `float32`: exact products. "
-            "`bfloat16`, `float16`: by autocast; `float16` scales its losses and leaves out steps whose gradients "
-            "overflow."
+            description="Precision of the forward passes; weights and losses stay float32. `tf32`: float32 with "
+            "TensorFloat-32 products (10 bits of mantissa) on GPUs that have them; on a CPU the same as `float32`. "
+            "`float32`: full float32 products. `bfloat16`, `float16`: autocast; `float16` also scales the loss and "
+            "skips steps whose gradients overflow."
         ),
     ] = "tf32"
     channels_last: Annotated[
-        bool, Field(description="Keep maps in NHWC order, which tensor cores want; for GPUs, with half precision.")
+        bool, Field(description="Keep feature maps in NHWC memory order: faster on tensor cores with half precision.")
     ] = False
     compile: Annotated[
         bool,
         Field(
-            description="Compile the trunks of student and teacher with torch.compile: minutes at the start, then "
-            "faster steps. A trunk that cannot be compiled runs as it is, with a warning."
+            description="Compile the backbones and pyramids of student and teacher with torch.compile. The start takes "
+            "minutes longer, and each step is faster. What cannot be compiled runs uncompiled, with a warning."
         ),
     ] = False
     frozen_stages: Annotated[
         int,
         Field(
-            description="Stages of the backbone, from the stem on (1: up to stride 4, 4: all of it), whose weights "
-            "stay as they start.",
+            description="Number of backbone stages, counted from the stem, whose weights are not trained. 1: up to "
+            "stride 4. 4: the whole backbone.",
             ge=0,
             le=4,
         ),
@@ -103,17 +110,18 @@ class ScheduleConfig(Config):
     frozen_statistics: Annotated[
         bool,
         Field(
-            description="Keep the running statistics of the backbone's batch norm as they start, and train its scale "
-            "and shift, as the DeFeat authors do with ImageNet weights."
+            description="Keep the running statistics of the backbone's batch norm at their initial values, and train "
+            "its scale and shift, as the DeFeat authors do with ImageNet weights."
         ),
     ] = False
     sync_batch_norm: Annotated[
-        bool, Field(description="With several GPUs: batch norm over the whole batch, not over each GPU's share.")
+        bool,
+        Field(description="With several GPUs: compute batch norm over the whole batch instead of each GPU's share."),
     ] = False
     checkpoint_minutes: Annotated[
         float,
         Field(
-            description="Most minutes between two training checkpoints inside an epoch; each epoch ends with one.",
+            description="Maximum minutes between two training checkpoints within an epoch. Every epoch ends with one.",
             gt=0,
             le=1440,
         ),
@@ -124,20 +132,20 @@ class ScheduleConfig(Config):
         if any(epoch >= self.epochs for epoch in self.decay_epochs):
             raise ValueError(f"decay_epochs {list(self.decay_epochs)} must be below epochs = {self.epochs}")
         if self.decay_epochs and self.decay != "step":
-            raise ValueError(f"decay_epochs belong to decay: step, and decay is {self.decay}")
+            raise ValueError(f"decay_epochs apply to decay: step only, and decay is {self.decay}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation {self.accumulation} must divide batch_size = {self.batch_size}")
         return self
 
 
 class ResourcesConfig(Config):
-    """What a job is given to run on."""
+    """The hardware that a job asks for."""
 
     gpus: Annotated[
         int,
         Field(
-            description="GPUs of one machine that train together, each its share of every batch; as many processes "
-            "on a worker that has no GPU.",
+            description="Number of GPUs of one machine that train together, each on its share of every batch. On a "
+            "worker without a GPU: the number of processes.",
             ge=1,
             le=64,
         ),
@@ -145,8 +153,8 @@ class ResourcesConfig(Config):
     gpu_memory_gb: Annotated[
         float | None,
         Field(
-            description="Least memory of each GPU, GB; the job then waits for a worker with such GPUs. Null: any "
-            "worker, also one without a GPU.",
+            description="Minimum memory of each GPU, GB. The job waits for a worker with such GPUs. Null: any worker, "
+            "including one without a GPU.",
             gt=0,
             le=10_000,
         ),
@@ -154,47 +162,65 @@ class ResourcesConfig(Config):
     label: Annotated[
         str | None,
         Field(
-            description="The job runs on a worker that has this label: letters, digits and `._-`. Null: on any.",
+            description="Label of the worker to run on: letters, digits and `._-`. Null: any worker.",
             pattern=r"^[A-Za-z0-9._-]{1,50}$",
         ),
     ] = None
 
 
 class StudentConfig(Config):
-    """The student: its detector and where its weights start."""
+    """The student: its detector spec, and its initial weights (`random`, `imagenet` or a checkpoint's id)."""
 
     detector: dict[str, Any]
     initial_weights: str = "random"
 
 
-class TeacherConfig(Config):
-    """The teacher: trained on the dataset first, a checkpoint, or one of torchvision's pretrained detectors."""
+class TrainedTeacherConfig(Config):
+    """A teacher that the run trains on the dataset first; see `StudentConfig` for its detector and weights."""
 
-    source: Literal["train", "checkpoint", "pretrained"]
-    id: str | None = None
-    detector: dict[str, Any] | str
-    weights: str | None = None
-    class_map: Annotated[
-        dict[str, str],
-        Field(
-            description="The teacher's name of a class by the dataset's; the others map to themselves.",
-            default_factory=dict,
-        ),
-    ]
+    source: Literal["train"]
+    detector: dict[str, Any]
     initial_weights: str = "random"
     schedule: ScheduleConfig = ScheduleConfig()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.class_map and self.source == "train":
-            raise ValueError("class_map belongs to the sources checkpoint and pretrained; this teacher is trained here")
-        return self
+
+ClassMap = Annotated[
+    dict[str, str],
+    Field(
+        description="The teacher's name of a class by the dataset's name; classes that are left out have the same.",
+        default_factory=dict,
+    ),
+]
+
+
+class CheckpointTeacherConfig(Config):
+    """A teacher from a checkpoint, whose file is among the run's inputs.
+
+    The service records the checkpoint's id and detector spec in the job; the run reads both from the file.
+    """
+
+    source: Literal["checkpoint"]
+    id: str
+    detector: dict[str, Any] | None = None
+    class_map: ClassMap
+
+
+class PretrainedTeacherConfig(Config):
+    """One of torchvision's pretrained detectors, by the names of the detector and of its weights."""
+
+    source: Literal["pretrained"]
+    detector: str
+    weights: str
+    class_map: ClassMap
+
+
+TeacherConfig = TrainedTeacherConfig | CheckpointTeacherConfig | PretrainedTeacherConfig
 
 
 class JobConfig(Config):
-    """A whole distillation. Names, labels and the dataset's id are the service's business and stay there."""
+    """A whole distillation, without the keys that only the service reads (`distill.SERVICE_KEYS`)."""
 
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | None = Field(None, discriminator="source")
     student: StudentConfig
     distillation: dict[str, Any] | list[dict[str, Any]]
     schedule: ScheduleConfig = ScheduleConfig()
@@ -206,7 +232,7 @@ class JobConfig(Config):
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
         schedules = {"schedule": self.schedule}
-        if self.teacher is not None and self.trains_teacher:
+        if isinstance(self.teacher, TrainedTeacherConfig):
             schedules["teacher.schedule"] = self.teacher.schedule
         for name, schedule in schedules.items():
             shares = self.resources.gpus * schedule.accumulation
@@ -218,5 +244,5 @@ class JobConfig(Config):
 
     @property
     def trains_teacher(self) -> bool:
-        """Whether the run trains its teacher first, and so leaves it as an artifact."""
-        return self.teacher is not None and self.teacher.source == "train"
+        """Whether the run trains its teacher first, and writes it as an artifact."""
+        return isinstance(self.teacher, TrainedTeacherConfig)

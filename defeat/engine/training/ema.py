@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """The average of a module's tensors, buffers too; what is not floating point is the newest.
+class EMA:
+    """The exponential moving average of a module's floating-point tensors, buffers included; other tensors are copied.
 
     Attributes:
-        tensors: the average, by the names of the module's state.
+        tensors: the averaged state, by the names of the module's state dict.
     """
 
     def __init__(self, module: nn.Module, *, decay: float) -> None:
@@ -20,24 +20,25 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module, *, step: int) -> None:
-        """Take in the weights after optimiser step `step` (from 0), with `min(decay, (1 + step) / (10 + step))`."""
+        """Add the weights after optimiser step `step` (from 0), with decay `min(decay, (1 + step) / (10 + step))`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        fresh = module.state_dict()
-        floating = [name for name, tensor in fresh.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[name] for name in floating], [fresh[name] for name in floating], 1 - decay)
-        for name, tensor in fresh.items():
+        current = module.state_dict()
+        floating = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        averaged, updates = [self.tensors[name] for name in floating], [current[name] for name in floating]
+        torch._foreach_lerp_(averaged, updates, 1 - decay)
+        for name, tensor in current.items():
             if not tensor.is_floating_point():
                 self.tensors[name].copy_(tensor)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Let the module use the average's tensors for a while, in place of its own: no memory is taken."""
-        self._exchange(module)
+        """Swap the averaged tensors into the module, and swap them back at the end; takes no further memory."""
+        self._swap(module)
         try:
             yield
         finally:
-            self._exchange(module)
+            self._swap(module)
 
-    def _exchange(self, module: nn.Module) -> None:
-        for name, own in module.state_dict(keep_vars=True).items():
-            own.data, self.tensors[name] = self.tensors[name], own.data
+    def _swap(self, module: nn.Module) -> None:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.data, self.tensors[name] = self.tensors[name], tensor.data

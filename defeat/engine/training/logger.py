@@ -1,4 +1,4 @@
-"""What a run tells about itself while it trains: how far it is, and what it measured."""
+"""A run's progress, and the metrics that it logs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,22 +7,28 @@ from defeat.engine.report import Reporter, Stopwatch, Subject
 
 
 @dataclass(kw_only=True)
-class Plan:
-    """How much of the whole run is done, in images trained on."""
+class Progress:
+    """How much of the whole run is done, in units of one image trained on (see `context`).
+
+    Attributes:
+        total: the work of the whole run.
+        done: the work up to now.
+        rate: the smoothed rate, units per second; 0 before the first measurement.
+    """
 
     total: float
     done: float = 0.0
     rate: float = 0.0
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
-    def advance(self, images: float) -> None:
-        """Count work and update the rate."""
-        self.done += images
-        self.rate = self.watch.lap(images)
+    def advance(self, units: float) -> None:
+        """Count work that was just done, and update the rate."""
+        self.done += units
+        self.rate = self.stopwatch.lap(units)
 
-    def skip(self, images: float) -> None:
-        """Count work that will not be done: what is left is then right after a resume, too."""
-        self.done += images
+    def skip(self, units: float) -> None:
+        """Count work that will not be done: the remaining fraction is then right after a resume, too."""
+        self.done += units
 
     @property
     def fraction(self) -> float:
@@ -36,43 +42,47 @@ class Plan:
 
 
 @dataclass(kw_only=True)
-class Running:
-    """The values of the steps since metrics were last logged: their means are what is logged."""
+class MeanMetrics:
+    """Means of named values over the steps since metrics were last logged."""
 
     sums: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: dict[str, float]) -> None:
-        """Count one step's values; a step need not have all of them."""
+        """Add one step's values; a step need not have all of them."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.steps[name] = self.steps.get(name, 0) + 1
 
-    def take(self) -> dict[str, float]:
-        """Return the means and begin anew."""
+    def flush(self) -> dict[str, float]:
+        """Return the means, and start over."""
         means = {name: value / self.steps[name] for name, value in self.sums.items()}
         self.sums, self.steps = {}, {}
         return means
 
 
 @dataclass(kw_only=True)
-class History:
-    """What was logged, to the reporter and for `metrics.json`."""
+class MetricsLogger:
+    """Logs metrics and evaluations as events, and keeps them for `metrics.json` and the training checkpoint."""
 
     reporter: Reporter
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def log_metrics(self, subject: Subject, *, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Log the values of one step."""
+        """Log the values of one optimiser step."""
         self.reporter.metrics(subject, step=step, epoch=epoch, values=values)
         self.metrics.append({"subject": subject, "step": step, "epoch": round(epoch, 4), "values": values})
 
     def log_evaluation(self, subject: Subject, *, epoch: int, metrics: dict[str, Any]) -> None:
-        """Log one evaluation."""
+        """Log the metrics of one evaluation."""
         self.reporter.evaluation(subject, epoch=epoch, metrics=metrics)
         self.evaluations.append({"subject": subject, "epoch": epoch, "metrics": metrics})
 
-    def state(self) -> dict[str, list[dict[str, Any]]]:
-        """Return both lists, as `metrics.json` and the training checkpoint hold them."""
+    def state_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """Return all that was logged, as `metrics.json` and the training checkpoint hold it."""
         return {"metrics": list(self.metrics), "evaluations": list(self.evaluations)}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, Any]]]) -> None:
+        """Restore what `state_dict` returned; nothing is reported again."""
+        self.metrics, self.evaluations = state["metrics"], state["evaluations"]

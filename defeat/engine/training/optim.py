@@ -11,17 +11,17 @@ from torch.optim import Optimizer
 
 from defeat.engine.training.config import ScheduleConfig
 
-# Smith and Topin, "Super-Convergence", 2018, with the values that torch's `OneCycleLR` takes.
+# Smith and Topin, "Super-Convergence", 2018, with the defaults of torch's `OneCycleLR`.
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 25.0
 ONE_CYCLE_END = 1e4
 
 
 def build_optimizer(modules: Iterable[nn.Module], schedule: ScheduleConfig) -> Optimizer:
-    """Return the schedule's optimiser over the parameters of the modules that want gradients.
+    """Return the schedule's optimiser over the trainable parameters of the modules.
 
-    Each module has a group of its own, or two: its norms' and biases' parameters have no weight decay unless the
-    schedule says so. On a GPU the whole update is one operation for each kind of tensor.
+    Each module has one parameter group, or two with `norm_weight_decay` off: that of normalisation parameters and
+    biases then has no weight decay. On a GPU the update is fused: one operation for each type of tensor.
     """
     groups = [group for module in modules for group in _groups(module, schedule) if group["params"]]
     fused = all(one.is_cuda for group in groups for one in group["params"])
@@ -40,10 +40,10 @@ def _groups(module: nn.Module, schedule: ScheduleConfig) -> list[dict[str, Any]]
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what the state_dict of an optimiser over the same parameters had, in one group or as many as there are now.
+    """Load the state dict of an optimiser over the same parameters, with one group or as many as there are now.
 
-    Until format version 2 of training checkpoints one group held all parameters, in the order in which groups have them
-    now. Whether the update is one operation is a matter of the device, and not of the state.
+    Up to format version 2 of training checkpoints one group held all parameters, in the order in which the groups have
+    them now. Whether the update is fused depends on the device, and is not restored.
     """
     saved, groups = state["param_groups"], optimizer.param_groups
     if len(saved) == 1 < len(groups):
@@ -54,8 +54,8 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ]
     fused = [group["fused"] for group in groups]
     optimizer.load_state_dict({**state, "param_groups": saved})
-    for group, its in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"] = its
+    for group, is_fused in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = is_fused
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -82,7 +82,7 @@ def learning_rate(schedule: ScheduleConfig, *, step: int, steps_per_epoch: int) 
 
 
 def _one_cycle(step: int, steps: int) -> float:
-    """Return the factor of the highest learning rate, as torch's `OneCycleLR` with its defaults."""
+    """Return the factor of the peak learning rate, as torch's `OneCycleLR` with its defaults."""
     top = ONE_CYCLE_RISE * steps - 1
     if step <= top:
         return _half_cosine(1 / ONE_CYCLE_START, 1.0, step / top if top > 0 else 1.0)

@@ -2,122 +2,64 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from defeat.engine.data.canonical import CanonicalDataset
-from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.loader import TrainingBatches
+from defeat.engine.data.loading.resize import InputSize, disable_training_resize
 from defeat.engine.detectors.base import Detector
-from defeat.engine.evaluation.config import EvaluationConfig
-from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
+from defeat.engine.methods.balance import is_measured
 from defeat.engine.methods.base import Method, StepInfo
 from defeat.engine.numerics import numerics
-from defeat.engine.report import Cancelled, Reporter, Stopwatch, Subject
-from defeat.engine.training import inspection
-from defeat.engine.training.checkpoint import Best, TrainingState
+from defeat.engine.report import Cancelled, Stopwatch, Subject
+from defeat.engine.training.checkpoint import Best, TrainingCheckpoint
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.ema import Average
-from defeat.engine.training.health import MEASURE_EVERY, Watch, forget_memory_peak, memory_bytes
-from defeat.engine.training.inspection import Look
-from defeat.engine.training.logger import History, Plan, Running
-from defeat.engine.training.optim import restore
-from defeat.engine.training.process_group import ProcessGroup
+from defeat.engine.training.context import EVALUATION_COST, TEACHER_COST, RunContext
+from defeat.engine.training.early_stopping import EarlyStopping
+from defeat.engine.training.ema import EMA
+from defeat.engine.training.health import (
+    CompilationMonitor,
+    Monitor,
+    memory_bytes,
+    reset_memory_peak,
+    warn_of_little_prefetching,
+    warn_of_long_warmups,
+)
+from defeat.engine.training.inspection import Inspection
 from defeat.engine.training.seeds import reseed, seed_for
-from defeat.engine.training.step import Step
+from defeat.engine.training.state import TrainState
+from defeat.engine.training.step import Step, StepResult
 
 LOG_EVERY = 10  # optimiser steps between two metrics events
-# An image evaluated costs about this much of one trained on; only the progress bar depends on it.
-EVALUATION_COST = 0.35
-# And a frozen teacher's forward pass about this share of a student's step; likewise.
-TEACHER_COST = 0.3
 
 
-@dataclass(kw_only=True)
-class Context:
-    """What both trainings of a run share."""
-
-    dataset: CanonicalDataset
-    train_images: ImageReader
-    eval_images: ImageReader
-    evaluation: EvaluationConfig
-    augmentation: AugmentationConfig
-    seed: int
-    device: torch.device
-    reporter: Reporter
-    history: History
-    plan: Plan
-    group: ProcessGroup
-    image_memory_bytes: int | None
-
-
-def evaluate(context: Context, detector: Detector, *, subject: Subject, epoch: int) -> dict[str, Any]:
-    """Measure a detector on the evaluation split, log it and return the metrics. Each process does its share."""
-
-    reporter, group = context.reporter, context.group
-
-    def _on_batch(images: int) -> None:
-        if group.is_single:  # one of several that stopped by itself would leave the others waiting
-            reporter.check_cancelled()
-        context.plan.advance(images * group.size * EVALUATION_COST)
-        reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
-
-    # Said before it begins, so that what goes wrong in its first batch is known to be its own.
-    reporter.progress("evaluation", fraction=context.plan.fraction, epoch=epoch, eta_s=context.plan.eta_s)
-    found = detect_split(
-        detector,
-        context.eval_images,
-        batch_size=context.evaluation.batch_size,
-        device=context.device,
-        on_batch=_on_batch,
-        rank=group.rank,
-        world_size=group.size,
-    )
-    shares = group.gather((found, reporter.cancelled))
-    if any(cancelled for _, cancelled in shares):
-        raise Cancelled
-    together = {key: value for share, _ in shares for key, value in share.items()}
-    metrics = coco_metrics(context.dataset, context.evaluation.split, together)
-    context.history.log_evaluation(subject, epoch=epoch, metrics=metrics)
-    return metrics
-
-
-class Training:
-    """Trains `detector`, evaluates it every so many epochs; `detector` ends as the last one. Used once.
+class Trainer:
+    """Trains a detector and evaluates it every so many epochs; it ends as after the last epoch. Used once.
 
     Args:
         context: what the run's trainings share.
-        detector: who is trained, on the device.
-        subject: what it is called in events.
+        detector: the detector to train, on the device.
+        subject: its name in events.
         teacher: frozen, in eval mode, on the device; None where the method needs none.
-        method: adds its losses to the detector's own; its parameters are trained along.
+        method: adds its losses to the detector's own; its parameters are trained as well.
         schedule: epochs, batch size, optimiser.
-        save: called with the state after each epoch but the last, every `checkpoint_minutes` between, and when the run
-            is asked to end.
+        save: called with a checkpoint after each epoch but the last, every `checkpoint_minutes` in between, and when
+            the run is asked to end.
     """
 
     def __init__(
         self,
-        context: Context,
+        context: RunContext,
         detector: Detector,
         *,
         subject: Subject,
         teacher: Detector | None,
         method: Method,
         schedule: ScheduleConfig,
-        save: Callable[[TrainingState], None],
+        save: Callable[[TrainingCheckpoint], None],
     ) -> None:
         self.context = context
-        self.detector = detector
         self.subject: Subject = subject
         self.schedule = schedule
-        self._method = method
-        self._save_state = save
+        self._save_checkpoint = save
         self._image_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
         if schedule.frozen_stages:
             detector.freeze_stages(schedule.frozen_stages)
@@ -126,230 +68,178 @@ class Training:
         self._step = Step(
             detector, method=method, teacher=teacher, schedule=schedule, group=context.group, device=context.device
         )
-        self._batches = TrainingBatches(
-            context.train_images,
-            batch_size=schedule.batch_size,
-            size=InputSize.taken_from(detector),
-            augmentation=context.augmentation,
-            device=context.device,
-            masks=detector.trains_masks,
-            cache_bytes=context.image_memory_bytes,
-            rank=context.group.rank,
-            world_size=context.group.size,
+        self._batches = _batches(context, detector, schedule)
+        self._inspection = Inspection(self._batches)
+        self._state = TrainState(
+            detector=detector,
+            method=method,
+            optimizer=self._step.optimizer,
+            scaler=self._step.scaler,
+            ema=EMA(detector, decay=schedule.ema_decay) if schedule.ema_decay else None,
+            monitor=Monitor(context.reporter, subject),
         )
-        self._average = Average(detector, decay=schedule.ema_decay) if schedule.ema_decay else None
-        self._best: Best | None = None
-        self._running = Running()
-        self._watch = Watch(context.reporter, subject, {})
+        compiled: dict[Subject, Detector] = {subject: detector} if schedule.compile else {}
+        if teacher is not None and schedule.compile:
+            compiled["teacher"] = teacher
+        self._compilation = CompilationMonitor(context.reporter, compiled)
+        self._early_stopping = EarlyStopping(
+            patience=schedule.patience, every_epochs=context.evaluation.every_epochs, epochs=schedule.epochs
+        )
         self._saved_at = time.monotonic()
-        self._epochs_begun = 0
-        self._compiled = [one for one in (detector, teacher) if one is not None and schedule.compile]
-        forget_memory_peak(context.device)
+        reset_memory_peak(context.device)
 
-    def run(self, resume: TrainingState | None) -> Best:
-        """Train to the end, from the beginning or from a state of this training, and return the best detector.
+    def run(self, resume: TrainingCheckpoint | None) -> Best:
+        """Train to the end, from the beginning or from a checkpoint of this training, and return the best detector.
 
         Raises:
             RunError: `loss_not_finite`, `out_of_memory`.
-            Cancelled: the run was asked to end; a checkpoint of the last whole step stands.
+            Cancelled: the run was asked to end; a checkpoint of the last completed step is saved.
         """
+        context, schedule, state = self.context, self.schedule, self._state
         first, start = (resume.epoch, resume.step) if resume else (0, 0)
         if resume:
-            self._restore(resume)
+            state.load(resume)
         else:
-            self._warn_of_warmup()
-        self._warn_of_few_loaders()
-        for epoch in range(first, self.schedule.epochs):
-            with numerics(self.context.device, self.schedule.precision, shapes=self._batches.padded_shapes):
+            steps, warmup = schedule.epochs * len(self._batches), state.method.warmup_steps
+            warn_of_long_warmups(context.reporter, self.subject, schedule, method_warmup=warmup, steps=steps)
+        warn_of_little_prefetching(context.reporter, self._batches)
+        for epoch in range(first, schedule.epochs):
+            with numerics(context.device, schedule.precision, shapes=self._batches.padded_shapes):
                 self._train_epoch(epoch, start)
-            start = 0
-            done = epoch + 1
-            if done % self.context.evaluation.every_epochs == 0 or done == self.schedule.epochs:
-                self._measure(epoch)
-            if self._out_of_patience(done):
+            start, completed = 0, epoch + 1
+            if completed % context.evaluation.every_epochs == 0 or completed == schedule.epochs:
+                self._evaluate(completed)
+            if self._stops_early(completed):
                 break
-            if done < self.schedule.epochs:
-                self._save(done, 0)
-        assert self._best is not None, "the last epoch is always evaluated"
-        if self._average:
-            self.detector.load_state_dict(self._average.tensors)
-        return self._best
-
-    def _warn_of_warmup(self) -> None:
-        schedule, steps = self.schedule, self.schedule.epochs * len(self._batches)
-        warmups = {
-            "learning rate": 0 if schedule.decay == "one_cycle" else schedule.warmup_steps,
-            "distillation": self._method.warmup_steps,
-        }
-        for what, warmup in warmups.items():
-            if warmup > steps:
-                self.context.reporter.message(
-                    "warn",
-                    "warmup_longer_than_training",
-                    f"the {self.subject}'s {what} warms up over {warmup} steps, and the whole training has {steps}: it "
-                    f"never reaches its full strength; lower the warmup_steps of the {what}",
-                )
-
-    def _warn_of_few_loaders(self) -> None:
-        batches = self._batches
-        if batches.ahead == batches.wanted:
-            return
-        ahead, wanted, size = batches.ahead, batches.wanted, batches.batch_bytes / 1e6
-        self.context.reporter.message(
-            "warn",
-            "little_memory_for_loading",
-            f"{wanted.processes} processes would load batches ahead, and want {wanted.slots * size:.3g} MB for them; "
-            f"this machine's free memory allows {ahead.processes}, {ahead.batches} ahead each: the GPU may wait for "
-            "images; give the worker more memory",
-        )
-
-    def _warn_of_eager(self) -> None:
-        for detector in self._compiled[:]:
-            if detector.compilation_failure:
-                self._compiled.remove(detector)
-                who = self.subject if detector is self.detector else "teacher"
-                self.context.reporter.message(
-                    "warn",
-                    "not_compiled",
-                    f"the {who}'s trunk runs without torch.compile: {detector.compilation_failure}",
-                )
-
-    # ---- one epoch ----
+            if completed < schedule.epochs:
+                self._save(completed, 0)
+        assert state.best is not None, "the last epoch is always evaluated"
+        if state.ema:
+            state.detector.load_state_dict(state.ema.tensors)
+        return state.best
 
     def _train_epoch(self, epoch: int, start: int) -> None:
-        context, schedule = self.context, self.schedule
+        """Train epoch `epoch` (from 0), from its step `start` on."""
+        context, schedule, state = self.context, self.schedule, self._state
         steps = len(self._batches)
         batches = self._batches.epoch(seed_for(context.seed, self.subject, "order", epoch), start=start)
-        self.detector.train()
-        self._method.train()
-        self._progress(epoch, epoch * steps + start, steps, images_per_s=None)  # as in `evaluate`
-        looks: list[Look] = []
-        self._epochs_begun += 1
-        watch, asked_at = Stopwatch(), time.monotonic()
+        state.detector.train()
+        state.method.train()
+        # Reported before the first step, so that a failure in it is attributed to this phase.
+        self._report(epoch * steps + start, epoch, images_per_s=None)
+        self._inspection.start_epoch()
+        stopwatch, requested_at = Stopwatch(), time.monotonic()
         for index, loaded in enumerate(batches, start):
-            waited = time.monotonic() - asked_at
+            waited = time.monotonic() - requested_at
             step = epoch * steps + index
             batch = loaded.to(context.device)
-            if self._epochs_begun <= inspection.EPOCHS and len(looks) < inspection.IMAGES:
-                looks += inspection.look(batch, self._batches, index, most=inspection.IMAGES - len(looks))
-                inspection.require_true_images(looks)
+            self._inspection.check(batch, index)
             # Each process draws for its own images.
             reseed(context.seed, self.subject, "step", step, context.group.rank)
-            taken = self._step(
+            result = self._step(
                 batch,
                 StepInfo(step=step, steps=steps * schedule.epochs, epoch=epoch, epochs=schedule.epochs),
-                measured=step % MEASURE_EVERY == 0,
+                measured=is_measured(step),
                 cancelled=context.reporter.cancelled,
             )
-            if self._average:
-                self._average.update(self.detector, step=step)
-            self._watch.look(taken.values, step=step)
-            self._running.add({**taken.values, "data_wait": waited / (time.monotonic() - asked_at)})
-            self._warn_of_eager()
-            rate = watch.lap(schedule.batch_size)
-            context.plan.advance(schedule.batch_size * self._image_cost)
+            if state.ema:
+                state.ema.update(state.detector, step=step)
+            self._count(result, step, data_wait=waited / (time.monotonic() - requested_at))
+            images_per_s = stopwatch.lap(schedule.batch_size)
             if (step + 1) % LOG_EVERY == 0 or index == steps - 1:
-                self._log(step + 1, steps, images_per_s=rate)
-            self._progress(epoch, step + 1, steps, images_per_s=rate)
-            if taken.ending:
+                self._log(step + 1, images_per_s=images_per_s)
+            self._report(step + 1, epoch, images_per_s=images_per_s)
+            if result.cancelled:
                 self._save(epoch, index + 1)
                 raise Cancelled
             if time.monotonic() - self._saved_at > 60 * schedule.checkpoint_minutes:
                 self._save(epoch, index + 1)
-            asked_at = time.monotonic()
+            requested_at = time.monotonic()
 
-    def _log(self, step: int, steps: int, *, images_per_s: float) -> None:
-        means = self._running.take()
+    def _count(self, result: StepResult, step: int, *, data_wait: float) -> None:
+        """Count a step's values; `data_wait` is the share of its time that it waited for its batch."""
+        self._state.monitor.update(result.values, step=step)
+        self._state.metrics.add({**result.values, "data_wait": data_wait})
+        self._compilation.update()
+        self.context.progress.advance(self.schedule.batch_size * self._image_cost)
+
+    def _log(self, step: int, *, images_per_s: float) -> None:
+        """Log the means since the last call, after `step` steps."""
+        means = self._state.metrics.flush()
         means |= {"images_per_s": images_per_s, "memory_bytes": memory_bytes(self.context.device)}
-        self.context.history.log_metrics(self.subject, step=step, epoch=step / steps, values=means)
+        self.context.logger.log_metrics(self.subject, step=step, epoch=step / len(self._batches), values=means)
 
-    def _progress(self, epoch: int, step: int, steps: int, *, images_per_s: float | None) -> None:
-        plan = self.context.plan
+    def _report(self, step: int, epoch: int, *, images_per_s: float | None) -> None:
+        """Report progress after `step` steps, in epoch `epoch` (from 0)."""
+        progress = self.context.progress
         self.context.reporter.progress(
             "teacher" if self.subject == "teacher" else "distillation",
-            fraction=plan.fraction,
+            fraction=progress.fraction,
             epoch=epoch + 1,
             epochs=self.schedule.epochs,
             step=step,
-            steps=steps * self.schedule.epochs,
-            eta_s=plan.eta_s,
+            steps=len(self._batches) * self.schedule.epochs,
+            eta_s=progress.eta_s,
             images_per_s=images_per_s,
         )
 
-    # ---- measuring ----
-
-    def _measure(self, epoch: int) -> None:
-        """Evaluate after an epoch, and keep the detector if it is the best one up to now."""
-        context = self.context
-        steps, before = len(self._batches), context.plan.done
-        context.group.agree(self.detector.buffers())
-        context.group.agree(self._average.tensors.values() if self._average else ())
+    def _evaluate(self, completed: int) -> None:
+        """Evaluate after `completed` epochs, and keep the detector if it is the best one so far."""
+        context, state = self.context, self._state
+        before = context.progress.done
+        context.group.agree(state.synchronised_tensors())
         try:
-            with self._average.applied(self.detector) if self._average else nullcontext():
-                metrics = evaluate(context, self.detector, subject=self.subject, epoch=epoch + 1)
+            with state.evaluated():
+                metrics = context.evaluate(state.detector, subject=self.subject, epoch=completed)
         except Cancelled:
-            context.plan.done = before
-            self._save(epoch, steps)
+            context.progress.done = before
+            self._save(completed - 1, len(self._batches))
             raise
-        if self._best is None or (metrics["ap"] or 0.0) > (self._best.metrics["ap"] or 0.0):
-            # On the CPU: the device has the weights already, and perhaps their average.
-            model = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._measured().items()}
-            self._best = Best(epoch=epoch + 1, metrics=metrics, model=model)
+        state.keep_best(epoch=completed, metrics=metrics)
 
-    def _measured(self) -> dict[str, Tensor]:
-        return self._average.tensors if self._average else self.detector.state_dict()
-
-    def _out_of_patience(self, done: int) -> bool:
-        schedule, best = self.schedule, self._best
-        if best is None or not schedule.patience or done == schedule.epochs:
+    def _stops_early(self, completed: int) -> bool:
+        """Return whether training ends after `completed` epochs; if so, report it and skip the rest of the work."""
+        context, best, early_stopping = self.context, self._state.best, self._early_stopping
+        if best is None or not early_stopping.stops(completed=completed, best=best.epoch):
             return False
-        without = (done - best.epoch) // self.context.evaluation.every_epochs
-        if without < schedule.patience:
-            return False
-        self.context.reporter.message(
+        without = early_stopping.without_improvement(completed=completed, best=best.epoch)
+        context.reporter.message(
             "info",
             "stopped_early",
-            f"no better AP of the {self.subject} in {without} measurements: ended at epoch {done}",
+            f"no better AP of the {self.subject} in {without} evaluations: ended at epoch {completed}",
         )
-        left, every = schedule.epochs - done, self.context.evaluation.every_epochs
-        self.context.plan.skip(left * len(self.context.train_images) * self._image_cost)
-        self.context.plan.skip(-(-left // every) * len(self.context.eval_images) * EVALUATION_COST)
+        epochs, evaluations = self.schedule.epochs - completed, early_stopping.evaluations_after(completed)
+        context.progress.skip(epochs * len(context.train_images) * self._image_cost)
+        context.progress.skip(evaluations * len(context.eval_images) * EVALUATION_COST)
         return True
 
-    # ---- checkpoints ----
-
     def _save(self, epoch: int, step: int) -> None:
+        """Save a checkpoint after `epoch` epochs and `step` steps of the next one."""
         self._saved_at = time.monotonic()
-        if not self.context.group.is_main:
-            return
-        self._save_state(
-            TrainingState(
-                subject=self.subject,
-                epoch=epoch,
-                step=step,
-                model=self.detector.state_dict(),
-                method=self._method.state_dict(),
-                optimizer=self._step.optimizer.state_dict(),
-                scaler=self._step.scaler.state_dict(),
-                average=self._average.tensors if self._average else None,
-                running={"sums": dict(self._running.sums), "steps": dict(self._running.steps)},
-                quiet_steps=dict(self._watch.quiet_steps),
-                best=self._best,
-                teacher=None,
-                teacher_metrics=None,
-                done=self.context.plan.done,
-                history=self.context.history.state(),
+        if self.context.group.is_main:
+            self._save_checkpoint(
+                TrainingCheckpoint(
+                    subject=self.subject,
+                    epoch=epoch,
+                    step=step,
+                    done=self.context.progress.done,
+                    history=self.context.logger.state_dict(),
+                    **self._state.state_dict(),
+                )
             )
-        )
 
-    def _restore(self, state: TrainingState) -> None:
-        self.detector.load_state_dict(state.model)
-        self._method.load_state_dict(state.method)
-        restore(self._step.optimizer, state.optimizer)
-        self._step.scaler.load_state_dict(state.scaler)
-        if self._average and state.average is not None:
-            for name, tensor in state.average.items():
-                self._average.tensors[name].copy_(tensor)
-        self._running = Running(sums=state.running["sums"], steps=state.running["steps"])
-        self._watch.quiet_steps = state.quiet_steps
-        self._best = state.best
+
+def _batches(context: RunContext, detector: Detector, schedule: ScheduleConfig) -> TrainingBatches:
+    """Return the training batches, at the detector's input size; its own transform resizes no more in training."""
+    disable_training_resize(detector)
+    return TrainingBatches(
+        context.train_images,
+        batch_size=schedule.batch_size,
+        size=InputSize.from_detector(detector),
+        augmentation=context.augmentation,
+        device=context.device,
+        masks=detector.trains_masks,
+        cache_bytes=context.image_memory_bytes,
+        rank=context.group.rank,
+        world_size=context.group.size,
+    )

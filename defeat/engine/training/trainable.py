@@ -1,6 +1,4 @@
-"""What keeps a detector from being trained by a schedule, said before anything is trained."""
-
-from typing import Any, cast
+"""Checks, before any training, whether a detector can be trained by a schedule."""
 
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.detectors.base import Detector
@@ -17,37 +15,30 @@ def require_trainable(
     processes: int,
     where: str,
 ) -> None:
-    """Refuse what would fail at the training's first step, or when it begins.
+    """Reject what would fail when the training begins, or at its first step.
 
     Args:
-        detector: who is to be trained.
-        schedule: how.
+        detector: the detector to train.
+        schedule: its schedule.
         augmentation: of its images.
-        images: how many the training split has.
-        processes: how many share each batch.
+        images: how many images the training split has.
+        processes: how many processes share each batch.
         where: the schedule's place in the job's spec, for the error.
 
     Raises:
-        RunError: `stages_cannot_freeze` if `frozen_stages` is not 0 and there are none; `batch_too_small` if a process
-            gets fewer images at a time than the detector can train on; `sync_batch_norm_needs_gpus` if several
-            processes would have to share batch norm's statistics on a CPU, where torch cannot; `too_few_images` if
-            there is not one whole batch; `fixed_input_size` if the input size is to vary and cannot.
+        RunError: `too_few_images` if there is not one whole batch; `fixed_input_size` if the input size is to vary and
+            cannot; `sync_batch_norm_needs_gpus` if several processes would have to share batch norm's statistics on a
+            CPU, where torch cannot; `stages_cannot_freeze` if `frozen_stages` is not 0 and the detector has no stages;
+            `batch_too_small` if a process gets fewer images at a time than the detector can train on.
     """
     if images < schedule.batch_size:
         raise RunError(
             "user",
             "too_few_images",
-            f"the training split has {images} images, {where}.batch_size is {schedule.batch_size}: lower it to "
-            "that at most",
+            f"the training split has {images} images, and {where}.batch_size is {schedule.batch_size}: set it to "
+            f"{images} or less",
         )
-    fixed, scale = cast(Any, detector).transform.fixed_size, (augmentation.scale_min, augmentation.scale_max)
-    if fixed is not None and scale != (1.0, 1.0):
-        raise RunError(
-            "user",
-            "fixed_input_size",
-            f"augmentation.scale_min and scale_max are {scale[0]:g} and {scale[1]:g}, and a {type(detector).__name__} "
-            f"sees every image at {fixed[0]}x{fixed[1]}: leave both at 1, or use zoom_out and iou_crop",
-        )
+    _require_fixed_size(detector, augmentation)
     if schedule.sync_batch_norm and processes > 1 and next(detector.parameters()).device.type == "cpu":
         raise RunError(
             "user",
@@ -56,12 +47,29 @@ def require_trainable(
             "send the job to workers with GPUs",
         )
     detector.require_stages(schedule.frozen_stages)
+    _require_images_per_pass(detector, schedule, processes=processes, where=where)
+
+
+def _require_fixed_size(detector: Detector, augmentation: AugmentationConfig) -> None:
+    low, high = augmentation.scale_min, augmentation.scale_max
+    if detector.fixed_size is not None and (low, high) != (1.0, 1.0):
+        height, width = detector.fixed_size
+        raise RunError(
+            "user",
+            "fixed_input_size",
+            f"augmentation.scale_min and scale_max are {low:g} and {high:g}, and a {type(detector).__name__} resizes "
+            f"every image to {width}x{height}: leave both at 1, or use zoom_out and iou_crop",
+        )
+
+
+def _require_images_per_pass(detector: Detector, schedule: ScheduleConfig, *, processes: int, where: str) -> None:
     parts = processes * schedule.accumulation
-    if schedule.batch_size // parts < detector.least_images:
+    images = schedule.batch_size // parts
+    if images < detector.least_images:
         raise RunError(
             "user",
             "batch_too_small",
             f"{where}.batch_size {schedule.batch_size} in {parts} parts (processes: {processes}, accumulation: "
-            f"{schedule.accumulation}) is {schedule.batch_size // parts} at a time, and this {type(detector).__name__} "
-            f"wants {detector.least_images} or more: set it to {detector.least_images * parts} at least",
+            f"{schedule.accumulation}) is {images} images at a time, and this {type(detector).__name__} needs "
+            f"{detector.least_images} or more: set it to {detector.least_images * parts} or more",
         )

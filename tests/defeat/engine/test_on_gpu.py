@@ -14,7 +14,7 @@ from defeat.engine.detectors.frozen_norm import FrozenBatchNorm
 from defeat.engine.evaluation.evaluate import detect_split
 from defeat.engine.numerics import numerics
 from defeat.engine.report import RunError
-from defeat.engine.training.ema import Average
+from defeat.engine.training.ema import EMA
 from tests.defeat.engine.detectors.test_frozen_norm import filled
 from tests.defeat.engine.training.test_step import RETINANET, START, batch_of, step_for
 from tests.support.training import CLASSES, TINY, shapes
@@ -122,7 +122,7 @@ def test_frozen_batch_norm_is_that_of_float64_rounded_once(dtype, layout, device
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_average_takes_the_weights_places_and_no_memory(device):
     module = torch.nn.Sequential(torch.nn.Conv2d(8, 64, 3), torch.nn.BatchNorm2d(64)).to(device)
-    average = Average(module, decay=0.9)
+    average = EMA(module, decay=0.9)
 
     def _apply():
         with average.applied(module):

@@ -1,4 +1,4 @@
-"""A training batch as one tensor of bytes: loaded, shared between processes and copied to a GPU as a whole."""
+"""A batch as one tensor of bytes: loaded, shared between processes and copied to a GPU as a whole."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from defeat.engine.detectors.base import Target
 
 Sample = tuple[Tensor, Target]
 
-_ALIGNMENT = 64  # bytes: a cache line, and a multiple of what views of wider numbers need
+_ALIGNMENT = 64  # bytes: a cache line, and a multiple of what views of wider types need
 _BITS = 8
 
 
@@ -22,9 +22,9 @@ class Part(NamedTuple):
 
     Attributes:
         height, width: of the image, px.
-        boxes: how many its target has.
-        masks: whether the target has masks, one bit a pixel.
-        pixels_at, boxes_at, labels_at, masks_at: first byte of each, counted from the beginning of the storage.
+        boxes: the number of boxes of its target.
+        masks: whether the target has masks, one bit per pixel.
+        pixels_at, boxes_at, labels_at, masks_at: offset of each in the storage, bytes.
     """
 
     height: int
@@ -43,12 +43,12 @@ class Part(NamedTuple):
 
 
 def aligned(size: int) -> int:
-    """Return `size` in bytes, rounded up to where the next thing may begin."""
+    """Return `size` in bytes, rounded up to the alignment."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def to_float(image: Tensor, device: torch.device) -> Tensor:
-    """(3, H, W) uint8 -> float 0 to 1 on the device: bytes are a quarter of what would cross the bus otherwise."""
+    """(3, H, W) uint8 -> float 0 to 1 on the device: copying bytes takes a quarter of copying floats."""
     return image.to(device, non_blocking=True).float().div_(255)
 
 
@@ -56,14 +56,14 @@ def _mask_bytes(boxes: int, height: int, width: int) -> int:
     return -(-boxes * height * width // _BITS)
 
 
-def most_bytes(images: int, *, pixels: int, boxes: int, masks: bool) -> int:
-    """Return the most bytes of a batch of `images` with up to so many pixels and boxes each."""
+def max_bytes(images: int, *, pixels: int, boxes: int, masks: bool) -> int:
+    """Return the maximum bytes of a batch of `images` with up to `pixels` pixels and `boxes` boxes each."""
     masked = _mask_bytes(boxes, 1, pixels) if masks else 0
     return images * sum(aligned(size) for size in (3 * pixels, 16 * boxes, 8 * boxes, masked))
 
 
-def _laid_out(samples: Sequence[Sample]) -> tuple[tuple[Part, ...], int]:
-    """Return where the parts of a batch lie, one image after the other, and its bytes."""
+def _layout(samples: Sequence[Sample]) -> tuple[tuple[Part, ...], int]:
+    """Return the parts of a batch, one image after the other, and its size in bytes."""
     at, parts = 0, []
     for image, target in samples:
         height, width = image.shape[-2:]
@@ -81,8 +81,8 @@ class Batch:
     """Images and their ground truth, as views of one tensor of bytes.
 
     Attributes:
-        storage: (bytes,) uint8, on any device. A loaded batch's owns exactly the batch's bytes.
-        parts: where each image and its target lie in it, in order.
+        storage: (bytes,) uint8, on any device. That of a loaded batch owns exactly the batch's bytes.
+        parts: where each image and its target are in it, in order.
     """
 
     storage: Tensor
@@ -93,15 +93,17 @@ class Batch:
         """Copy images, (3, H_i, W_i) uint8, and their targets into one batch; all on the CPU.
 
         Args:
-            samples: one at least.
-            into: (bytes,) uint8, whose beginning becomes the batch's storage; None: memory of its own.
+            samples: one or more.
+            into: (bytes,) uint8, whose beginning becomes the batch's storage; None: allocate memory.
 
         Raises:
             ValueError: `into` is too small.
         """
-        parts, size = _laid_out(samples)
+        parts, size = _layout(samples)
         if into is not None and len(into) < size:
-            raise ValueError(f"a batch of {len(samples)} images takes {size} bytes, and {len(into)} were set aside")
+            raise ValueError(
+                f"a batch of {len(samples)} images takes {size} bytes, and {len(into)} were reserved for it"
+            )
         storage = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
         batch = cls(storage=storage, parts=parts)
         for (image, target), part in zip(samples, parts, strict=True):
@@ -143,11 +145,11 @@ class Batch:
 
     def floats(self) -> list[Tensor]:
         """Return the images as floats from 0 to 1, (3, H_i, W_i) each."""
-        # One by one: floats of a whole batch at once are too much memory for a CPU's allocator to keep for the next.
+        # One by one: floats of a whole batch are too large a block for a CPU's allocator to reuse.
         return [to_float(image, self.storage.device) for image in self.images]
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device. It is one copy, and from page-locked memory the CPU does not wait for it."""
+        """Return the batch on a device, by one copy; from page-locked memory the CPU does not wait for it."""
         return replace(self, storage=self.storage.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -155,14 +157,14 @@ class Batch:
         return replace(self, storage=self.storage.pin_memory())
 
     def split(self, count: int) -> Iterator["Batch"]:
-        """Yield `count` batches of equally many images, in order, on the same storage; what is left over is in none."""
+        """Yield `count` batches of equal size, in order, on the same storage; a remainder is dropped."""
         size = len(self) // count
         for first in range(0, count * size, size):
             yield replace(self, parts=self.parts[first : first + size])
 
 
 def _packed(masks: Tensor) -> Tensor:
-    """Return masks (N, H, W), 0 or 1, as bits, the first one the highest of its byte."""
+    """Return masks (N, H, W), 0 or 1, as bits, the first one the highest bit of its byte."""
     flat = masks.flatten()
     groups = F.pad(flat, (0, -len(flat) % _BITS)).view(-1, _BITS)
     return (groups << _shifts(masks.device)).sum(dim=1, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Decoded, resized images, kept in memory from the first epoch on."""
+"""A cache of decoded, resized images, filled during the first epoch."""
 
 import mmap
 import os
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from defeat.engine.data.loading.batch import aligned
 
-# At most this much of memory, and at most this share of what is free when a training starts.
+# The maximum memory, bytes, and the maximum share of the memory that is free when a training starts.
 DEFAULT_LIMIT = 2 * 1024**3
 FREE_SHARE = 0.25
 
 
 def default_limit(processes: int = 1) -> int:
-    """Return the bytes that the images of one training process may take: 2 GiB, or a quarter of what is free.
+    """Return the bytes for the images of one training process: its share of 2 GiB, or of a quarter of free memory.
 
     Args:
-        processes: trainings on this machine that share it, one per GPU.
+        processes: training processes on this machine that share the memory, one per GPU.
     """
     return int(min(DEFAULT_LIMIT, FREE_SHARE * _free_memory()) / processes)
 
 
 def _free_memory() -> int:
-    """Bytes that may be taken without swapping, by the kernel's estimate and by this container's bound."""
+    """Return the bytes that can be allocated without swapping, by the kernel's estimate and this container's limit."""
     info = Path("/proc/meminfo")
-    if not info.exists():  # not Linux: all there is
+    if not info.exists():  # not Linux: the whole memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     values = dict(line.split(":", 1) for line in info.read_text().splitlines())
     free = int(values["MemAvailable"].split()[0]) * 1024
@@ -40,8 +40,8 @@ def _free_memory() -> int:
 class ImageCache:
     """Images by index, as bytes, in memory that processes forked later share.
 
-    As many images as fit under the limit have a place, the first ones of the dataset; the others are made anew each
-    time. Memory is taken when an image is first put in, not before.
+    As many images as the limit allows have a place, the first ones of the dataset; the others are decoded each time.
+    A place takes memory when its image is first stored.
 
     Attributes:
         sizes: height and width of each image.
@@ -54,7 +54,7 @@ class ImageCache:
 
         Args:
             sizes: height and width of each image.
-            limit: bytes for all of them; 0 keeps nothing.
+            limit: bytes for all of them; 0: no cache.
         """
         self.sizes = list(sizes)
         self._starts: list[int] = []
@@ -71,7 +71,7 @@ class ImageCache:
         self._filled = torch.frombuffer(mmap.mmap(-1, max(self.places, 1)), dtype=torch.bool)
 
     def get(self, index: int, make: Callable[[], Tensor]) -> Tensor:
-        """Return image `index`, (3, H, W) uint8, by `make` if it is not kept; nobody may change what is returned."""
+        """Return image `index`, (3, H, W) uint8, made by `make` if it is not cached; callers must not modify it."""
         if index >= self.places:
             return make()
         height, width = self.sizes[index]
@@ -79,11 +79,11 @@ class ImageCache:
         place = self._memory[start : start + 3 * height * width].view(3, height, width)
         if not self._filled[index]:
             place.copy_(make())
-            # Last: two processes may make the same image at once, and then write the same bytes.
+            # Set last: two processes may make the same image at once, and then write the same bytes.
             self._filled[index] = True
         return place
 
     @property
     def kept(self) -> int:
-        """How many images are in it now."""
+        """The number of images in the cache now."""
         return int(self._filled[: self.places].sum())

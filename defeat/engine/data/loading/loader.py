@@ -16,35 +16,35 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from defeat.engine.data.canonical import AnnotatedImage
 from defeat.engine.data.loading.augment import Augmentation
-from defeat.engine.data.loading.batch import Batch, Sample, most_bytes
+from defeat.engine.data.loading.batch import Batch, Sample, max_bytes
 from defeat.engine.data.loading.cache import ImageCache, default_limit
 from defeat.engine.data.loading.config import AugmentationConfig
-from defeat.engine.data.loading.handover import Ahead, Parcel, Slots
 from defeat.engine.data.loading.order import BatchOrder, Request
+from defeat.engine.data.loading.prefetch import Prefetch, SharedBatch, SharedSlots
 from defeat.engine.data.loading.resize import InputSize, resize, resize_target
 from defeat.engine.data.masks import from_text, to_bitmap
 from defeat.engine.detectors.base import Target
 
-MOST_PROCESSES = 8
-PREFETCH = 2  # batches that each process loads ahead
+MAX_PROCESSES = 8
+PREFETCH_FACTOR = 2  # batches that each process prefetches
 _PADDED = 32  # px: torchvision's transforms pad each side of a batch to a multiple of it
 
 
 def read_image(path: Path) -> Tensor:
     """Decode an image as it is stored (EXIF orientation is not applied) into (3, H, W) uint8, RGB.
 
-    Its planes are interleaved in memory, as the decoder leaves them: resizing wants them so.
+    In memory its channels are interleaved, as the decoder returns them: resizing is faster on that order.
     """
     with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))  # a copy: torch wants writable memory
+        pixels = np.array(image.convert("RGB"))  # a copy: torch needs writable memory
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class Records:
-    """What training needs to know of a split's images, in a few arrays.
+    """A split's image sizes, files and ground truth in a few arrays.
 
-    A forked process that touches a Python object copies the page that it lies on, for it counts its references there:
-    each loader process would soon have all records of the split for itself. Arrays stay shared.
+    A forked process that reads a Python object changes its reference count, and so copies the memory page that it is
+    on: each loader process would soon have its own copy of all records. Arrays stay shared.
     """
 
     def __init__(self, images: Sequence[AnnotatedImage]) -> None:
@@ -66,8 +66,8 @@ class Records:
         return bytes(self._files[index]).decode()
 
     @property
-    def most_boxes(self) -> int:
-        """The most boxes that an image has."""
+    def max_boxes(self) -> int:
+        """The maximum number of boxes of an image."""
         return int(np.diff(self._first).max(initial=0))
 
     @property
@@ -92,7 +92,8 @@ class ImageReader:
     """The images of one split, in the dataset's order.
 
     Attributes:
-        images: the records.
+        root: the dataset's directory.
+        images: their records.
     """
 
     def __init__(self, root: Path, images: Sequence[AnnotatedImage]) -> None:
@@ -108,7 +109,7 @@ class ImageReader:
         return read_image(self.root / self._records.file(index))
 
     def read_all(self, indices: Sequence[int], *, ahead: int = 0) -> Iterator[Tensor]:
-        """Yield images in this order; threads decode up to `ahead` of them before they are asked for."""
+        """Yield images in this order; threads decode up to `ahead` of them before they are requested."""
         if not ahead:
             yield from map(self.read, indices)
             return
@@ -127,9 +128,9 @@ class ImageReader:
         return int(height), int(width)
 
     @property
-    def most_boxes(self) -> int:
-        """The most boxes that an image's target has."""
-        return self._records.most_boxes
+    def max_boxes(self) -> int:
+        """The maximum number of boxes of an image's target."""
+        return self._records.max_boxes
 
     @property
     def has_masks(self) -> bool:
@@ -137,27 +138,27 @@ class ImageReader:
         return self._records.has_masks
 
     def target(self, index: int, *, masks: bool = False) -> Target:
-        """Return its ground truth for training: crowd regions are left out, difficult boxes are not.
+        """Return the ground truth of image `index` for training: without crowd regions, with difficult boxes.
 
-        With `masks`, the boxes' masks too, at the image's own size; all 0 for a box that has none.
+        With `masks`, the boxes' masks as well, at the image's own size; all 0 for a box that has none.
         """
         return self._records.target(index, masks=masks)
 
 
 def _processors() -> int:
-    """How many processors this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Batches(Dataset[Batch | Parcel]):
-    """Batches of augmented images. Seed and index alone decide how an image is changed."""
+class _Batches(Dataset[Batch | SharedBatch]):
+    """Batches of augmented images. How an image is changed follows from seed and index alone."""
 
     def __init__(
         self,
         reader: ImageReader,
         augmentation: Augmentation,
         cache: ImageCache,
-        slots: Slots | None,
+        slots: SharedSlots | None,
         *,
         masks: bool,
     ) -> None:
@@ -167,18 +168,18 @@ class _Batches(Dataset[Batch | Parcel]):
         self.slots = slots
         self.masks = masks
 
-    def __getitems__(self, request: Request) -> Batch | Parcel:
+    def __getitems__(self, request: Request) -> Batch | SharedBatch:
         samples = [self.sample(seed, index) for seed, index in request.samples]
-        return Batch.of(samples) if self.slots is None else self.slots.put(samples, request.slot)
+        return Batch.of(samples) if self.slots is None else self.slots.write(samples, request.slot)
 
-    def sample(self, seed: int, index: int, *, anew: bool = False) -> Sample:
-        """Return an image as it is trained on; with `anew` from files alone, whatever is kept in memory."""
+    def sample(self, seed: int, index: int, *, cached: bool = True) -> Sample:
+        """Return an image as it is trained on; with `cached` False from its files alone."""
 
         def _read(number: int) -> Sample:
             """Return an image at the detector's input size, and its boxes and masks."""
             size = self.cache.sizes[number]
             target = self.reader.target(number, masks=self.masks)
-            image = make(number) if anew else self.cache.get(number, lambda: make(number))
+            image = self.cache.get(number, lambda: make(number)) if cached else make(number)
             return image, resize_target(target, self.reader.size(number), size)
 
         def make(number: int) -> Tensor:
@@ -188,38 +189,39 @@ class _Batches(Dataset[Batch | Parcel]):
 
 
 def _keeps_sizes(augmentation: AugmentationConfig, size: InputSize) -> bool:
-    """Whether every image is trained on at the size that it has in memory."""
+    """Return whether every image is trained on at the size that it has in the cache."""
     same = augmentation.scale_min == augmentation.scale_max and not augmentation.iou_crop
     return size.fixed is not None or same
 
 
 def _padded_shapes(sizes: Sequence[tuple[int, int]]) -> int:
-    """Return how many shapes a batch of images of these sizes can have: any height beside any width."""
+    """Return how many shapes a padded batch of images of these sizes can have: any height with any width."""
     heights, widths = ({-(-side // _PADDED) for side in sides} for sides in zip(*sizes, strict=True))
     return len(heights) * len(widths)
 
 
-def _as_it_is(batch: Batch | Parcel) -> Batch | Parcel:
+def _identity(batch: Batch | SharedBatch) -> Batch | SharedBatch:
     return batch
 
 
-def _leave_garbage(_: int) -> None:
-    # To look for garbage touches every object, and so copies every page that the processes share.
+def _freeze_garbage(_: int) -> None:
+    # A garbage collection would write to every object, and so copy every memory page that the processes share.
     gc.freeze()
 
 
 class TrainingBatches:
-    """The batches of a training's epochs, whose images are at the size that the detector is to see.
+    """The batches of a training's epochs, with images at the detector's input size.
 
-    Images are decoded and resized once and then kept in memory, as far as they fit. On a GPU, processes that live as
-    long as this object load ahead; on a CPU the training itself wants every core, and batches are made when asked for.
+    Images are decoded and resized once, and then cached as far as memory allows. On a GPU, processes that live as long
+    as this object prefetch batches. On a CPU the training itself uses every core, and batches are made when requested.
 
     Attributes:
-        cache: what is kept.
-        batch_bytes: the most that a batch of this process takes.
-        ahead: how much is loaded ahead.
-        wanted: how much would be if there were memory for it.
-        padded_shapes: how many shapes a batch may have once it is padded to multiples of 32; None: nobody knows.
+        reader: the training split.
+        cache: the decoded images.
+        batch_bytes: the maximum bytes of a batch of this process.
+        prefetch: how much is prefetched.
+        wanted_prefetch: how much would be, given enough memory.
+        padded_shapes: how many shapes a batch may have once it is padded to multiples of 32; None: unknown.
     """
 
     def __init__(
@@ -235,72 +237,72 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Prepare; nothing is loaded yet. For what `defeat.engine.training.trainable` lets pass.
+        """Prepare; nothing is loaded yet. The arguments must have passed `defeat.engine.training.trainable`.
 
         Args:
-            images: the training split; a whole batch at least.
+            reader: the training split; one whole batch or more.
             batch_size: images of a whole batch, over all ranks: a multiple of `world_size`.
-            size: the detector's, which was told not to resize: `InputSize.taken_from`.
+            size: the detector's input size; its own transform must not resize, see `resize.disable_training_resize`.
             augmentation: random changes.
             device: where batches will go.
-            masks: whether the detector trains on masks. Then each target has some (all 0 where the data has none for a
-                box), in every batch and on every rank alike, unless the whole split has none.
+            masks: whether the detector trains on masks. Each target then has masks (all 0 for a box without one), in
+                every batch and on every rank, unless the whole split has none.
             cache_bytes: memory for images; None: `cache.default_limit`.
             rank: which consecutive share of each batch this process gets, from 0.
             world_size: how many shares there are.
         """
         self.reader = reader
         masks = masks and reader.has_masks
-        sizes = [size.of(*reader.size(index), scale=augmentation.scale_max) for index in range(len(reader))]
+        sizes = [size.for_image(*reader.size(index), scale=augmentation.scale_max) for index in range(len(reader))]
         self.padded_shapes = _padded_shapes(sizes) if _keeps_sizes(augmentation, size) else None
         self.cache = ImageCache(sizes, limit=default_limit(world_size) if cache_bytes is None else cache_bytes)
-        self.batch_bytes = most_bytes(
+        self.batch_bytes = max_bytes(
             batch_size // world_size,
-            pixels=size.most_pixels(scale=augmentation.scale_max),
-            boxes=reader.most_boxes * (4 if augmentation.mosaic else 1),
+            pixels=size.max_pixels(scale=augmentation.scale_max),
+            boxes=reader.max_boxes * (4 if augmentation.mosaic else 1),
             masks=masks,
         )
         on_gpu = device.type == "cuda"
-        processes = min(MOST_PROCESSES, max(_processors() // world_size, 1)) if on_gpu else 0
-        self.wanted = Ahead(processes=processes, batches=PREFETCH)
-        self.ahead = self.wanted.within(default_limit(world_size), self.batch_bytes)
-        slots = Slots(self.ahead.slots, self.batch_bytes) if self.ahead.processes else None
-        self._order = BatchOrder(sizes, batch_size=batch_size, rank=rank, world_size=world_size, slots=self.ahead.slots)
+        processes = min(MAX_PROCESSES, max(_processors() // world_size, 1)) if on_gpu else 0
+        self.wanted_prefetch = Prefetch(processes=processes, batches=PREFETCH_FACTOR)
+        self.prefetch = prefetch = self.wanted_prefetch.within(default_limit(world_size), self.batch_bytes)
+        slots = SharedSlots(prefetch.slots, self.batch_bytes) if prefetch.processes else None
+        self._order = BatchOrder(sizes, batch_size=batch_size, rank=rank, world_size=world_size, slots=prefetch.slots)
         self._batches = _Batches(reader, Augmentation(augmentation, size), self.cache, slots, masks=masks)
-        loads_ahead = self.ahead.processes > 0
-        self._loader: DataLoader[Batch | Parcel] = DataLoader(
+        forks = prefetch.processes > 0
+        self._loader: DataLoader[Batch | SharedBatch] = DataLoader(
             self._batches,
             batch_sampler=cast("Sampler[list[Request]]", self._order),
-            collate_fn=cast(Any, _as_it_is),
-            num_workers=self.ahead.processes,
-            # What they share with this process is shared by being inherited.
-            multiprocessing_context="fork" if loads_ahead else None,
-            prefetch_factor=self.ahead.batches if loads_ahead else None,
-            persistent_workers=loads_ahead,
-            worker_init_fn=_leave_garbage,
+            collate_fn=cast(Any, _identity),
+            num_workers=prefetch.processes,
+            # The processes inherit the memory that they share with this one.
+            multiprocessing_context="fork" if forks else None,
+            prefetch_factor=prefetch.batches if forks else None,
+            persistent_workers=forks,
+            worker_init_fn=_freeze_garbage,
             pin_memory=on_gpu,
-            # The loader's own draw of a base seed must not come from the global generator, which training uses.
+            # The loader draws a base seed, which must not come from the global generator that training uses.
             generator=torch.Generator().manual_seed(0),
         )
 
     def __len__(self) -> int:
-        """Batches of an epoch; a last, smaller one is left out."""
+        """Return the number of batches of an epoch; a last, smaller one is dropped."""
         return len(self._order)
 
     def epoch(self, seed: int, *, start: int = 0) -> Iterator[Batch]:
         """Return one epoch's batches, in an order and with changes that follow from `seed`; one epoch at a time.
 
-        Each batch owns its memory. `start` batches are left out at the beginning, without loading them: the rest are
-        the same as without.
+        Each batch owns its memory. The first `start` batches are skipped without being loaded; the others do not
+        depend on `start`.
         """
         self._order.seed, self._order.start = seed, start
-        # Without a GPU nothing was pinned, and so copied out of its slot, on the way.
-        return (item.taken() if isinstance(item, Parcel) else item for item in self._loader)
+        # On a GPU the loader has pinned each batch, and so copied it out of its slot already.
+        return (item.copy() if isinstance(item, SharedBatch) else item for item in self._loader)
 
-    def made_anew(self, number: int) -> Iterator[tuple[int, Sample]]:
-        """Yield batch `number` of the epoch in progress as it should be: each image's index, and it with its target.
+    def reload(self, number: int) -> Iterator[tuple[int, Sample]]:
+        """Yield what batch `number` of the epoch in progress should hold: each image's index, image and target.
 
-        They are made from their files, in this process; nothing that is kept in memory is looked at.
+        They are made from their files, in this process and without the cache.
         """
         for seed, index in self._order.samples(number):
-            yield index, self._batches.sample(seed, index, anew=True)
+            yield index, self._batches.sample(seed, index, cached=False)

@@ -1,4 +1,4 @@
-"""In which order a training sees its images, and which of them share a batch."""
+"""The order of images in a training's epochs, and which images share a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
-# Batches are cut from groups of images sorted by shape. The larger a group, the less padding; the smaller, the more the
-# batches differ from epoch to epoch. This many batches at most, and an epoch has this many groups at least.
-GROUP_BATCHES = 32
-LEAST_GROUPS = 4
+# Batches are cut from groups of images sorted by shape. A larger group needs less padding; with smaller groups the
+# batches differ more from epoch to epoch.
+MAX_GROUP_BATCHES = 32
+MIN_GROUPS = 4  # per epoch
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a loader process is asked for.
+    """One batch to load.
 
     Attributes:
-        slot: where it puts the batch, see `handover.Slots`.
+        slot: where to write it, see `prefetch.SharedSlots`.
         samples: seed and index of each image.
     """
 
@@ -26,15 +26,15 @@ class Request:
 
 
 class BatchOrder(Sampler[Request]):
-    """One epoch's batches, this rank's share of each, as requests. It follows from `seed` alone.
+    """One epoch's batches, this rank's share of each, as requests. They follow from `seed` alone.
 
     Every image is as likely to be in an epoch, and at any place in it, as without grouping. Images of a batch have
-    similar shapes: a batch is padded to its largest height and its largest width, and a wide image beside a tall one
-    makes a quarter to a half of the batch padding.
+    similar shapes: a batch is padded to its largest height and its largest width, and with wide and tall images in one
+    batch a quarter to a half of it would be padding.
 
     Attributes:
-        seed: the epoch's.
-        start: batches left out at the beginning.
+        seed: the epoch's seed.
+        start: the number of batches to skip at the beginning.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class BatchOrder(Sampler[Request]):
         Args:
             sizes: height and width in pixels of each image.
             batch_size: images of a whole batch, over all ranks; a multiple of `world_size`.
-            rank: which consecutive share of each batch is meant, from 0.
+            rank: which consecutive share of each batch is this process's, from 0.
             world_size: how many shares there are.
-            slots: requests name them in turn.
+            slots: how many slots the requests use, in turn.
         """
         self._shapes = torch.tensor([width / height for height, width in sizes], dtype=torch.float64)
-        self._alike = len(set(sizes)) < 2
+        self._same_size = len(set(sizes)) < 2
         self.batch_size, self.share, self.rank, self.slots = batch_size, batch_size // world_size, rank, slots
         self.seed = self.start = 0
 
@@ -62,9 +62,9 @@ class BatchOrder(Sampler[Request]):
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self._shapes), generator=generator)
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)
-        if self._alike:
+        if self._same_size:
             return batches.tolist()
-        size = max(1, min(GROUP_BATCHES, len(self) // LEAST_GROUPS))
+        size = max(1, min(MAX_GROUP_BATCHES, len(self) // MIN_GROUPS))
         grouped = torch.cat([self._by_shape(group.flatten()) for group in batches.split(size)])
         return grouped.view_as(batches)[torch.randperm(len(batches), generator=generator)].tolist()
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defeat.engine import detectors
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import disable_training_resize
 from defeat.engine.detectors import unblocked
 from defeat.engine.detectors.precision import WideDefaultBoxes
 from defeat.engine.detectors.ssd import ASPECT_RATIOS, SCALES
@@ -57,7 +57,7 @@ def _constants_of_this_test():
 def build(spec: dict[str, Any]) -> detectors.Detector:
     torch.manual_seed(0)
     detector = detectors.build(spec, CLASSES).train()
-    InputSize.taken_from(detector)
+    disable_training_resize(detector)
     return detector
 
 

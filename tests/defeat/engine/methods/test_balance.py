@@ -9,7 +9,7 @@ from defeat.engine import methods
 from defeat.engine.detectors.base import TrainPass
 from defeat.engine.detectors.normalization import Normalization
 from defeat.engine.methods import StepInfo
-from defeat.engine.methods.balance import LARGEST_FACTOR, Balance, gradient_norms
+from defeat.engine.methods.balance import MAX_FACTOR, Balance, gradient_norms
 from tests.support.methods import START, on_two_processes, one_pass, pair
 
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_leaves_the_factors_as_they_were():
         assert balance.log_factor[1].item() == pytest.approx(math.log(0.25), rel=1e-6)
     # The first time that it can be measured counts whole, whenever that is.
     assert factors(balance, 6.0, 50, a=2.0, b=0.0)["a"] == pytest.approx(3.0, rel=1e-6)
-    assert factors(Balance(["a"]), 1.0, 0, a=1e-12)["a"] == pytest.approx(LARGEST_FACTOR, rel=1e-5)
+    assert factors(Balance(["a"]), 1.0, 0, a=1e-12)["a"] == pytest.approx(MAX_FACTOR, rel=1e-5)
 
 
 def test_each_part_of_defeat_pulls_as_hard_as_the_students_own_losses_whatever_its_weight():

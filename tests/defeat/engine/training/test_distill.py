@@ -15,8 +15,8 @@ from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors import compilation
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
 from defeat.engine.report import Reporter
-from defeat.engine.training import train
-from defeat.engine.training.checkpoint import TrainingState
+from defeat.engine.training import context
+from defeat.engine.training.checkpoint import TrainingCheckpoint
 from defeat.engine.training.step import Step
 from tests.support.training import CLASSES, TINY, events, keep_checkpoints, run, run_alone, shapes, spec, write_run
 
@@ -132,7 +132,7 @@ def test_a_run_that_ends_early_goes_on_to_the_same_bytes(finished, dataset, tmp_
     assert process.wait(60) == 3
     assert json.loads((directory / "result.json").read_text())["status"] == "cancelled"
     checkpoint = directory / "checkpoints" / "last.pt"
-    state = TrainingState.load(checkpoint)
+    state = TrainingCheckpoint.load(checkpoint)
     assert (state.subject, state.epoch) == (subject, 1)
 
     second = write_run(tmp_path / "second", dataset[1], spec(), resume=str(checkpoint))
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_keeps_the_previous_checkpoint(dataset, tmp_path):
     assert (failure["class"], failure["code"]) == ("infra", "disk_full")
     assert "last.pt" in failure["detail"]
     assert checkpoint.read_bytes() == before
-    TrainingState.load(checkpoint)
+    TrainingCheckpoint.load(checkpoint)
     assert not list(directory.rglob("*.part"))
 
 
@@ -269,20 +269,20 @@ def test_it_stops_early_when_nothing_gets_better(dataset, tmp_path, monkeypatch)
     course = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3}
     schedule = {**spec()["schedule"], "epochs": 9, "patience": 2, "checkpoint_minutes": 60}
     job = spec(teacher=None, distillation={"method": "baseline"}, schedule=schedule)
-    plain, measured = train.coco_metrics, []
+    plain, measured = context.coco_metrics, []
 
     def _measure(*given):
         measured.append(len(measured) + 1)
         return {**plain(*given), "ap": course[measured[-1]]}
 
-    monkeypatch.setattr(train, "coco_metrics", _measure)
+    monkeypatch.setattr(context, "coco_metrics", _measure)
     kept = keep_checkpoints(monkeypatch, tmp_path)
     directory = write_run(tmp_path / "run", dataset[1], job)
     result = run(directory)
     assert measured == [1, 2, 3, 4]
     assert (result["results"]["student"]["epoch"], result["results"]["student"]["ap"]) == (2, 0.3)
-    (told,) = [one["message"] for one in events(directory, "message") if one["code"] == "stopped_early"]
-    assert told == "no better AP of the student in 2 measurements: ended at epoch 4"
+    (message,) = [one["message"] for one in events(directory, "message") if one["code"] == "stopped_early"]
+    assert message == "no better AP of the student in 2 evaluations: ended at epoch 4"
     assert events(directory, "progress")[-1]["fraction"] == 1.0
 
     del measured[2:]  # and from the checkpoint of the second epoch, it ends where it did
@@ -299,9 +299,9 @@ def test_epochs_that_a_teacher_did_not_need_are_not_waited_for_after_a_resume(da
     course = iter([0.3, 0.2])
     job = spec(schedule={**spec()["schedule"], "checkpoint_minutes": 60})
     job["teacher"]["schedule"] = {**job["schedule"], "epochs": 9, "patience": 1}
-    plain = train.coco_metrics
+    plain = context.coco_metrics
     monkeypatch.setattr(
-        train, "coco_metrics", lambda *given: {**(found := plain(*given)), "ap": next(course, found["ap"])}
+        context, "coco_metrics", lambda *given: {**(found := plain(*given)), "ap": next(course, found["ap"])}
     )
     kept = keep_checkpoints(monkeypatch, tmp_path)
     directory = write_run(tmp_path / "run", dataset[1], job)
@@ -337,7 +337,7 @@ def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkey
         return _call
 
     monkeypatch.setattr(Reporter, "progress", _progress)
-    monkeypatch.setattr(train, "detect_split", _raise_in("evaluation", train.detect_split))
+    monkeypatch.setattr(context, "detect_split", _raise_in("evaluation", context.detect_split))
     monkeypatch.setattr(Step, "_backward", _raise_in("step", Step._backward))
     failure = run(directory)["failure"]
     assert (failure["class"], failure["code"]) == ("oom", "out_of_memory")
@@ -403,5 +403,5 @@ def test_little_memory_for_loading_is_warned_of(dataset, tmp_path, monkeypatch):
     directory = write_run(tmp_path / "run", dataset[1], spec(teacher=None, distillation={"method": "baseline"}))
     assert run(directory)["status"] == "succeeded"
     message = warnings_of(directory)["little_memory_for_loading"]
-    assert "2 processes would load batches ahead, and want 0.371 MB for them" in message
-    assert "allows 2, 1 ahead each" in message
+    assert "2 processes would prefetch batches, and need 0.371 MB for them" in message
+    assert "allows 2, 1 batches each" in message

@@ -11,7 +11,7 @@ from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
 from defeat.engine.data.loading.resize import InputSize
 from defeat.engine.report import RunError
-from defeat.engine.training.inspection import Look, look, require_true_images
+from defeat.engine.training.inspection import ImageCheck, check_images, require_intact
 from tests.support.training import events, run, shapes, spec, write_run
 
 EVERYTHING = AugmentationConfig(mosaic=0.3, zoom_out=0.3, iou_crop=0.3, scale_min=0.5, brightness=0.3, contrast=0.3)
@@ -39,10 +39,10 @@ def batches(reader, augmentation):
 def test_true_images_are_let_pass(reader, augmentation):
     made = batches(reader, augmentation)
     for seed in (1, 2):
-        looks = [one for number, batch in enumerate(made.epoch(seed)) for one in look(batch, made, number)]
-        assert len(looks) == 8
-        assert not any(one.differs or one.constant for one in looks)
-        require_true_images(looks)
+        checks = [one for number, batch in enumerate(made.epoch(seed)) for one in check_images(batch, made, number)]
+        assert len(checks) == 8
+        assert not any(one.differs or one.constant for one in checks)
+        require_intact(checks)
 
 
 def test_images_that_differ_are_found_and_named(reader):
@@ -50,15 +50,13 @@ def test_images_that_differ_are_found_and_named(reader):
     first, second = made.epoch(1)
     first.images[2].zero_()
     second.images[0].copy_(first.images[0])
-    looks = [*look(first, made, 0), *look(second, made, 1)]
-    assert [one.differs for one in looks] == [False, False, True, False, True, False, False, False]
-    with pytest.raises(
-        RunError, match="2 of the 8 first training images are not what their files hold, 1 of"
-    ) as raised:
-        require_true_images(looks)
+    checks = [*check_images(first, made, 0), *check_images(second, made, 1)]
+    assert [one.differs for one in checks] == [False, False, True, False, True, False, False, False]
+    with pytest.raises(RunError, match="2 of the 8 first training images differ from their files, 1 of") as raised:
+        require_intact(checks)
     assert (raised.value.failure_class, raised.value.code) == ("infra", "images_differ_from_files")
-    assert looks[2].name in raised.value.detail
-    assert looks[4].name in raised.value.detail
+    assert checks[2].name in raised.value.detail
+    assert checks[4].name in raised.value.detail
 
 
 @pytest.mark.parametrize(
@@ -66,20 +64,20 @@ def test_images_that_differ_are_found_and_named(reader):
 )
 def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good):
     """Of few nothing is said: a dataset may hold a black image, and a batch may be one image."""
-    looks = [Look(f"{number}.png", differs=False, constant=number < constant) for number in range(count)]
+    checks = [ImageCheck(f"{number}.png", differs=False, constant=number < constant) for number in range(count)]
     if good:
-        require_true_images(looks)
+        require_intact(checks)
         return
     with pytest.raises(RunError, match=f"{constant} of the 8 first training images are of one colour") as raised:
-        require_true_images(looks)
+        require_intact(checks)
     assert (raised.value.failure_class, raised.value.code) == ("data", "images_constant")
 
 
 def test_so_many_images_of_a_batch_are_looked_at(reader):
     made = batches(reader, AugmentationConfig())
     batch = next(made.epoch(1))
-    assert len(look(batch, made, 0, most=3)) == 3
-    assert len(look(batch, made, 0)) == 4
+    assert len(check_images(batch, made, 0, limit=3)) == 3
+    assert len(check_images(batch, made, 0)) == 4
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -98,7 +96,7 @@ def test_a_run_ends_when_its_images_turn_black(dataset, tmp_path, monkeypatch, e
     assert result["status"] == "failed"
     assert result["failure"]["code"] == "images_differ_from_files"
     assert (
-        "4 of the 4 first training images are not what their files hold, 4 of them of one colour"
+        "4 of the 4 first training images differ from their files, 4 of them of one colour"
         in (result["failure"]["detail"])
     )
     steps = [line["step"] for line in events(tmp_path / "run", "metrics")]

@@ -127,7 +127,7 @@ def test_a_state_of_one_group_for_all_is_restored(name, norms):
     ("values", "says"),
     [
         ({"epochs": 4, "decay_epochs": (4,)}, "must be below epochs = 4"),
-        ({"decay": "cosine", "decay_epochs": (2,)}, "belong to decay: step"),
+        ({"decay": "cosine", "decay_epochs": (2,)}, "apply to decay: step"),
         ({"learning_rate": 0}, "greater than 0"),
         ({"optimizer": "lion"}, "'sgd' or 'adamw'"),
     ],

@@ -20,7 +20,7 @@ from defeat.engine.data import canonical
 from defeat.engine.data.loading.batch import Batch
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.data.loading.loader import ImageReader, TrainingBatches
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import InputSize, disable_training_resize
 from defeat.engine.methods.base import StepInfo
 from defeat.engine.report import RunError
 from defeat.engine.training import process_group
@@ -101,10 +101,11 @@ def step_and_gradients(dataset, group, case):
     schedule = ScheduleConfig(batch_size=4, accumulation=parts, warmup_steps=0, gradient_clip=0)
     step = Step(student, method=method, teacher=teacher, schedule=schedule, group=group, device=CPU)
     reader = ImageReader(dataset, canonical.read(dataset).in_split("train"))
+    disable_training_resize(student)
     batches = TrainingBatches(
         reader,
         batch_size=4,
-        size=InputSize.taken_from(student),
+        size=InputSize.from_detector(student),
         augmentation=AugmentationConfig(),
         device=CPU,
         rank=group.rank,
@@ -133,7 +134,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset, c
     assert [process.wait(120) for process in processes] == [0, 0]
     shares = [torch.load(root / f"{case}-{rank}.pt") for rank in range(2)]
     assert shares[0][0] == shares[1][0]
-    found, pulled = shares[0]
+    found, averaged = shares[0]
     assert found.keys() == values.keys()
     assert {f"loss/{name}" for name in CASES[case][-1]} < values.keys()
     for name, value in values.items():
@@ -143,8 +144,8 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(dataset, c
     # Adapters too: no part of the loss is outside of what is averaged.
     assert any(name.startswith("method.") for name in gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(pulled[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-        assert torch.equal(pulled[name], shares[1][1][name])
+        torch.testing.assert_close(averaged[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        assert torch.equal(averaged[name], shares[1][1][name])
 
 
 def job(**changes):
@@ -179,7 +180,9 @@ def test_a_whole_run_of_two_processes_resumes_to_the_same_bytes(dataset, tmp_pat
 def script_of(script, tmp_path):
     """Write a script that both processes of a run carry out instead of `defeat.engine.run`."""
     path = tmp_path / "worker_run.py"
-    path.write_text(f"import sys\nfrom worker import ranks\nranks.COMMAND = (sys.executable, {str(path)!r})\n{script}")
+    path.write_text(
+        f"import sys\nfrom defeat.engine import ranks\nranks.COMMAND = (sys.executable, {str(path)!r})\n{script}"
+    )
     return path
 
 
@@ -194,7 +197,7 @@ def failure_of(script, dataset, tmp_path):
 
 FAILING = """
 from pathlib import Path
-from worker import ranks, run
+from defeat.engine import ranks, run
 from defeat.engine.report import RunError
 def entry(spec, inputs, reporter):
     if ranks.rank() == 1:
@@ -213,7 +216,7 @@ def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
 
 MUTE = """
 from pathlib import Path
-from worker import ranks, run
+from defeat.engine import ranks, run
 from defeat.engine.report import Reporter
 def entry(spec, inputs, reporter):
     if ranks.rank() == 1:
@@ -237,13 +240,13 @@ def test_a_first_one_that_cannot_say_how_it_ended_ends_all(dataset, tmp_path):
 EXHAUSTED = """
 from pathlib import Path
 import torch
-from worker import ranks, run
+from defeat.engine import ranks, run
 from defeat.engine.training.step import Losses
 plain = Losses.forward
 def exhausted(gradient):
     raise torch.OutOfMemoryError("tried to allocate 80 GiB")
-def forward(self, batch, clock, measured):
-    losses, norms = plain(self, batch, clock, measured)
+def forward(self, batch, step_info, measured):
+    losses, norms = plain(self, batch, step_info, measured)
     if ranks.rank() == 1 and torch.is_grad_enabled():
         losses["classifier"].register_hook(exhausted)
     return losses, norms

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from defeat.engine.report import Reporter
-from defeat.engine.training.checkpoint import TrainingState
+from defeat.engine.training.checkpoint import TrainingCheckpoint
 from tests.support.training import events, keep_checkpoints, run, shapes, spec, write_run
 
 NAMES = ("student-best.safetensors", "student-last.safetensors", "teacher.safetensors")
@@ -65,7 +65,7 @@ def the_same(one, other, names=NAMES):
 
 
 def test_there_is_a_checkpoint_after_every_step(whole):
-    states = [TrainingState.load(path) for path in whole[1]]
+    states = [TrainingCheckpoint.load(path) for path in whole[1]]
     where = [(state.subject, state.epoch, state.step) for state in states]
     steps = [("teacher", 0, step) for step in (1, 2, 3, 4)]
     steps += [("student", 0, step) for step in (1, 2, 3, 4)]
@@ -115,7 +115,7 @@ def test_in_float16_the_scale_goes_on_as_well(dataset, tmp_path):
         patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=2))
         kept = keep_checkpoints(patch, tmp_path)
         assert run(whole)["status"] == "succeeded"
-        scales = [TrainingState.load(path).scaler["scale"] for path in kept]
+        scales = [TrainingCheckpoint.load(path).scaler["scale"] for path in kept]
         assert min(scales) < scales[0]
         assert scales[4] != scales[-1]
         resumed = write_run(tmp_path / "resumed", dataset, job, resume=str(kept[4]))
@@ -127,7 +127,7 @@ def test_in_float16_the_scale_goes_on_as_well(dataset, tmp_path):
 
 def test_the_average_is_what_is_measured_and_kept(whole):
     directory, kept = whole
-    measured, last = TrainingState.load(kept[8]), TrainingState.load(kept[12])
+    measured, last = TrainingCheckpoint.load(kept[8]), TrainingCheckpoint.load(kept[12])
     assert (measured.epoch, measured.step, last.epoch, last.step) == (1, 0, 1, 4)
     assert all(torch.equal(measured.best.model[name], one) for name, one in measured.average.items())
     student = load_file(directory / "artifacts" / "student-last.safetensors")
@@ -158,7 +158,7 @@ def test_asked_to_end_it_saves_the_step_it_is_in(whole, dataset, tmp_path, when,
         patch.setattr(Reporter, "progress", _progress)
         assert run(directory)["status"] == "cancelled"
     checkpoint = directory / "checkpoints" / "last.pt"
-    state = TrainingState.load(checkpoint)
+    state = TrainingCheckpoint.load(checkpoint)
     assert (state.subject, state.epoch, state.step) == at
     resumed = write_run(tmp_path / "second", dataset, job, resume=str(checkpoint))
     assert run(resumed)["status"] == "succeeded"

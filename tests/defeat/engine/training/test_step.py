@@ -12,8 +12,8 @@ from defeat.engine.methods import METHODS
 from defeat.engine.methods.base import StepInfo
 from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.ema import Average
-from defeat.engine.training.health import QUIET_STEPS, Watch
+from defeat.engine.training.ema import EMA
+from defeat.engine.training.health import QUIET_STEPS, Monitor
 from defeat.engine.training.optim import state_bytes
 from defeat.engine.training.process_group import ProcessGroup
 from defeat.engine.training.step import Step
@@ -289,7 +289,7 @@ def test_a_part_that_looks_at_the_backbone_has_its_share():
 
 def test_the_average_is_the_formula():
     module = torch.nn.BatchNorm1d(2)
-    average = Average(module, decay=0.5)
+    average = EMA(module, decay=0.5)
     expected = {name: tensor.clone().double() for name, tensor in module.state_dict().items()}
     for step in range(12):
         torch.manual_seed(step)
@@ -321,13 +321,14 @@ class Said:
 
 def test_a_part_that_stays_zero_is_told_once():
     reporter = Said()
-    watch = Watch(reporter, "student", {})
+    monitor = Monitor(reporter, "student")
     for step in range(QUIET_STEPS - 1):
-        watch.look({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 1.0}, step=step)
+        monitor.update({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 1.0}, step=step)
     assert reporter.messages == []
-    resumed = Watch(reporter, "student", dict(watch.quiet_steps))
+    resumed = Monitor(reporter, "student")
+    resumed.quiet_steps = dict(monitor.quiet_steps)
     for step in range(QUIET_STEPS - 1, 3 * QUIET_STEPS):
-        resumed.look({"loss/neck": 0.0, "loss/head": 0.0 if step % 40 else 1.0, "gradient_norm": 1.0}, step=step)
+        resumed.update({"loss/neck": 0.0, "loss/head": 0.0 if step % 40 else 1.0, "gradient_norm": 1.0}, step=step)
     ((level, code, message),) = reporter.messages
     assert (level, code) == ("warn", "loss_part_zero")
     assert message.startswith("loss/neck of the student has been 0 for 50 steps, up to step 49")
@@ -335,10 +336,10 @@ def test_a_part_that_stays_zero_is_told_once():
 
 def test_steps_that_are_all_left_out_are_told_once():
     step, reporter = step_for(precision="float16", batch_size=1), Said()
-    watch = Watch(reporter, "student", {})
+    monitor = Monitor(reporter, "student")
     for number in range(QUIET_STEPS):
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
-        watch.look(step(batch_of(1), START).values, step=number)
+        monitor.update(step(batch_of(1), START).values, step=number)
     ((level, code, message),) = reporter.messages
     assert (level, code) == ("warn", "gradient_not_finite")
     assert "the student's gradient has overflowed float16 for 50 steps, up to step 49" in message

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from defeat.engine import detectors, methods
 from defeat.engine.data.loading.batch import Batch
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import disable_training_resize
 from defeat.engine.detectors import unblocked
 from defeat.engine.detectors.retinanet import RetinaNetDetector
 from defeat.engine.methods.base import StepInfo
@@ -53,7 +53,7 @@ def step_on(device, **changes):
         student = detectors.build(RETINANET, CLASSES).train()
         teacher = detectors.build({**RETINANET, "pyramid_channels": 24}, CLASSES).eval().requires_grad_(False)
         method = methods.build([{**NECK, "weight": 1.0}, {"method": "fgd", "weight": 0.5}], student, teacher)
-    InputSize.taken_from(student)
+    disable_training_resize(student)
     return Step(student, method=method, teacher=teacher, schedule=schedule, group=ProcessGroup(), device=device)
 
 

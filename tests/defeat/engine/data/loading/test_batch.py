@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from defeat.engine.data.loading.batch import Batch, most_bytes
-from defeat.engine.data.loading.handover import Slots
+from defeat.engine.data.loading.batch import Batch, max_bytes
+from defeat.engine.data.loading.prefetch import SharedSlots
 from tests.support.device_waits import fake_cuda
 
 
@@ -54,7 +54,7 @@ def test_what_is_put_in_comes_out(shapes, parts):
     for number, piece in enumerate(pieces):
         assert same(piece, whole[number * size : (number + 1) * size])
     height, width, boxes, _ = (max(values) for values in zip(*shapes, strict=True))
-    assert len(batch.storage) <= most_bytes(len(whole), pixels=height * width, boxes=boxes, masks=True)
+    assert len(batch.storage) <= max_bytes(len(whole), pixels=height * width, boxes=boxes, masks=True)
 
 
 def test_an_interleaved_image_is_put_in_as_planes():
@@ -73,16 +73,16 @@ def test_a_batch_goes_to_a_gpu_by_one_copy():
 
 
 def test_a_slot_holds_a_batch_until_the_next_one():
-    slots = Slots(2, 1000)
+    slots = SharedSlots(2, 1000)
     first, second, third = ([sample(9, 7, 2, seed=seed)] for seed in (1, 2, 3))
-    parcels = slots.put(first, 0), slots.put(second, 1)
-    taken = [parcel.taken() for parcel in parcels]
-    slots.put(third, 0)
-    assert same(taken[0], first)
-    assert same(taken[1], second)
-    assert same(parcels[0].taken(), third)  # what was in the slot is gone
+    shared = slots.write(first, 0), slots.write(second, 1)
+    copies = [one.copy() for one in shared]
+    slots.write(third, 0)
+    assert same(copies[0], first)
+    assert same(copies[1], second)
+    assert same(shared[0].copy(), third)  # what was in the slot is gone
 
 
 def test_a_batch_that_is_too_large_for_its_slot_is_an_error():
-    with pytest.raises(ValueError, match=r"a batch of 1 images takes 4928 bytes, and 4864 were set aside"):
-        Slots(2, 4860).put([sample(40, 41, 0)], 0)
+    with pytest.raises(ValueError, match=r"a batch of 1 images takes 4928 bytes, and 4864 were reserved for it"):
+        SharedSlots(2, 4860).write([sample(40, 41, 0)], 0)

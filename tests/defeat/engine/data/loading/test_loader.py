@@ -20,7 +20,7 @@ from defeat.engine.data.canonical import AnnotatedImage, Box
 from defeat.engine.data.loading import loader
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.data.loading.loader import ImageReader, TrainingBatches, read_image
-from defeat.engine.data.loading.resize import InputSize
+from defeat.engine.data.loading.resize import InputSize, disable_training_resize
 from defeat.engine.data.masks import to_text
 from defeat.engine.detectors import DETECTORS
 from tests.support.ssd import NARROW_VGG
@@ -116,7 +116,7 @@ SINGLE = {
 }
 
 
-def load_ahead(monkeypatch, processes):
+def prefetch_by(monkeypatch, processes):
     """Let trainings on a GPU have so many loader processes, whatever this machine has; there is no GPU to pin for."""
     monkeypatch.setattr(loader, "_processors", lambda: processes)
 
@@ -129,11 +129,11 @@ def refuse(tensor):
 @pytest.mark.parametrize("changes", [EVERYTHING, *(AugmentationConfig(**changes) for changes in SINGLE.values())])
 def test_loader_processes_give_the_images_of_one_process(reader, monkeypatch, processes, changes):
     """Three epochs: in the later ones, images come from memory that the processes share."""
-    load_ahead(monkeypatch, processes)
+    prefetch_by(monkeypatch, processes)
     # In the children, too, which are forked.
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, refuse)
     plain, ahead = batches(reader, changes, batch_size=2), batches(reader, changes, batch_size=2, device=CUDA)
-    assert (plain.ahead.processes, ahead.ahead.processes) == (0, processes)
+    assert (plain.prefetch.processes, ahead.prefetch.processes) == (0, processes)
     abandoned = ahead.epoch(1)
     next(abandoned)
     del abandoned
@@ -148,7 +148,7 @@ def test_loader_processes_give_the_images_of_one_process(reader, monkeypatch, pr
 
 
 def test_loader_processes_hand_masks_over(masked, monkeypatch):
-    load_ahead(monkeypatch, 2)
+    prefetch_by(monkeypatch, 2)
     plain, ahead = (batches(masked, EVERYTHING, masks=True, device=device) for device in (CPU, CUDA))
     for seed in (4, 5):
         for one, other in zip(plain.epoch(seed), ahead.epoch(seed), strict=True):
@@ -157,18 +157,18 @@ def test_loader_processes_hand_masks_over(masked, monkeypatch):
 
 
 def test_a_batch_stays_what_it_is_when_later_ones_are_loaded(reader, monkeypatch):
-    load_ahead(monkeypatch, 2)
+    prefetch_by(monkeypatch, 2)
     ahead = batches(reader, batch_size=1, device=CUDA)
     kept, copies = [], []
     for batch in ahead.epoch(3):
         kept.append(batch)
         copies.append(batch.storage.clone())
-    assert len(kept) == 11 > ahead.ahead.slots
+    assert len(kept) == 11 > ahead.prefetch.slots
     assert all(map(torch.equal, (batch.storage for batch in kept), copies))
 
 
 def test_what_is_loaded_ahead_fits_into_memory(reader, monkeypatch):
-    load_ahead(monkeypatch, 8)
+    prefetch_by(monkeypatch, 8)
     size = batches(reader).batch_bytes
     for limit, processes, ahead in (
         (17 * size, 8, 2),
@@ -179,8 +179,8 @@ def test_what_is_loaded_ahead_fits_into_memory(reader, monkeypatch):
     ):
         monkeypatch.setattr(loader, "default_limit", lambda world_size, limit=limit: limit)
         found = batches(reader, device=CUDA)
-        assert (found.ahead.processes, found.ahead.batches) == (processes, ahead)
-        assert found.wanted.slots == 17
+        assert (found.prefetch.processes, found.prefetch.batches) == (processes, ahead)
+        assert found.wanted_prefetch.slots == 17
     assert same(list(found.epoch(3)), list(batches(reader).epoch(3)))
 
 
@@ -327,7 +327,7 @@ def test_every_detector_trains_on_images_without_boxes(family, monkeypatch):
     detector = detectors.build(
         {key: small[key] for key in small if key in config.model_fields and key not in fixed}, CLASSES
     ).train()
-    InputSize.taken_from(detector)
+    disable_training_resize(detector)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     passed = detector.forward_train([torch.rand(3, 64, 96), torch.rand(3, 64, 96)], [empty, empty])
     total = torch.stack(list(passed.losses.values())).sum()

@@ -6,7 +6,14 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.detection.transform import resize_boxes as torchvisions
 
 from defeat.engine import detectors
-from defeat.engine.data.loading.resize import InputSize, resize, resize_boxes, resize_masks, resize_target
+from defeat.engine.data.loading.resize import (
+    InputSize,
+    disable_training_resize,
+    resize,
+    resize_boxes,
+    resize_masks,
+    resize_target,
+)
 from tests.support.training import CLASSES, TINY, images_and_targets
 
 RULES = [(64, 96), (800, 1333), (320, 320), (600, 1000), (333, 701)]
@@ -18,20 +25,20 @@ def test_the_size_is_the_transforms(min_size, max_size):
     generator = torch.Generator().manual_seed(min_size)
     for height, width in torch.randint(5, 2000, (60, 2), generator=generator).tolist():
         expected = transform.resize(torch.zeros(1, height, width))[0].shape[-2:]
-        assert InputSize(min_size=min_size, max_size=max_size).of(height, width) == tuple(expected)
+        assert InputSize(min_size=min_size, max_size=max_size).for_image(height, width) == tuple(expected)
 
 
 def test_a_fixed_size_is_the_transforms():
     transform = GeneralizedRCNNTransform(1, 1, [0.0], [1.0], fixed_size=(48, 32)).eval()  # width, height
     assert tuple(transform.resize(torch.zeros(1, 70, 90))[0].shape[-2:]) == (32, 48)
-    assert InputSize(min_size=1, max_size=1, fixed=(32, 48)).of(70, 90) == (32, 48)
+    assert InputSize(min_size=1, max_size=1, fixed=(32, 48)).for_image(70, 90) == (32, 48)
 
 
 def test_scale_multiplies_both_bounds():
     rule = InputSize(min_size=100, max_size=150)
-    assert rule.of(100, 120, scale=1.5) == (150, 180)
-    assert rule.of(100, 300, scale=0.5) == (25, 75)
-    assert rule.of(2, 3000) == (1, 150)  # never nothing
+    assert rule.for_image(100, 120, scale=1.5) == (150, 180)
+    assert rule.for_image(100, 300, scale=0.5) == (25, 75)
+    assert rule.for_image(2, 3000) == (1, 150)  # never nothing
 
 
 @pytest.mark.parametrize("size", [(40, 60), (97, 130), (64, 96)])
@@ -78,11 +85,12 @@ def test_a_target_has_masks_afterwards_if_it_had_some():
 def test_a_detector_trains_on_images_as_they_come_and_detects_at_its_own_size():
     torch.manual_seed(0)
     detector = detectors.build(TINY, CLASSES)
-    assert InputSize.taken_from(detector) == InputSize(min_size=TINY["min_size"], max_size=TINY["max_size"])
+    assert InputSize.from_detector(detector) == InputSize(min_size=TINY["min_size"], max_size=TINY["max_size"])
+    disable_training_resize(detector)
     images, targets = images_and_targets()
     seen = detector.train().forward_train(images, targets)
     assert seen.image_sizes == [tuple(image.shape[-2:]) for image in images]
     assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(seen.targets, targets, strict=True))
     batch, _ = detector.eval().transform(images)
     rule = InputSize(min_size=TINY["min_size"], max_size=TINY["max_size"])
-    assert batch.image_sizes == [rule.of(*image.shape[-2:]) for image in images]
+    assert batch.image_sizes == [rule.for_image(*image.shape[-2:]) for image in images]

@@ -1,0 +1,71 @@
+"""Detectors to be trained, with their initial weights: random, ImageNet's or a checkpoint's."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from defeat.engine import detectors
+from defeat.engine.detectors.base import Detector
+from defeat.engine.detectors.unset import Unset
+from defeat.engine.report import RunError, Subject
+from defeat.engine.training.config import StudentConfig, TrainedTeacherConfig
+from defeat.engine.training.seeds import reseed
+
+
+def build_detector(
+    config: StudentConfig | TrainedTeacherConfig,
+    classes: Sequence[str],
+    weights: str | None,
+    *,
+    seed: int,
+    subject: Subject,
+) -> Detector:
+    """Build a detector with its initial weights, on the CPU.
+
+    Args:
+        config: its detector spec, and which initial weights.
+        classes: names of the labels 1, 2, ….
+        weights: the path of the checkpoint that `config.initial_weights` names, if it names one.
+        seed: the job's seed.
+        subject: whose detector it is.
+
+    Raises:
+        RunError: see `detectors.build` and `detectors.load`; `unknown_initial_weights`; `…_classes_differ` if the
+            checkpoint does not have all the classes; `tensors_do_not_fit`.
+    """
+    reseed(seed, subject, "init")
+    from_checkpoint = config.initial_weights not in ("random", "imagenet")
+    with Unset() if from_checkpoint else nullcontext():
+        detector = detectors.build(
+            config.detector,
+            classes,
+            pretrained_backbone=config.initial_weights == "imagenet",
+            where=f"{subject}.detector",
+        )
+    if from_checkpoint:
+        if weights is None:
+            raise RunError(
+                "user",
+                "unknown_initial_weights",
+                f"{subject}.initial_weights is {config.initial_weights!r}; use random, imagenet or a checkpoint's id",
+            )
+        initial = detectors.load(weights)
+        require_classes(initial, classes, subject)
+        initial.select_classes(classes)
+        try:
+            detector.load_state_dict(initial.state_dict())
+        except RuntimeError as error:
+            raise RunError(
+                "user", "tensors_do_not_fit", f"{subject}.initial_weights do not fit {subject}.detector: {error}"[:2000]
+            ) from error
+    return detector
+
+
+def require_classes(detector: Detector, classes: Sequence[str], subject: Subject) -> None:
+    """Raise `RunError` `…_classes_differ` unless the detector has all of the classes."""
+    if unknown := [name for name in classes if name not in detector.classes]:
+        raise RunError(
+            "user",
+            f"{subject}_classes_differ",
+            f"the {subject} does not have {len(unknown)} of the dataset's {len(classes)} classes: "
+            f"{', '.join(unknown[:20])}; it has: {', '.join(detector.classes[:100])}",
+        )
