@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from defeat.engine.data.canonical import AnnotatedImage, Box, CanonicalDataset
-from defeat.engine.evaluation.evaluate import Seen, coco_metrics
+from defeat.engine.evaluation.evaluate import ImageDetections, coco_metrics
 from tests.support.reference import STATS, coco_evaluation, to_coco, to_results
 
 GOAL = 8.0
@@ -27,7 +27,7 @@ HEIGHT, WIDTH = 480, 640
 TOLERANCE = 1e-9
 
 
-def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, Seen]:
+def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, ImageDetections]:
     """Return one image's truth and detections: several near each box, of its class or another, and false ones."""
     count = int(rng.poisson(BOXES))
     corner = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
@@ -53,7 +53,7 @@ def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, Seen]:
     labels = np.where(rng.random(len(near)) < 0.8, classes[near], rng.integers(CLASSES, size=len(near)))
     labels = np.concatenate([labels, rng.integers(CLASSES, size=len(false))]) + 1
     scores = np.sort(rng.beta(1, 3, DETECTIONS))[::-1].copy()
-    found = Seen(
+    found = ImageDetections(
         boxes=torch.from_numpy(guesses).float(),
         labels=torch.from_numpy(labels).long(),
         scores=torch.from_numpy(scores).float(),
@@ -61,7 +61,7 @@ def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, Seen]:
     return image, found
 
 
-def case(images: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, Seen]]:
+def case(images: int, seed: int = 0) -> tuple[CanonicalDataset, dict[int, ImageDetections]]:
     """Return a dataset of one split, `val`, and detections by image id."""
     rng = np.random.default_rng(seed)
     scenes = [scene(rng, number) for number in range(1, images + 1)]

@@ -85,7 +85,7 @@ def run(out: Output) -> dict[str, Any]:
         student = client.jobs.download(job["id"], "student-best.safetensors", HOME / "student.safetensors")
         image = _a_image(client, job["id"])
         detected = HOME / "detected.png"
-        found = detect(student, image, output=detected, least_score=0.5)
+        found = detect(student, image, output=detected, min_score=0.5)
         out.line(f"the student finds {len(found)} digits in {image}: " + " ".join(one["class"] for one in found))
         out.line(f"with boxes: {detected}")
         out.line(f"the job's page was {address['dashboard'].rstrip('/')}/jobs/{job['id']}; the stack ends now")

@@ -1,4 +1,4 @@
-"""How a GPU multiplies: which precisions there are, and which of its libraries' choices hold while a step runs."""
+"""Numerical precision: the precisions of the forward passes, and how CUDA multiplies float32 during a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,40 +8,40 @@ import torch
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
-# What the forward passes compute in, by autocast; see `ScheduleConfig.precision`.
+# The dtype of the forward passes under autocast; see `ScheduleConfig.precision`.
 PRECISIONS: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# cuDNN tries its algorithms out for each new shape of a batch, a second or so each time: worth it for so many shapes.
-MOST_SHAPES = 8
+# cuDNN benchmarks its algorithms for each new shape of a batch, about a second each time: worth it for so many shapes.
+MAX_SHAPES = 8
 
 
 @contextmanager
 def numerics(device: torch.device, precision: Precision, *, shapes: int | None = None) -> Iterator[None]:
-    """Set how CUDA multiplies float32 numbers and chooses convolutions, and set it back afterwards.
+    """Set how CUDA multiplies float32 numbers and chooses convolution algorithms, and restore both afterwards.
 
-    With "float32" products are exact to float32. Otherwise what autocast leaves in float32 goes through TF32, with 10
-    bits of mantissa, where the GPU has it. PyTorch's own default is TF32 for convolutions and float32 for matrices.
-    Does nothing on a CPU.
+    With "float32", products have full float32 precision. Otherwise what autocast leaves in float32 uses TF32, with 10
+    bits of mantissa, on GPUs that have it. PyTorch's default is TF32 for convolutions and float32 for matrices. Does
+    nothing on a CPU.
 
     Args:
-        device: where tensors are.
+        device: the tensors' device.
         precision: of the forward passes.
-        shapes: how many shapes a batch can have; cuDNN looks for the fastest algorithm of each if they are few. None:
-            many.
+        shapes: how many shapes a batch can have; up to `MAX_SHAPES`, cuDNN searches the fastest algorithm for each.
+            None: unknown.
     """
     if device.type != "cuda":
         yield
         return
-    # Not the newer `fp32_precision`: torch's compiler asks for these, and refuses to answer where both are used.
+    # Not the newer `fp32_precision`: torch's compiler reads these settings, and raises where both are in use.
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     _set(
         "highest" if precision == "float32" else "high",
         precision != "float32",
-        (shapes or MOST_SHAPES + 1) <= MOST_SHAPES,
+        (shapes or MAX_SHAPES + 1) <= MAX_SHAPES,
     )
     try:
         yield

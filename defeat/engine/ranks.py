@@ -1,7 +1,7 @@
-"""The further processes of a run on several GPUs: started beside the first one, and ended with it.
+"""The other processes of a run on several GPUs: rank 0 starts them, and they end with it.
 
-torchrun would start them in sessions of their own, where the supervisor's kill does not reach them. Its environment is
-kept (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), and
+torchrun would start them in sessions of their own, where the supervisor's kill does not reach them. Its environment
+variables are kept (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), and
 `torchrun -m defeat.engine.run DIR` by hand does the same.
 """
 
@@ -18,17 +18,17 @@ from defeat.engine.report import RunError
 
 COMMAND = (sys.executable, "-m", "defeat.engine.run")
 MEET = "RENDEZVOUS_FILE"
-# How long the first process waits to learn why another one failed, when all it knows is that the line went dead.
-GOODBYE_S = 20.0
+# How long rank 0 waits for the reason why another process failed, after its own exchange with it has failed.
+FAILURE_WAIT_S = 20.0
 
 
 def rank() -> int:
-    """Return which of a run's processes this is, from 0."""
+    """Return the number of this process among the run's, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def home(directory: Path) -> Path:
-    """Return the directory that this process writes into: the first one's is the run directory itself."""
+    """Return the directory that this process writes into: for rank 0 the run directory itself."""
     if rank() == 0:
         return directory
     own = directory / f"rank-{rank()}"
@@ -37,7 +37,7 @@ def home(directory: Path) -> Path:
 
 
 def die_with_the_first() -> None:
-    """End this process when the first one ends, however it ends: the pipe between them closes."""
+    """End this process when rank 0 ends, for whatever reason: the pipe between them closes then."""
     if rank() == 0 or MEET not in os.environ:
         return
 
@@ -49,14 +49,14 @@ def die_with_the_first() -> None:
 
 
 class Others:
-    """The run's other processes, seen from the first one."""
+    """The run's other processes, for use in rank 0."""
 
     def __init__(self, directory: Path, count: int) -> None:
         self._directory = directory
         self._processes: list[subprocess.Popen[bytes]] = []
         environment = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, MEET: directory / "rendezvous"}
         os.environ.update({name: str(value) for name, value in environment.items()} | {"RANK": "0", "LOCAL_RANK": "0"})
-        # Whether any parameter is unused differs from job to job; torch would warn of the question in each log.
+        # torch would otherwise warn in each log that it searches for unused parameters, which some jobs need.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         (directory / "rendezvous").unlink(missing_ok=True)
         for number in range(1, count):
@@ -73,7 +73,7 @@ class Others:
                 )
 
     def watch(self, on_failure: Callable[[RunError], None]) -> None:
-        """Call `on_failure`, in a thread, when one of them fails while this process goes on, perhaps waiting for it."""
+        """Call `on_failure`, in a thread, when one of them fails: this process may be waiting for it."""
 
         def _wait(number: int, process: subprocess.Popen[bytes]) -> None:
             if process.wait() not in (0, 3):
@@ -83,11 +83,11 @@ class Others:
             threading.Thread(target=_wait, args=(number, process), daemon=True).start()
 
     def failure(self) -> RunError | None:
-        """Return what another process says has failed, waiting a little for one that is about to end."""
+        """Return the failure that another process reports, after a short wait for one that is about to end."""
         found = None
         for number, process in enumerate(self._processes, 1):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GOODBYE_S)
+                process.wait(FAILURE_WAIT_S)
                 found = found or self._failure(number)
         return found
 
@@ -97,7 +97,7 @@ class Others:
         return failure and RunError(failure["class"], failure["code"], failure["detail"])
 
     def abandon(self) -> None:
-        """End them at once: they see this process's pipe close."""
+        """End them at once, by closing the pipes that they read."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
@@ -110,7 +110,7 @@ class Others:
 
 @contextlib.contextmanager
 def started(directory: Path, count: int) -> Iterator[Others | None]:
-    """Start the other processes of a run of `count`, if this is the first and there are any; end them at the end."""
+    """Start the other processes of a run of `count`, if this is rank 0 and there are any, and join them at the end."""
     if count == 1 or rank() or "WORLD_SIZE" in os.environ:
         yield None
         return
@@ -118,7 +118,7 @@ def started(directory: Path, count: int) -> Iterator[Others | None]:
     try:
         yield others
     except BaseException:
-        # Nothing that went wrong could be written down, perhaps: they may wait for this process all the same.
+        # Perhaps the failure could not be recorded, and they wait for this process.
         others.abandon()
         raise
     finally:

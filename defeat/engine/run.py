@@ -24,7 +24,7 @@ EXIT_CODES: dict[Status, int] = {"succeeded": 0, "failed": 1, "cancelled": 3}
 
 Entry = Callable[[Mapping[str, Any], Mapping[str, Any], Reporter], dict[str, Any]]
 
-# By name, so that importing a dataset does not wait for torch.
+# By name, so that importing a dataset does not import torch.
 ENTRIES: dict[str, str] = {
     "distill": "defeat.engine.training.distill:run",
     "import_dataset": "defeat.engine.data.importing.importer:run",
@@ -32,7 +32,7 @@ ENTRIES: dict[str, str] = {
 }
 
 
-# What torch raises as a plain RuntimeError: by its CPU allocator, and by libraries that ask the driver themselves.
+# Out of memory that torch raises as a plain RuntimeError: its CPU allocator, and libraries that call the driver.
 _NO_MEMORY = (
     "DefaultCPUAllocator",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -49,10 +49,10 @@ def _entry(kind: str) -> Entry:
 
 
 def _imported(name: str) -> ModuleType:
-    """Import a module without looking for garbage among what is made.
+    """Import a module with garbage collection off, and exempt its objects from later collections.
 
-    torch makes some hundred thousand objects that all stay: to look through them takes a seventh of the import's time,
-    and again some of the training's.
+    torch makes some hundred thousand objects that all stay: garbage collection takes a seventh of the import's time,
+    and some of the training's.
     """
     if name in sys.modules:
         return sys.modules[name]
@@ -66,18 +66,18 @@ def _imported(name: str) -> ModuleType:
 
 
 def _as_run_error(error: Exception) -> RunError:
-    """Give an unforeseen exception its class; the traceback is in the log."""
+    """Return an unexpected exception as a `RunError` with its failure class; the traceback is in the log."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's: not imported here
         return RunError("oom", "out_of_memory", f"the GPU's memory is exhausted: {error}"[:2000])
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
-        return RunError("oom", "out_of_memory", f"the memory is exhausted: {error or 'no more was to be had'}"[:2000])
+        return RunError("oom", "out_of_memory", f"the memory is exhausted: {error or 'an allocation failed'}"[:2000])
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RunError("infra", "disk_full", f"could not write {error.filename or 'a file'}: {error.strerror}")
     return RunError("infra", "unexpected_error", f"{type(error).__name__}: {error}"[:2000])
 
 
 class _Ending:
-    """Writes a run's end once, whoever comes first: its own thread or the one that watches the other processes."""
+    """Writes a run's result once: from its own thread, or from the one that watches the other processes."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -85,7 +85,7 @@ class _Ending:
         self._ended = False
 
     def __call__(self, status: Status, **members: Any) -> bool:
-        """Write the end and return whether this call was the first."""
+        """Write the result, if none is written yet; return whether this call wrote it."""
         with self._lock:
             if self._ended:
                 return False
@@ -94,7 +94,7 @@ class _Ending:
             return True
 
     def by_another(self, failure: RunError) -> None:
-        """End this process, which may wait for another one that has failed."""
+        """End this process because another one has failed, for which it may be waiting."""
         if self("failed", failure=failure):
             os._exit(EXIT_CODES["failed"])
 

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from defeat.engine.data.canonical import CanonicalDataset, Split
-from defeat.engine.evaluation.evaluate import Seen
+from defeat.engine.evaluation.evaluate import ImageDetections
 
 # COCO's twelve numbers, in the order of COCOeval's `stats`.
 STATS = (
@@ -56,7 +56,7 @@ def to_coco(dataset: CanonicalDataset, split: Split) -> dict[str, Any]:
     }
 
 
-def to_results(found: dict[int, Seen]) -> list[dict[str, Any]]:
+def to_results(found: dict[int, ImageDetections]) -> list[dict[str, Any]]:
     """Return detections as COCO's result list: boxes as x, y, width, height; categories from 1."""
     results = []
     for image_id, detections in found.items():

@@ -1,4 +1,4 @@
-"""A few images of the evaluation split with truth, teacher's and student's boxes, for people to look at."""
+"""The gallery: a few images of the evaluation split with the boxes of ground truth, teacher and student."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.base import Detections, Detector
 from defeat.engine.report import Reporter
 
-# Below this, boxes hide the image more than they tell; the page's slider goes up from here.
-LEAST_SCORE = 0.2
+# Boxes with a lower score would hide the image; the slider of the dashboard's page begins here.
+MIN_SCORE = 0.2
 
 
 def write_gallery(
@@ -28,7 +28,7 @@ def write_gallery(
 ) -> None:
     """Write `gallery.json` and copies of up to `count` images, spread evenly over the split, as artifacts.
 
-    `detectors` maps `teacher` and `student` to detectors; one that is None has no boxes.
+    `detectors` maps `teacher` and `student` to detectors in eval mode; None has no boxes.
     """
     count = min(count, len(reader))
     if not count:
@@ -66,5 +66,5 @@ def _boxes(detections: Detections) -> list[dict[str, Any]]:
         for box, label, score in zip(
             detections["boxes"].tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True
         )
-        if score >= LEAST_SCORE
+        if score >= MIN_SCORE
     ]

@@ -1,7 +1,7 @@
-"""Seeds by purpose: every random choice of a run follows from the job's seed and what it is for.
+"""Seeds by purpose: every random choice of a run follows from the job's seed and its purpose.
 
 Reseeding before each optimiser step makes a step a function of (seed, weights, optimiser, batch): a run that is resumed
-after any step repeats the next one exactly, with no generator's state to be saved.
+after any step repeats the next one exactly, without a saved generator state.
 """
 
 import hashlib
@@ -16,5 +16,5 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 
 
 def reseed(seed: int, *purpose: str | int) -> None:
-    """Seed torch's global generators, on every device, for a purpose."""
+    """Seed torch's global generators on all devices for a purpose, see `seed_for`."""
     torch.manual_seed(seed_for(seed, *purpose))

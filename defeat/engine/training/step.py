@@ -68,6 +68,34 @@ class StepResult:
     cancelled: bool
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """A step's numbers on the CPU, each by name.
+
+    Attributes:
+        losses: the parts of the loss.
+        norms: gradient norms before clipping, of the detector and of the method.
+        part_norms: gradient norms of the parts of the loss, if measured.
+        flags: `cancelled`: above 0 if any process was asked to end.
+    """
+
+    losses: dict[str, float]
+    norms: dict[str, float]
+    part_norms: dict[str, float]
+    flags: dict[str, float]
+
+    def metrics(self, rate: float) -> dict[str, float]:
+        """Return `StepResult.values`: with the sum of the losses, shares instead of norms, and finite."""
+        metrics = {"loss/total": math.fsum(self.losses.values())}
+        metrics |= {f"loss/{name}": value for name, value in self.losses.items()}
+        metrics["learning_rate"] = rate
+        metrics |= {name: value for name, value in self.norms.items() if math.isfinite(value)}
+        total = sum(self.part_norms.values())
+        if 0 < total < math.inf:
+            metrics |= {f"gradient_share/{name}": norm / total for name, norm in self.part_norms.items()}
+        return metrics
+
+
 class Step:
     """Takes optimiser steps.
 
@@ -203,7 +231,7 @@ class Step:
         means = iter(self.group.mean(stacked).tolist())
         return [{name: next(means) for name in group} for group in groups]
 
-    def _require_finite(self, numbers: "_Numbers", norms_are_good: bool, step_info: StepInfo) -> None:
+    def _require_finite(self, numbers: _Numbers, norms_are_good: bool, step_info: StepInfo) -> None:
         if norms_are_good and all(map(math.isfinite, numbers.losses.values())):
             return
         shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.losses.items())
@@ -213,34 +241,6 @@ class Step:
             f"the loss or its gradient is not finite at step {step_info.step} ({shown}; gradient norm "
             f"{numbers.norms['gradient_norm']:.4g}); lower the learning_rate",
         )
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """A step's numbers on the CPU, each by name.
-
-    Attributes:
-        losses: the parts of the loss.
-        norms: gradient norms before clipping, of the detector and of the method.
-        part_norms: gradient norms of the parts of the loss, if measured.
-        flags: `cancelled`: above 0 if any process was asked to end.
-    """
-
-    losses: dict[str, float]
-    norms: dict[str, float]
-    part_norms: dict[str, float]
-    flags: dict[str, float]
-
-    def metrics(self, rate: float) -> dict[str, float]:
-        """Return `StepResult.values`: with the sum of the losses, shares instead of norms, and finite."""
-        metrics = {"loss/total": math.fsum(self.losses.values())}
-        metrics |= {f"loss/{name}": value for name, value in self.losses.items()}
-        metrics["learning_rate"] = rate
-        metrics |= {name: value for name, value in self.norms.items() if math.isfinite(value)}
-        total = sum(self.part_norms.values())
-        if 0 < total < math.inf:
-            metrics |= {f"gradient_share/{name}": norm / total for name, norm in self.part_norms.items()}
-        return metrics
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defeat.engine.numerics import MOST_SHAPES, PRECISIONS, numerics
+from defeat.engine.numerics import MAX_SHAPES, PRECISIONS, numerics
 
 CUDA = torch.device("cuda")
 
@@ -13,9 +13,7 @@ def told():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    ("shapes", "search"), [(1, True), (MOST_SHAPES, True), (MOST_SHAPES + 1, False), (None, False)]
-)
+@pytest.mark.parametrize(("shapes", "search"), [(1, True), (MAX_SHAPES, True), (MAX_SHAPES + 1, False), (None, False)])
 def test_products_and_convolutions_follow_the_precision_and_the_shapes(precision, shapes, search):
     before, exact = told(), precision == "float32"
     with numerics(CUDA, precision, shapes=shapes):

@@ -13,7 +13,7 @@ from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.data.masks import from_text, to_text
 from defeat.engine.evaluation import evaluate
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
-from defeat.engine.evaluation.mask_overlaps import mask_overlaps
+from defeat.engine.evaluation.mask_intersections import mask_intersections
 from tests.support.reference import STATS, coco_evaluation, to_coco, to_results
 from tests.support.training import shapes
 
@@ -126,7 +126,8 @@ def runs_of_bitmap(bitmap):
 def test_the_masks_numbers_equal_pycocotools(seed):
     dataset, found = masked_case(seed)
     seen = {
-        image.id: {**found[image.id], "overlaps": mask_overlaps(found[image.id], image)} for image in dataset.images
+        image.id: {**found[image.id], "mask_intersections": mask_intersections(found[image.id], image)}
+        for image in dataset.images
     }
     ours = coco_metrics(dataset, "val", seen)
 

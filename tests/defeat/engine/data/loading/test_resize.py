@@ -86,8 +86,9 @@ def test_a_detector_trains_on_images_as_they_come_and_detects_at_its_own_size():
     torch.manual_seed(0)
     detector = detectors.build(TINY, CLASSES)
     assert InputSize.from_detector(detector) == InputSize(min_size=TINY["min_size"], max_size=TINY["max_size"])
-    disable_training_resize(detector)
     images, targets = images_and_targets()
+    assert detector.train().forward_train(images, targets).image_sizes != [image.shape[-2:] for image in images]
+    disable_training_resize(detector)
     seen = detector.train().forward_train(images, targets)
     assert seen.image_sizes == [tuple(image.shape[-2:]) for image in images]
     assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(seen.targets, targets, strict=True))
