@@ -1,10 +1,10 @@
-"""Whole evaluation, from a detector's output to COCO's metrics: ours against pycocotools.
+"""Evaluation, from a detector's output to COCO's metrics: the engine against pycocotools.
 
     python -m benchmarks.evaluate [--quick]
 
-5,000 images (1,000 with --quick) of 80 classes, about 7 boxes and 100 detections each, made here from a seed. Both
-begin with the detections as a detector gives them, tensors by image, and with the dataset; both must find the same
-numbers. The two take turns.
+5,000 images (1,000 with --quick) of 80 classes, with about 7 boxes and 100 detections each, generated from a seed. Both
+start from the dataset and from a detector's output, tensors by image, and must compute the same metrics. The two run in
+turn.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TOLERANCE = 1e-9
 
 
 def scene(rng: np.random.Generator, number: int) -> tuple[AnnotatedImage, ImageDetections]:
-    """Return one image's truth and detections: several near each box, of its class or another, and false ones."""
+    """Return one image with its ground truth, and detections: several near each box, of any class, and random ones."""
     count = int(rng.poisson(BOXES))
     corner = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
     side = np.minimum(np.exp(rng.uniform(np.log(10), np.log(300), (count, 2))), (WIDTH, HEIGHT) - corner)

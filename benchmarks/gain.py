@@ -1,15 +1,15 @@
-"""Does distillation help, and by how much more than chance? Trains the same student with each method, on several seeds.
+"""The gain of distillation over training alone: trains the same student with each method, on several seeds.
 
     python -m benchmarks.gain --out DIR [--data digits|bccd] [--detector faster_rcnn|retinanet] [--methods …]
                               [--seeds 0 1 2]
     python -m benchmarks.gain --quick
 
 A method is a name from `gain_setups.methods`, or NAME=JSON with a `distillation` section of a job's spec:
-`--methods baseline 'mine={"method": "defeat", "neck_object_weight": 1}'`. Every run is a real one, in a directory of
-its own in DIR; one that stands there finished is not run again. `--quick` takes under a minute, needs no DIR, and shows
-that every part runs and nothing else. The last line is one JSON object; exit code 0: `ok`.
-The goal is held to the first method behind the baseline: its mean is to lie above the baseline's by more than either's
-spread, from the lowest seed to the highest: `ratio` is the difference over the larger spread.
+`--methods baseline 'mine={"method": "defeat", "neck_object_weight": 1}'`. Every run is a real one, in its own directory
+in DIR; a finished run is not repeated. `--quick` takes under a minute, needs no DIR, and only shows that every part
+runs. The last line is one JSON object; the exit code is 0 if it says `ok`.
+The goal applies to the first method after the baseline: the difference of its mean to the baseline's must exceed both
+spreads, from the lowest seed to the highest. `ratio` is the difference over the larger spread.
 """
 
 import argparse
@@ -39,13 +39,13 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Return the summary of at least one value."""
+        """Return the summary of one value or more."""
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(mean=statistics.fmean(values), lowest=min(values), highest=max(values), deviation=deviation)
 
     @property
     def spread(self) -> float:
-        """From the lowest to the highest."""
+        """The difference of the highest and the lowest value."""
         return self.highest - self.lowest
 
 
@@ -56,7 +56,7 @@ def recovered(method: Summary, baseline: Summary, teacher: float) -> float | Non
 
 
 def gain_over_spread(method: Summary, baseline: Summary) -> float | None:
-    """Return how far a method lies above the baseline, in the larger of their spreads; None for a spread of 0."""
+    """Return the difference of a method's mean to the baseline's over the larger spread; None for a spread of 0."""
     spread = max(method.spread, baseline.spread)
     return (method.mean - baseline.mean) / spread if spread > 0 else None
 
@@ -123,21 +123,23 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 def _verdict(summaries: dict[str, Summary], *, proves_something: bool) -> dict[str, Any]:
     judged = next((name for name in summaries if name != "baseline"), None)
     if not proves_something or judged is None:
-        print("This shows that the program works, and nothing about the methods.")
+        print("This run only tests the program: it says nothing about the methods.")
         return {"judged": None, "ratio": None, "goal": None, "ok": True}
     ratio = gain_over_spread(summaries[judged], summaries["baseline"])
     return {"judged": judged, "ratio": ratio, "goal": GOAL, "ok": ratio is not None and ratio > GOAL}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure as the command line says; return 0 for ok, 1 for below the goal, 2 for a mistake or a failed run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gain", description="Does distillation help? Measured.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keeps every run; may be left out with --quick")
+    """Measure as the command line says; return 0 for ok, 1 for a missed goal, 2 for a usage error or a failed run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gain", description="The gain of distillation over training alone."
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the runs; optional with --quick")
     parser.add_argument("--data", choices=get_args(Data), default="digits", help="(default: %(default)s)")
     parser.add_argument("--detector", choices=get_args(Architecture), default="faster_rcnn")
     parser.add_argument("--methods", nargs="+", default=["defeat_auto", "defeat"], help="names, or NAME=JSON")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="in under a minute, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="tiny runs, under a minute: only a test of the program")
     options = parser.parse_args(arguments)
     if options.out is None and not options.quick:
         parser.error("--out DIR is needed: the runs take minutes each, and are kept there")

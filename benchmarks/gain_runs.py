@@ -16,19 +16,19 @@ from benchmarks.gain_setups import Data, Setup, Spec
 from defeat.engine.data import canonical
 from examples import digits
 
-# Where the blood cells are, if not in shared/data beside the checkout.
+# The directory of the BCCD images, if they are not in shared/data beside the checkout.
 DATA_VARIABLE = "DEFEAT_TEST_DATA"
 _IMPORT_SPEC = {"max_dropped_fraction": 0.05, "max_unpacked_bytes": 2**32, "max_unpacked_files": 100_000}
 
 
 class RunFailed(Exception):
-    """A run did not succeed; says which and why."""
+    """A run failed; the message has its directory and the reason."""
 
 
 def carry_out(directory: Path, kind: str, spec: Spec, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Carry out a run in `directory` unless this very run stands there finished; return its `results`.
+    """Carry out a run in `directory`, unless the same run is there and finished; return its `results`.
 
-    Each run has one thread: how many cores there are changes neither its numbers nor how long it takes.
+    Each run uses one thread: the number of cores changes neither its results nor its time.
 
     Raises `RunFailed` if it fails.
     """
@@ -59,21 +59,21 @@ def _succeeded(result_file: Path) -> bool:
 
 
 def blood_cells() -> Path:
-    """Return where the BCCD images are: `$DEFEAT_TEST_DATA/bccd`, or `shared/data/bccd` beside the checkout.
+    """Return the directory of the BCCD images: `$DEFEAT_TEST_DATA/bccd`, or `shared/data/bccd` beside the checkout.
 
-    Raises `RunFailed` if they are in neither place.
+    Raises `RunFailed` if neither exists.
     """
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     directory = Path(os.environ.get(DATA_VARIABLE) or beside) / "bccd"
     if not directory.is_dir():
-        raise RunFailed(f"no blood cells in {directory}: set {DATA_VARIABLE} to the directory that holds bccd")
+        raise RunFailed(f"there is no directory {directory}: set {DATA_VARIABLE} to the directory that contains bccd")
     return directory
 
 
 def prepare_data(out: Path, data: Data, *, student_images: int | None, tiny: bool) -> tuple[Path, Path]:
-    """Return the teacher's and the students' canonical datasets, made in `out` unless they stand there.
+    """Return the canonical datasets of teacher and students; they are made in `out` unless they are there.
 
-    The students' has the first `student_images` of the training split (None: all) and the same other splits.
+    The students' dataset has the first `student_images` of the training split (None: all) and the same other splits.
     """
     imported = out / "import"
 
@@ -97,7 +97,7 @@ def prepare_data(out: Path, data: Data, *, student_images: int | None, tiny: boo
 
 
 def _made(directory: Path, make: Callable[[Path], None]) -> Path:
-    """Return the directory, made if it is not there; one that was begun and not finished is begun again."""
+    """Return the directory, made if it is not there; an unfinished one is made again."""
     if not directory.exists():
         part = directory.with_name(directory.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -148,7 +148,7 @@ def train_student(
 
 
 def _id(weights: Path) -> str:
-    """Return an id that another teacher would not have: students of one that was trained anew are trained anew."""
+    """Return an id that depends on the teacher's weights: a retrained teacher's students are trained again."""
     with weights.open("rb") as file:
         return f"ckpt_{hashlib.file_digest(file, 'sha256').hexdigest()[:26]}"
 
@@ -159,7 +159,7 @@ def _job(setup: Setup, *, teacher: Spec | None, student: Spec, method: Spec, see
         "student": {"detector": student},
         "distillation": method,
         "schedule": setup.student_schedule,
-        # The last epoch's detector and no other is measured: to take the best of several would flatter.
+        # Only the last epoch's detector is evaluated: the best of several epochs would be biased upwards.
         "evaluation": {"split": setup.split, "every_epochs": 1000, "gallery_images": 0},
         "seed": seed,
         "augmentation": {"horizontal_flip": setup.horizontal_flip},

@@ -1,6 +1,6 @@
-"""What `benchmarks.gain` trains: on which data, which teacher and student, for how long, and with which methods.
+"""The setups of `benchmarks.gain`: data, teacher, student, schedules and methods.
 
-Sized for one CPU thread: a student's run takes about a minute. Everything starts from random weights.
+Sized for one CPU thread: a student's run takes about a minute. All weights start random.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ class Setup:
 
     Attributes:
         teacher: the teacher's detector spec.
-        student: the student's; its pyramid has the teacher's channels, for PKD compares channel by channel.
+        student: the student's; its pyramid has the teacher's channels, because PKD compares channel by channel.
         teacher_schedule: how the teacher is trained, once, on the whole training split.
         student_schedule: how each student is trained.
         student_images: how many images of the training split the students see; None: all.
-        horizontal_flip: probability of mirroring a training image; 0 for digits, which do not read mirrored.
-        split: what AP is measured on.
+        horizontal_flip: probability of flipping a training image; 0 for digits, which change their meaning.
+        split: the split that AP is measured on.
     """
 
     teacher: Spec
@@ -66,7 +66,7 @@ _OPTIMIZERS: dict[tuple[Data, Architecture], Spec] = {
     ("bccd", "faster_rcnn"): _ADAMW,
     ("bccd", "retinanet"): _ADAMW,
 }
-# The teacher's and the students'. RetinaNet's narrow heads start with hardly any signal, and learn to classify late.
+# Of the teacher and of the students. RetinaNet's narrow heads start with small gradients, and learn to classify late.
 _EPOCHS: dict[tuple[Data, Architecture], tuple[int, int]] = {
     ("digits", "faster_rcnn"): (6, 6),
     ("digits", "retinanet"): (20, 40),
@@ -92,7 +92,7 @@ def setup(data: Data, architecture: Architecture) -> Setup:
 
 
 def quick(full: Setup) -> Setup:
-    """Return the same in little: it shows that every part runs, and nothing about the methods."""
+    """Return a small version, which tests that every part runs, and says nothing about the methods."""
     small = {"backbone": "timm/mobilenetv3_small_050", "pyramid_channels": 8}
     return replace(
         full,
@@ -105,7 +105,7 @@ def quick(full: Setup) -> Setup:
 
 
 def methods(full: Setup) -> dict[str, Spec]:
-    """Return the methods that can be asked for by name: their `distillation` sections."""
+    """Return the `distillation` sections of the methods that the command knows by name."""
     # A one-stage detector has no proposals to compare.
     two_stage = full.student["architecture"] == "faster_rcnn"
     head: Spec = {} if two_stage else {"head_object_weight": 0.0, "head_background_weight": 0.0}

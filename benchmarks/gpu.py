@@ -1,12 +1,12 @@
-"""Everything that needs a GPU to be known, in one program of eight minutes: for the day when one is at hand.
+"""All measurements that need a GPU, in one program of eight minutes.
 
     python -m benchmarks.gpu [--minutes 8] [--parts loader syncs …] [--device cuda] [--quick]
 
-It prints one JSON line for each part as soon as that is measured, the most telling parts first, so that a run which is
-cut off has told something: `part`, `ok` (null where there is nothing to judge), `measured`, `goal`, `seconds`; `error`
-if it failed, which ends no other part; `skipped` if it would not have fitted into the time, or has nothing to measure
-here. The first line names the card, its driver and torch. The last line is one JSON summary; the exit code is 1 if a
-goal is missed or a part failed.
+It prints one JSON line for each part as soon as it is measured, the most informative parts first, so that an
+interrupted run has printed the most important results: `part`, `ok` (null without a goal), `measured`, `goal`,
+`seconds`; `error` if the part failed, which does not end the others; `skipped` if it would not have fitted into the
+time, or has nothing to measure here. The first line names the card, its driver and torch. The last line is one JSON
+summary; the exit code is 1 if a goal is missed or a part failed.
 
 `--device cpu`, or `--quick`, is the rehearsal: every part at tiny sizes through the same code, on one thread,
 with `ok` and `goal` null.
@@ -40,7 +40,7 @@ Print = Callable[[Mapping[str, Any]], None]
 
 
 def parts() -> list[Part]:
-    """Return all parts, by what they tell in a minute."""
+    """Return all parts, in order of information per minute."""
     return [
         Part(name="loader", seconds=20, work=loading),
         *sync_parts(),
@@ -56,7 +56,7 @@ def parts() -> list[Part]:
 
 
 class OutOfTime(BaseException):
-    """A part was still at work when the program's time was over. No handler of errors inside the part may catch it."""
+    """The program's time was over while a part was running. A `BaseException`, so that no part catches it."""
 
 
 @contextmanager
@@ -76,9 +76,9 @@ def _ended_by(deadline: Deadline) -> Iterator[None]:
 
 
 def carry_out(part: Part, setting: Setting) -> dict[str, Any]:
-    """Return the line of one part, whatever becomes of it."""
+    """Carry out one part and return its line, also if it fails or is skipped."""
     line: dict[str, Any] = {"part": part.name, "ok": None}
-    # Tiny sizes take as long on any machine, and nobody knows how long that is.
+    # The estimates are those of a GPU at full size.
     needed = part.seconds if setting.judged else 0.0
     if setting.deadline.left - RESERVE_S <= needed:
         return line | {"skipped": f"{setting.deadline.left:.0f} s are left, and it takes about {part.seconds:.0f}"}
@@ -93,7 +93,7 @@ def carry_out(part: Part, setting: Setting) -> dict[str, Any]:
     else:
         line |= _judged(found) if setting.judged else {"measured": found.measured, "goal": None}
     line["seconds"] = round(time.monotonic() - begun, 1)
-    # What a failed part took is not to fail the next one.
+    # The memory of a failed part must not fail the next one.
     gc.collect()
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ def summary(lines: Sequence[Mapping[str, Any]], setting: Setting) -> dict[str, A
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what is measured on: card, driver, and versions."""
+    """Return the line about the machine: card, driver, and versions."""
     known: dict[str, Any] = {
         "part": "machine",
         "ok": None,
@@ -172,14 +172,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="all there is, imports included (default: 8)")
-    parser.add_argument("--parts", nargs="+", choices=groups, default=groups, help="these alone")
+    parser.add_argument("--minutes", type=float, default=8.0, help="the program's time, imports included (default: 8)")
+    parser.add_argument("--parts", nargs="+", choices=groups, default=groups, help="only these parts")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on any device: a rehearsal")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # tiny tensors gain nothing by a second one, and wait for it on a busy machine
+        torch.set_num_threads(1)  # a second thread does not speed up tiny tensors, and delays them on a busy machine
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         setting = Setting(
             device=device,

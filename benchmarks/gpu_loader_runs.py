@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu` that load images: whether batches are what they should be, and who waits for them."""
+"""The parts of `benchmarks.gpu` that load images: whether batches are correct, and how long training waits for them."""
 
 import time
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def _images(home: Path, count: int) -> ImageReader:
 
 
 def loading(setting: Setting) -> Found:
-    """Compare batches for the device, with loader processes where it has them, with those that this process makes."""
+    """Compare the device's batches, prefetched by loader processes on a GPU, with those that this process makes."""
     reader = _images(setting.home, 6 if setting.small else FILES)
     batch_size = 2 if setting.small else 8
     size = InputSize(min_size=64, max_size=96) if setting.small else InputSize(min_size=400, max_size=666)
@@ -59,7 +59,7 @@ def loading(setting: Setting) -> Found:
 
 
 def equal(batch: Batch, twin: Batch) -> bool:
-    """Whether two batches have the same images and targets, to the byte; wherever they lie."""
+    """Return whether two batches have the same images and targets to the byte, on whatever devices."""
     return len(batch) == len(twin) and all(
         torch.equal(image.cpu(), other)
         and target.keys() == alike.keys()
@@ -70,11 +70,11 @@ def equal(batch: Batch, twin: Batch) -> bool:
 
 
 def data_wait(setting: Setting) -> Found:
-    """Train from JPEG files with DeFeat's step, and say which share of the time goes into waiting for a batch.
+    """Train from JPEG files with DeFeat's step, and return the share of time spent waiting for a batch.
 
     Files of 1280x960 become images of 800x1066: less work for a step than 800x1333, and as much for the loader. Epoch 1
-    decodes every image, epoch 2 takes them from memory. `share` leaves out an epoch's first batch, which nothing
-    could have loaded ahead, and `with_first` does not. The files have just been written, so no disk is measured.
+    decodes every image, epoch 2 reads them from the cache. `share` excludes an epoch's first batch, which cannot be
+    prefetched, and `with_first` includes it. The files have just been written, so that no disk is measured.
     """
     reader = _images(setting.home, 6 if setting.small else FILES)
     copies = 2 if setting.small else COPIES

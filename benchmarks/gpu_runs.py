@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_runs [--seeds 0 1 2]
 
-makes the numbers of `CPU_AP`: it carries the digits example out on the CPU, once for each seed, with one thread, and
-prints the APs as one JSON object. Three runs take five minutes.
+computes the values of `CPU_AP`: it runs the digits example on the CPU, once for each seed, with one thread, and prints
+the APs as one JSON object. Three runs take five minutes.
 """
 
 import argparse
@@ -32,16 +32,16 @@ CPU_AP: Final[Mapping[int, float]] = {0: 0.4241, 1: 0.4599, 2: 0.4866}
 POLL_S = 0.02
 GRACE_S = 20.0
 _IMPORT_SPEC = {"max_dropped_fraction": 0.0, "max_unpacked_bytes": 2**30, "max_unpacked_files": 10_000}
-# Two ranks draw other proposals than one does, and normalise over their own halves of a batch.
+# Two ranks sample other proposals than one, and normalise over their own halves of a batch.
 LOSS_TOLERANCE = 0.15
 
 
 class RunFailed(Exception):
-    """A run did not succeed; says which and why."""
+    """A run failed; the message has its name and the reason."""
 
 
 def make_dataset(home: Path, example: Example) -> Path:
-    """Return the example's canonical dataset, made in `home` unless it stands there.
+    """Return the example's canonical dataset; it is made in `home` unless it is there.
 
     Raises:
         RunFailed: it could not be imported.
@@ -65,7 +65,7 @@ def inputs(dataset: Path, device: str, *, resume: Path | None = None) -> Spec:
 
 
 class Run:
-    """One run in a process of its own, `python -m defeat.engine.run`, with one thread for what it does on the CPU.
+    """One run in its own process, `python -m defeat.engine.run`, with one CPU thread.
 
     Attributes:
         directory: its run directory.
@@ -142,7 +142,7 @@ class Run:
 
 
 def in_spread(ap: float) -> bool:
-    """Whether an AP is no farther from the mean of those on the CPU than these are from one another at most."""
+    """Return whether an AP is within the spread of those on the CPU (highest minus lowest) around their mean."""
     known = CPU_AP.values()
     return abs(ap - statistics.fmean(known)) <= max(known) - min(known)
 
@@ -164,7 +164,7 @@ def _student(run: Run, *, seconds: float, begun: float) -> dict[str, Any]:
 
 
 def digits_run(setting: Setting) -> Found:
-    """Train teacher and student of the digits example in a run directory; the student's AP is as on the CPU."""
+    """Train teacher and student of the digits example in a run directory; the student's AP must be as on the CPU."""
     begun = time.monotonic()
     run = _distil(setting, "whole", setting.example.spec(seed=0))
     found = _student(run, seconds=setting.deadline.left, begun=begun)
@@ -176,10 +176,10 @@ def digits_run(setting: Setting) -> Found:
 
 
 def killed_run(setting: Setting) -> Found:
-    """Kill the same run after the first checkpoint of the student's training, go on from it, and compare the AP.
+    """Kill the same run after the first checkpoint of the student's training, resume from it, and compare the AP.
 
-    `equal_bytes` says whether the student is the uninterrupted run's to the last bit, which a GPU does not promise;
-    null where that run was not made.
+    `equal_bytes`: whether the student equals the uninterrupted run's to the last bit, which a GPU does not guarantee;
+    null without that run.
     """
     begun = time.monotonic()
     spec = setting.example.spec(seed=0)
@@ -204,7 +204,7 @@ def killed_run(setting: Setting) -> Found:
 
 
 def ranks_run(setting: Setting) -> Found:
-    """Train the example's student alone for one epoch on one rank and on two: the loss is much the same.
+    """Train the example's student alone for one epoch on one rank and on two: the losses must be similar.
 
     Raises:
         Skipped: there are fewer than two GPUs.
@@ -229,7 +229,7 @@ def ranks_run(setting: Setting) -> Found:
 
 
 def kernel(setting: Setting) -> Found:
-    """Measure the neck loss by its own benchmark, in a process of its own.
+    """Run the neck loss's own benchmark, in its own process.
 
     Raises:
         RunFailed: it printed no result.

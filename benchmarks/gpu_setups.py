@@ -15,7 +15,7 @@ from defeat.engine.training.distill import SERVICE_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_DETECTOR = "timm/mobilenetv3_small_050"
-# Large enough that every level has anchors that match, small enough for a hundred and fifty steps in seconds.
+# Large enough that anchors of every level match, small enough for 150 steps in seconds.
 SYNC = Size(
     teacher="torchvision/resnet18",
     student="torchvision/resnet18",
@@ -46,7 +46,7 @@ class Example:
 
     Attributes:
         train, val: scenes of each split.
-        changes: what replaces top-level keys of `examples/digits.yaml`.
+        changes: replacements of top-level keys of `examples/digits.yaml`.
     """
 
     train: int
@@ -88,7 +88,7 @@ TINY = Example(
 
 
 class Deadline:
-    """Says how much of the program's time is left, counted from the start of its process, imports included."""
+    """How much of the program's time is left, counted from the start of its process, imports included."""
 
     def __init__(self, minutes: float, *, started: float | None = None) -> None:
         """Begin; `started` is the second of the epoch from which the minutes count, None: the process's start."""
@@ -108,11 +108,11 @@ class Deadline:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and how large everything is measured.
+    """The device and the sizes of all measurements.
 
     Attributes:
-        device: where.
-        small: tiny sizes, which show that every part runs and nothing else.
+        device: the device to measure.
+        small: tiny sizes, which only test that every part runs.
         home: a directory for files.
         deadline: when all must be over.
     """
@@ -124,38 +124,38 @@ class Setting:
 
     @property
     def judged(self) -> bool:
-        """Whether goals mean anything: on a GPU, at full size."""
+        """Whether goals apply: on a GPU, at full size."""
         return self.device.type == "cuda" and not self.small
 
     @property
     def size(self) -> Size:
-        """What a step is timed at."""
+        """The size of timed steps."""
         return SMALL if self.small else replace(GPU, repeats=8)
 
     @property
     def sync_size(self) -> Size:
-        """What a step is counted at."""
+        """The size of steps whose waits are counted."""
         return replace(SMALL, schedule={}) if self.small else SYNC
 
     @property
     def compiled_size(self) -> Size:
-        """What compiled steps are taken at: a level of a single row or column would have a graph of its own."""
+        """The size of compiled steps: a level of a single row or column would have its own graph."""
         return replace(self.size, height=256, width=384) if self.small else self.size
 
     @property
     def example(self) -> Example:
-        """The digits example that runs are of."""
+        """The size of the digits example."""
         return TINY if self.small else FULL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a part has measured.
+    """The result of a part.
 
     Attributes:
         measured: the numbers, for JSON.
-        goal: what they are held to, in words or numbers; None: nothing.
-        met: whether they keep to it; None: there is nothing to keep to.
+        goal: their goal, in words or numbers; None: there is none.
+        met: whether they meet it; None: there is none.
     """
 
     measured: Mapping[str, Any]
@@ -164,7 +164,7 @@ class Found:
 
 
 class Skipped(Exception):
-    """A part has nothing to measure here; says why."""
+    """A part has nothing to measure here; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +172,9 @@ class Part:
     """One thing to measure.
 
     Attributes:
-        name: what it is called; the word before a colon is what `--parts` chooses by.
-        seconds: what it takes on an H100, as estimated; with less time left it is not begun.
-        work: measures. It may raise `Skipped`.
+        name: its name; the word before a colon is its group, which `--parts` selects.
+        seconds: its estimated time on an H100; with less time left it is not started.
+        work: takes the measurement; may raise `Skipped`.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Part:
 
     @property
     def group(self) -> str:
-        """The word that `--parts` chooses by."""
+        """The word that `--parts` selects it by."""
         return self.name.split(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu` that are single steps: what waits, how fast they are, and how much memory they take."""
+"""The parts of `benchmarks.gpu` that take single steps: synchronisations, speed and memory."""
 
 import gc
 import math
@@ -43,9 +43,9 @@ STUDENTS = "faster_rcnn, student's proposals"
 
 # ---- what makes the CPU wait ----
 
-# What torch says of each, under `torch.cuda.set_sync_debug_mode("warn")`.
+# In torch's warning of each, under `torch.cuda.set_sync_debug_mode("warn")`.
 _WAITS = "called a synchronizing CUDA operation"
-# Whose an operation is, by the innermost of these folders that its Python stack goes through.
+# The owner of an operation, by the innermost of these folders in its Python stack.
 _PLACES = {
     "defeat/engine/methods/": "method",
     "defeat/engine/detectors/": "detector",
@@ -68,7 +68,7 @@ def _place(frame: FrameType | None) -> str:
             _, found, rest = file.rpartition("/" + folder)
             if found:
                 return f"{whose}: {folder}{rest}:{frame.f_lineno}"
-        # torch hands on what its threads warn of in a backward pass where that was asked for.
+        # torch repeats here the warnings of its threads in a backward pass.
         if file.endswith("/torch/autograd/__init__.py"):
             return "backward"
         frame = frame.f_back
@@ -76,7 +76,7 @@ def _place(frame: FrameType | None) -> str:
 
 
 def waits(work: Callable[[], object], device: torch.device) -> Counter[str]:
-    """Return how often `work` makes the CPU wait for the GPU, as torch itself says, by whose code it is and where."""
+    """Return how often `work` makes the CPU wait for the GPU, from torch's warnings, by owner and place of the code."""
     found: Counter[str] = Counter()
 
     def _seen(message: Warning | str, *_: object, **__: object) -> None:
@@ -97,7 +97,7 @@ def waits(work: Callable[[], object], device: torch.device) -> Counter[str]:
 
 
 def distillations(family: str) -> dict[str, dict[str, Any]]:
-    """Return every method that needs a teacher, as students of this family can have it, by a name."""
+    """Return the `distillation` sections of every method that needs a teacher, for students of this family."""
     two_stage = family == "faster_rcnn"
     head: Mapping[str, Any] = {} if two_stage else NECK_ONLY
     found: dict[str, dict[str, Any]] = {
@@ -113,9 +113,9 @@ def distillations(family: str) -> dict[str, dict[str, Any]]:
 
 
 def _counted(step: Step, batch: Batch) -> tuple[Counter[str], Counter[str], bool]:
-    """Return what waits in an ordinary step and in a measured one, and whether all losses are finite.
+    """Return the waits of an ordinary step and of a measured one, and whether all losses are finite.
 
-    The first step of each kind, which makes what lasts, is not counted.
+    The first step of each kind, which creates lasting constants and state, is not counted.
     """
     values: list[Mapping[str, float]] = []
     counts = []
@@ -132,10 +132,10 @@ def _counted(step: Step, batch: Batch) -> tuple[Counter[str], Counter[str], bool
 
 
 def syncs(setting: Setting, family: str, precision: Precision) -> Found:
-    """Count what waits in one step of each method, beyond the same student's step without a teacher.
+    """Count the waits of one step of each method, beyond those of the same student's step without a teacher.
 
-    A DeFeat head part scores proposals by torchvision's heads, and the teacher's proposals are made by torchvision's
-    proposal network: what waits in torchvision's own files there is told, and misses no goal.
+    DeFeat's head part scores proposals with torchvision's heads, and the teacher's proposals come from torchvision's
+    proposal network: waits in torchvision's own files are reported there, and miss no goal.
     """
     size = setting.sync_size.varied(precision=precision)
     case = Case(architecture=family, parameters={}, goal=0)
@@ -166,7 +166,7 @@ def syncs(setting: Setting, family: str, precision: Precision) -> Found:
 
 
 def by_group(found: Counter[str]) -> Counter[str]:
-    """Return the counts without the places."""
+    """Return the counts by owner, without the places."""
     groups: Counter[str] = Counter()
     for place, count in found.items():
         groups[place.split(":")[0]] += count
@@ -181,10 +181,10 @@ def _beyond(found: Counter[str], alone: Counter[str]) -> dict[str, int]:
 
 
 def busy_seconds(work: Callable[[], None], device: torch.device, *, repeats: int) -> float:
-    """Return for how long the device computes or copies in one call of `work`, by torch's profiler.
+    """Return how long the device computes or copies in one call of `work`, by torch's profiler.
 
-    It is the length of the union of all kernels' and copies' intervals: kernels that overlap count once. On a CPU the
-    operators stand in for kernels, so that the same code runs.
+    It is the length of the union of all kernels' and copies' intervals: overlapping kernels count once. On a CPU the
+    operators replace the kernels, so that the same code runs.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]) as profiler:
@@ -206,7 +206,7 @@ def busy_seconds(work: Callable[[], None], device: torch.device, *, repeats: int
 
 
 def union_length(intervals: Iterable[tuple[int, int]]) -> int:
-    """Return how much the intervals cover together."""
+    """Return the length of the union of the intervals."""
     covered, until = 0, -(2**63)
     for start, end in sorted(intervals):
         covered += max(0, end - max(start, until))
@@ -215,10 +215,10 @@ def union_length(intervals: Iterable[tuple[int, int]]) -> int:
 
 
 def step_against_bound(setting: Setting, name: str) -> Found:
-    """Compare a DeFeat step with its bound; say how long the GPU waits in it, and how much memory it takes.
+    """Compare a DeFeat step with its bound; return how long the GPU waits in it, and how much memory it takes.
 
-    The share of waiting is 1 - busy / wall: busy by the profiler, wall as the median of steps without it, for the
-    profiler makes the CPU slower.
+    The share of waiting is 1 - busy / wall: busy by the profiler, wall as the median of steps without it, because the
+    profiler slows the CPU down.
     """
     case = CASES[name]
     bench = Bench(case, setting.size, setting.device)
@@ -228,7 +228,7 @@ def step_against_bound(setting: Setting, name: str) -> Found:
         busy = busy_seconds(bench.defeat, setting.device, repeats=3)
         memory = _memory(bench, setting)
     measured = {key: found[key] for key in ("ratio", "measuring", "milliseconds")} | {
-        # None: the profiler saw no kernel, as where a container may not ask the driver for them.
+        # None: the profiler recorded no kernel, as in a container without access to the driver's counters.
         "waiting_share": round(1 - busy / wall, 4) if busy else None,
         "busy_ms": round(1000 * busy, 1),
         "images_per_s": round(setting.size.images / wall, 2),
@@ -298,9 +298,9 @@ def _timed_step(bench: Bench, repeats: int) -> dict[str, Any]:
 
 
 def compiled(setting: Setting) -> Found:
-    """Take compiled steps at several shapes: nothing falls back, no graph is made for a further shape; and the speed.
+    """Take compiled steps at several shapes: nothing must fall back, and further shapes must compile no new graph.
 
-    `speed` is that of the same step uncompiled over the compiled one's time, at the first shape.
+    `speed` is the time of the uncompiled step over that of the compiled one, at the first shape.
     """
     size = setting.compiled_size
     other = [(size.height, round(0.75 * size.width)), (size.width, size.height), (size.height, round(0.9 * size.width))]
@@ -345,14 +345,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _resident(step: Step, teacher: nn.Module | None) -> int:
-    """Return the bytes of what outlives a step: weights, buffers, and the optimiser's state."""
+    """Return the bytes that stay allocated between steps: weights, buffers, and the optimiser's state."""
     modules = [step.losses, *([teacher] if teacher is not None else [])]
     state = [one for kept in step.optimizer.state.values() for one in kept.values() if isinstance(one, Tensor)]
     return _bytes(state) + sum(_bytes([*one.parameters(), *one.buffers()]) for one in modules)
 
 
 def kept_bytes(step: Step, teacher: nn.Module, batch: Batch) -> int:
-    """Return the bytes of the distinct storages that autograd keeps for a backward pass, weights and batch left out."""
+    """Return the bytes of the distinct storages that autograd saves for a backward pass, without weights and batch."""
     own = [*step.losses.parameters(), *step.losses.buffers(), *teacher.parameters(), *teacher.buffers(), batch.storage]
     known = {one.untyped_storage().data_ptr() for one in own}
     kept: dict[int, Any] = {}
@@ -360,7 +360,7 @@ def kept_bytes(step: Step, teacher: nn.Module, batch: Batch) -> int:
     def _pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+            kept[storage.data_ptr()] = storage  # held, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor):
@@ -370,12 +370,12 @@ def kept_bytes(step: Step, teacher: nn.Module, batch: Batch) -> int:
 
 
 def _memory(bench: Bench, setting: Setting) -> dict[str, Any]:
-    """Return the peak of DeFeat's step beside a prediction, GB (10^9 bytes), without what the bound's student takes.
+    """Return the peak memory of DeFeat's step and a prediction, GB (10^9 bytes), without that of the bound's student.
 
     predicted = weights, buffers and optimiser's state + batch + gradients + kept(padded area). `kept` is what autograd
-    keeps for the backward pass, measured at a quarter and at half of the area and extrapolated linearly. What a kernel
-    needs for itself, the gradients of maps on the way back, and the pool's rounding are not in it: `ratio` says how
-    much these are.
+    saves for the backward pass, measured at a quarter and at half of the area and extrapolated linearly. It excludes
+    the workspaces of kernels, the gradients of maps in the backward pass, and the pool's rounding: `ratio` shows their
+    size.
     """
     size, step = setting.size, bench.ours
     areas, kept = [], []
@@ -405,7 +405,7 @@ def _padded_area(size: Size) -> int:
 
 
 def _peak(bench: Bench) -> int:
-    """Return the most bytes in use during DeFeat's step beyond what outlives it."""
+    """Return the peak bytes during DeFeat's step beyond what stays allocated between steps."""
     for step in (bench.ours, bench.plain):
         step.optimizer.zero_grad(set_to_none=True)
     if bench.device.type != "cuda":
@@ -418,7 +418,7 @@ def _peak(bench: Bench) -> int:
 
 
 def sync_parts() -> list[Part]:
-    """Return the parts that count, a family and a precision each."""
+    """Return the parts that count waits, one for each family and precision."""
     return [
         Part(
             name=f"syncs: {family}, {precision}",
@@ -431,7 +431,7 @@ def sync_parts() -> list[Part]:
 
 
 def step_parts() -> list[Part]:
-    """Return the parts that time a step against its bound, a case each."""
+    """Return the parts that time a step against its bound, one for each case."""
     return [
         Part(name=f"step: {name}", seconds=30, work=lambda setting, name=name: step_against_bound(setting, name))  # type: ignore[misc]
         for name in CASES

@@ -1,14 +1,15 @@
-"""Loading training images from JPEG files: ours against a plain torchvision dataset with the same transforms.
+"""Loading training images from JPEG files: the engine against a plain torchvision dataset with the same transforms.
 
     python -m benchmarks.loader [--quick]
 
-Photograph-like images, 1280x960, JPEG quality 90, mirrored half of the time and brought to a detector's usual size,
-800x1333 at most. The other side is what people write: a `Dataset` that opens each file with Pillow, and torchvision's
-v2 transforms on `tv_tensors`, in a `DataLoader`. Both end with floats 0 to 1 in lists, in this process: loader
-processes would multiply either side. The two take turns, epoch by epoch; the first epoch fills our memory.
+The images are synthetic photographs, 1280x960, JPEG quality 90, flipped half of the time and resized to a detector's
+usual size, up to 800x1333. The baseline is the usual code: a `Dataset` that opens each file with Pillow, and
+torchvision's v2 transforms on `tv_tensors`, in a `DataLoader`. Both return floats 0 to 1 in lists, in this process:
+loader processes would speed up both alike. The two run in turn, epoch by epoch; the first epoch fills the engine's
+cache.
 
-`ratio` is that of a whole training of the default length, in images a second: one first epoch and the later ones.
-`wait` is the share of a training step that goes into waiting for images, a small detector's on this machine's CPU.
+`ratio` compares images per second over a whole training of the default length: one first epoch and the later ones.
+`wait_…` is the share of a training step spent waiting for images, with a small detector on this machine's CPU.
 """
 
 import argparse
@@ -46,7 +47,7 @@ STUDENT = {"architecture": "faster_rcnn", "backbone": "timm/mobilenetv3_small_05
 
 
 def photograph(rng: np.random.Generator, boxes: tuple[Box, ...]) -> Image.Image:
-    """Return a smooth, grainy image with a rectangle in each box: about as many bytes as a photograph's."""
+    """Return a smooth image with noise and a rectangle in each box: a JPEG about as large as a photograph's."""
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
         (WIDTH, HEIGHT), Image.Resampling.BICUBIC
     )
@@ -76,7 +77,7 @@ def write(root: Path, count: int) -> ImageReader:
 
 
 class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """The dataset that people write."""
+    """The baseline: the usual dataset."""
 
     def __init__(self, images: ImageReader) -> None:
         self.images = images
@@ -106,7 +107,7 @@ class Plain(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def plain_epoch(loader: Iterable[tuple[tuple[Tensor, ...], Any]]) -> float:
-    """Return images a second of one epoch of theirs."""
+    """Return the images per second of one epoch of the baseline."""
     start, count = time.perf_counter(), 0
     for images, _ in loader:
         count += len(images)
@@ -114,7 +115,7 @@ def plain_epoch(loader: Iterable[tuple[tuple[Tensor, ...], Any]]) -> float:
 
 
 def our_epoch(batches: TrainingBatches, seed: int) -> float:
-    """Return images a second of one epoch of ours, as training takes them: floats on its device."""
+    """Return the images per second of one epoch of the engine's batches, as floats like in training."""
     start, count = time.perf_counter(), 0
     for batch in batches.epoch(seed):
         count += len(batch.floats())
@@ -122,7 +123,7 @@ def our_epoch(batches: TrainingBatches, seed: int) -> float:
 
 
 def waiting(batches: TrainingBatches, steps: int) -> float:
-    """Return the share of training steps, forward and backward, that is spent waiting for their images."""
+    """Return the share of training steps (forward and backward) that is spent waiting for images."""
     torch.manual_seed(0)
     detector = detectors.build(STUDENT, [f"class {index}" for index in range(80)]).train()
     disable_training_resize(detector)

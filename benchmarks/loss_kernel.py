@@ -1,16 +1,16 @@
-"""DeFeat's neck loss with its masks, forward and backward, against the formula written down plainly; and its memory.
+"""DeFeat's neck loss with its masks, forward and backward: time and memory against a plain implementation.
 
     python -m benchmarks.loss_kernel [--quick] [--device cuda]
 
-The plain form is the authors' way in float32: loops over boxes for the masks, which are repeated over the channels.
-Both run in turn in one process, so that whatever else the machine does meets both. Memory is what torch's allocator
-hands out while the loss and its gradient are made, as torch's profiler records it: the most that is in use at once,
-beyond what was there before. The last line is one JSON object; the exit code is 1 if a goal is missed.
+The plain form follows the authors' code in float32: loops over boxes for the masks, which are repeated over the
+channels. Both run in turn in one process, so that other load on the machine affects both. Memory is the peak that
+torch's allocator holds, as torch's profiler records it, while the loss and its gradient are computed, beyond what it
+held before. The last line is one JSON object; the exit code is 1 if a goal is missed.
 
-On a GPU masks are made beforehand, and the loss and its gradient are timed alone, in three forms: by the kernel, block
-by block, and plainly. Their share of the card's memory bandwidth counts what has to move: both maps for the value, and
-both maps and the gradient for the gradient. The bandwidth is what a copy of a large tensor reaches in the same run. The
-exit code is 1 if the kernel was not used, or gives something else than the block-wise form.
+On a GPU the masks are made beforehand, and only the loss and its gradient are timed, in three forms: the kernel, block
+by block, and plain. Their share of the card's memory bandwidth counts the necessary transfers: both maps for the value,
+and both maps and the gradient for the gradient. The bandwidth is that of a copy of a large tensor in the same run. The
+exit code is 1 if the kernel was not used, or its result differs from that of the block-wise form.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BASE_SIZE = 56.0
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A batch: images of height x width px, with channels on each pyramid level, measured so many times."""
+    """A batch of images of height x width px with channels on each pyramid level; how often it is measured."""
 
     images: int
     channels: int
@@ -56,7 +56,7 @@ QUICK = Size(images=1, channels=256, height=800, width=1024, boxes=12, repeats=7
 CARD = Size(images=8, channels=256, height=800, width=1024, boxes=12, repeats=9)
 QUICK_CARD = Size(images=2, channels=256, height=800, width=1024, boxes=12, repeats=5)
 COPIED_BYTES = 2**30
-CALLS = 10  # between two looks at the clock: a GPU is given work ahead
+CALLS = 10  # per timing: a GPU works asynchronously
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -102,7 +102,7 @@ def make_case(size: Size, *, seed: int = 0) -> Case:
 
 
 def kinds_of(case: Case) -> list[Tensor]:
-    """Return what each cell is, as DeFeat has it."""
+    """Return DeFeat's kind of each cell: object, background or padding."""
     masks = object_masks(case.boxes, sizes=case.sizes, strides=STRIDES, base_size=BASE_SIZE)
     inside = cells_inside(
         [case.image] * len(case.boxes),
@@ -115,7 +115,7 @@ def kinds_of(case: Case) -> list[Tensor]:
 
 
 def ours(case: Case) -> Tensor:
-    """Return the weighted neck loss as DeFeat computes it here."""
+    """Return the weighted neck loss of the engine's DeFeat, masks included."""
     return weighted(case, kinds_of(case))
 
 
@@ -126,7 +126,7 @@ def weighted(case: Case, kinds: Sequence[Tensor]) -> Tensor:
 
 
 def plain(case: Case) -> Tensor:
-    """Return the same from the formula: masks by loops, as large as the features."""
+    """Return the weighted neck loss in plain form: masks by loops, as large as the features."""
     levels = []
     for index, (student, teacher) in enumerate(zip(case.student, case.teacher, strict=True)):
         mask = _plain_mask(case.boxes, index, student)
@@ -160,7 +160,7 @@ def with_gradient(loss: Callable[[Case], Tensor], case: Case) -> tuple[Tensor, t
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Return the most bytes that torch's allocator has handed out at once during `work`, beyond those before it."""
+    """Return the peak bytes that torch's allocator holds during `work`, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = work()
     inner = profiler.profiler
@@ -176,7 +176,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def measure(size: Size) -> dict[str, object]:
-    """Return times in ms (medians), their ratio, and the memory of both forms in pyramids."""
+    """Return median times in ms, their ratio, and the memory of both forms in multiples of the pyramid's."""
     case = make_case(size)
     forms = {"ours": ours, "plain": plain}
     values = {name: with_gradient(loss, case) for name, loss in forms.items()}  # and a warm-up
@@ -210,7 +210,7 @@ def measure(size: Size) -> dict[str, object]:
 
 
 def plainly_weighted(case: Case, kinds: Sequence[Tensor]) -> Tensor:
-    """Return the same from the formula, with masks as large as the features."""
+    """Return the weighted neck loss in plain form, with masks as large as the features."""
     levels = []
     for student, teacher, cells in zip(case.student, case.teacher, kinds, strict=True):
         difference = (student.float() - teacher.float()) ** 2
@@ -233,13 +233,13 @@ def on_device(case: Case, device: torch.device, dtype: torch.dtype, layout: str)
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what a GPU was given to do."""
+    """Wait for a GPU's queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how long the work takes, one of `CALLS` in a row."""
+    """Return how long one call of `work` takes, averaged over `CALLS` in a row."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(CALLS):
@@ -295,7 +295,9 @@ def measure_maps(case: Case, kinds: Sequence[Tensor], bandwidth: float, repeats:
 
 
 def measure_device(size: Size, device: torch.device, *, copied_bytes: int) -> dict[str, object]:
-    """Return what the three forms take on a device, for the dtypes and memory formats of training, and for two extents.
+    """Return the times of the three forms on a device, for the dtypes and memory formats of training.
+
+    Each is measured on the whole pyramid and on its finest level.
 
     Args:
         size: the batch.

@@ -1,10 +1,10 @@
-"""How much of a batch is padding, with and without batches of similar shapes.
+"""The share of padding in batches, with and without grouping images of similar shapes.
 
     python -m benchmarks.padding [--quick]
 
-Image sizes like COCO's, brought to 800x1333; a batch takes its largest height and its largest width, each rounded up to
-a multiple of 32. Printed for each batch size: the area of all batches of one epoch over the area of their images. The
-last line is one JSON object; the exit code is 1 if a goal is missed.
+Image sizes are like COCO's, resized to 800x1333. A batch has the height of its highest and the width of its widest
+image, each rounded up to a multiple of 32. For each batch size it prints the area of all batches of one epoch over the
+area of their images. The last line is one JSON object; the exit code is 1 if a goal is missed.
 """
 
 import argparse
@@ -26,9 +26,9 @@ Size = tuple[int, int]
 
 
 def coco_like(count: int) -> list[Size]:
-    """Return heights and widths as COCO's images have them at 800x1333.
+    """Return heights and widths like those of COCO's images at 800x1333.
 
-    Most images are 640 px wide and 480 or 427 high, a fifth stand upright, and a fifth have any shape.
+    Most images are 640 px wide and 480 or 427 high, a fifth are in portrait format, and a fifth have random shapes.
     """
     rng = np.random.default_rng(0)
     usual = [(480, 640), (427, 640), (640, 480), (640, 427)]
@@ -40,7 +40,7 @@ def coco_like(count: int) -> list[Size]:
 
 
 def padded_share(sizes: Sequence[Size], batches: Iterable[Sequence[int]]) -> float:
-    """Return how many times the area of their images batches take; a batch is given as indices of sizes."""
+    """Return the area of batches over the area of their images; a batch is given as indices into `sizes`."""
     own = padded = 0
     for batch in batches:
         heights, widths = zip(*(sizes[index] for index in batch), strict=True)

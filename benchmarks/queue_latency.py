@@ -1,11 +1,11 @@
-"""From a request to a worker's claim, on an idle embedded stack.
+"""Queue latency: from a request to a worker's claim, on an idle embedded stack.
 
     python -m benchmarks.queue_latency [--quick]
 
-Starts the stack in a temporary directory and makes datasets by reference, one after the other, each when the last one
-has been checked (they are empty directories, so the check says `invalid` soon). What is told is `started_at`, written
-by the worker's claim, less `created_at`, written by the request before its commit and its message: both by the clock of
-this machine. Jobs and checks take the same way.
+Starts the stack in a temporary directory and creates datasets by reference, one after the other, each when the last one
+has been checked (they are empty directories, so that the check soon ends as `invalid`). The latency is `started_at`,
+written by the worker's claim, minus `created_at`, written by the request before its commit and its message: both by
+this machine's clock. Jobs take the same path as these checks.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STOP_S: Final = 60.0
 
 @contextmanager
 def stack(home: Path, data: Path) -> Iterator[Client]:
-    """Run the embedded stack with its files in `home`; give a client. Datasets may lie in `data`."""
+    """Run the embedded stack with its files in `home` and datasets in `data`; yield a client."""
     command = [sys.executable, "-m", "app.stack", "--port", "0", "--json", "--new-key"]
     environment = os.environ | {"DEFEAT_HOME": str(home), "DEFEAT_DATASET_ROOTS": json.dumps([str(data)])}
     log = home.with_suffix(".log")
@@ -53,7 +53,7 @@ def stack(home: Path, data: Path) -> Iterator[Client]:
 
 
 def latency_ms(client: Client, directory: Path) -> float:
-    """Make one dataset, wait for the end of its check, and return how long its worker took to begin, in ms."""
+    """Create a dataset, wait for the end of its check, and return how long its worker took to begin, in ms."""
     made = client.datasets.wait(client.datasets.add(directory.as_uri())["id"])
     assert made["started_at"] is not None, made
     created, started = datetime.fromisoformat(made["created_at"]), datetime.fromisoformat(made["started_at"])

@@ -1,11 +1,11 @@
-"""From a worker's claim of a job to its first optimiser step, against the least that such a step can take to begin.
+"""Startup time: from a worker's claim of a job to its first optimiser step, against a lower bound.
 
     python -m benchmarks.startup [--quick]
 
 A real supervisor, with a database and an object store in a temporary directory, claims a job and starts the run; the
-run's own events say when each part was over. The teacher is a checkpoint, so that the run measures it first: that is
-work which was asked for, and is told apart. The lower bound is a fresh interpreter that imports torch and torchvision,
-builds the student alone and takes one plain step. The two take turns. The last line is one JSON object; the exit code
+run's events give the end of each phase. The teacher is a checkpoint, so that the run evaluates it first: that is no
+startup work, and is reported separately. The lower bound is a new interpreter that imports torch and torchvision,
+builds the student alone and takes one plain step. The two run in turn. The last line is one JSON object; the exit code
 is 1 if the goal is missed.
 """
 
@@ -36,12 +36,12 @@ from tests.support.worker_world import World
 from worker.supervisor import Supervisor
 from worker.tasks import HANDLERS
 
-# A run does more than its lower bound (inputs, configs, a larger teacher, distillation), and imports torch with less
-# effort. It came to 0.99 by the clock and 0.95 of the processor; the rest is room for a machine's noise. A library of a
-# second more, or a network built for nothing, misses it.
+# A run does more than its lower bound (inputs, configs, a larger teacher, distillation), and imports torch faster. It
+# measured 0.99 by wall time and 0.95 by processor time; the rest allows for noise. A library that takes a second to
+# import, or a network that is built needlessly, misses the goal.
 GOAL = 1.15
 CLASSES = ("square", "bar", "tower")
-# One batch is an epoch, because a run tells the moment of an epoch's last step, whatever it tells of others.
+# One batch is an epoch, because a run always reports the last step of an epoch.
 WIDTH, HEIGHT, BATCH, VAL, TEST = 256, 192, 2, 20, 298
 DETECTOR = {"architecture": "faster_rcnn", "min_size": HEIGHT, "max_size": WIDTH, "pyramid_channels": 64}
 DETECTOR |= {"box_samples": 32, "train_proposals": 200, "test_proposals": 100}
@@ -55,7 +55,7 @@ MEASURING = "measuring the teacher"
 MAKE_TEACHER = f"""
 import sys
 from pathlib import Path
-from worker import detectors
+from defeat.engine import detectors
 detectors.save(detectors.build({TEACHER!r}, {CLASSES!r}), Path(sys.argv[1]))
 """
 # torchvision's own detector, of the student's sizes.
@@ -109,7 +109,7 @@ def make_dataset(directory: Path) -> tuple[Path, str]:
 
 
 class Bench:
-    """A worker's surroundings, with a dataset and a teacher in the object store."""
+    """A worker's environment, with a dataset and a teacher in the object store."""
 
     def __init__(self, home: Path) -> None:
         made = home / "made"
@@ -123,7 +123,7 @@ class Bench:
         self._checkpoint = self.world.checkpoint(status="ready", storage_key=stored.key)
 
     def job(self) -> Job:
-        """Add a job in the queue, of a dataset that is not unpacked on this machine yet."""
+        """Queue a job on a dataset that is not unpacked on this machine yet."""
         values = {"status": "ready", "storage_key": self._dataset_key, "content_hash": self._content_hash}
         dataset = self.world.dataset(**values)
         spec = {
@@ -136,20 +136,20 @@ class Bench:
         return self.world.job(spec=spec, dataset_id=dataset.id)
 
     def measure(self) -> dict[str, tuple[float, float]]:
-        """Work on a job until its first step is done; return each part's seconds, see `_Witness.parts`."""
+        """Work on a job until its first step is done; return the seconds of each phase, see `_Follower.parts`."""
         shutil.rmtree(self.world.settings.scratch, ignore_errors=True)
         job, stop = self.job(), threading.Event()
-        witness = _Witness(self.world.settings.scratch / "runs" / f"{job.id}-1", stop)
+        follower = _Follower(self.world.settings.scratch / "runs" / f"{job.id}-1", stop)
         supervisor = Supervisor(self.world.context, owner="benchmark", stop=stop)
-        thread = threading.Thread(target=witness.follow)
+        thread = threading.Thread(target=follower.follow)
         claimed = time.time()
         thread.start()
         supervisor.work(HANDLERS[Job.TASK](self.world.context))
         thread.join()
-        return witness.parts(claimed)
+        return follower.parts(claimed)
 
 
-class _Witness:
+class _Follower:
     """Follows a run's files until the first optimiser step, and then asks the worker to stop."""
 
     def __init__(self, directory: Path, stop: threading.Event) -> None:
@@ -159,18 +159,18 @@ class _Witness:
         self._events: list[dict[str, Any]] = []
 
     def follow(self) -> None:
-        """Read the run's events as they come, until one says that a step was taken."""
+        """Read the run's events as they are written, until one reports a step."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline and not self._begun:
             time.sleep(POLL_S)
-            self._look()
+            self._read()
         self._stop.set()
 
     @property
     def _begun(self) -> bool:
         return any(event["type"] == "metrics" for event in self._events)
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         request, events = self._directory / "run.json", self._directory / "events.jsonl"
         if not events.exists():
             return
@@ -182,7 +182,7 @@ class _Witness:
             self._events += [{**event, "processor": used} for event in fresh]
 
     def parts(self, claimed: float) -> dict[str, tuple[float, float]]:
-        """Return the seconds from one of the run's marks to the next, by the clock and of the run's processor."""
+        """Return the seconds of each phase, in wall time and in processor time of the run."""
         marks = {
             "fetching inputs": (self._asked, 0.0),
             "starting and importing": self._at(phase="preparing"),
@@ -200,21 +200,21 @@ class _Witness:
         for event in self._events:
             if members.items() <= event.items():
                 return datetime.fromisoformat(event["time"]).timestamp(), event["processor"]
-        raise RuntimeError(f"{members} is missing after at most {DEADLINE_S} s; the run said: {self._events}")
+        raise RuntimeError(f"no event with {members} in {DEADLINE_S} s; the run's events: {self._events}")
 
 
 def _processor_seconds(directory: Path) -> float:
-    """Return the seconds of processor time that the run in this directory has used."""
+    """Return the processor time of the run in this directory, seconds."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
             if (entry / "cmdline").read_bytes().split(b"\0")[-2:-1] == [os.fsencode(directory)]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    raise RuntimeError(f"no process works in {directory}")
+    raise RuntimeError(f"no process of a run in {directory} was found")
 
 
 def bound() -> tuple[float, float]:
-    """Return the seconds that the lower bound takes, by the clock and of the processor."""
+    """Return the seconds of the lower bound, in wall time and in processor time."""
     start = time.time()
     ended = subprocess.run([sys.executable, "-c", BOUND], check=True, capture_output=True, text=True)
     at, processor = map(float, ended.stdout.split())
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def compare(ours: Sequence[dict[str, tuple[float, float]]], bounds: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return the medians and their ratio, measuring the teacher left out."""
+    """Return the medians and their ratio, without the teacher's evaluation."""
     runs = [[both for name, both in run.items() if name != MEASURING] for run in ours]
     clock, processor = (statistics.median(sum(both[which] for both in run) for run in runs) for which in (0, 1))
     least_clock, least_processor = (statistics.median(values) for values in zip(*bounds, strict=True))

@@ -3,11 +3,11 @@
     python -m benchmarks.step_time [--quick] [--device cuda] [--precision P] [--channels-last] [--compile]
                                    [--frozen-batch-norm]
 
-Both run in turn in one process, on the same batch, and the medians are compared. What is measured for DeFeat is the
-engine's own step, weights updated; to it is added the share of the step that measures gradients, which comes once in
-so many. Both run inside the engine's `numerics`, as the training loop does: cuDNN searches for the fastest algorithms
-of the batch's one shape. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 images of 800x1333, bfloat16,
-channels_last. The last line is one JSON object; the exit code is 1 if a goal is missed.
+Both run in turn in one process on the same batch, and their medians are compared. DeFeat's time is that of the
+engine's own step, with the update of the weights, plus the average cost of the steps that measure gradients (one in
+`MEASURE_EVERY`). Both run inside the engine's `numerics`, as in the training loop: cuDNN searches the fastest
+algorithms for the batch's only shape. On a GPU the sizes are the paper's: ResNet-152 to ResNet-50, 8 images of
+800x1333, bfloat16, channels_last. The last line is one JSON object; the exit code is 1 if a goal is missed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NECK_ONLY = {"head_object_weight": 0, "head_background_weight": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison: a family, DeFeat's parameters, and how near to the lower bound it must come."""
+    """One comparison: a family, DeFeat's parameters, and the maximum ratio to the lower bound."""
 
     architecture: str
     parameters: Mapping[str, Any]
@@ -63,7 +63,7 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained on: `images` of height x width px; the two backbones; what else the detectors' specs say."""
+    """The batch (`images` of height x width px), the two backbones, and further keys of detectors and schedule."""
 
     teacher: str
     student: str
@@ -76,7 +76,7 @@ class Size:
     repeats: int
 
     def varied(self, *, frozen_batch_norm: bool | None = None, **schedule: Any) -> "Size":
-        """Return this size with parts of its schedule replaced, and frozen batch norm or none; None: as it is."""
+        """Return this size with changed schedule keys, and with frozen batch norm or without; None: unchanged."""
         changed = {name: value for name, value in schedule.items() if value is not None}
         frozen = {} if frozen_batch_norm is None else {"frozen_batch_norm": frozen_batch_norm}
         return dataclasses.replace(self, schedule={**self.schedule, **changed}, detector={**self.detector, **frozen})
@@ -99,7 +99,7 @@ CPU = Size(
     images=2,
     height=192,
     width=256,
-    # As the examples for a CPU: narrow pyramids, and as many proposals for an image's area as the paper's have.
+    # Like the examples for a CPU: narrow pyramids, and as many proposals per image area as in the paper.
     detector={"pyramid_channels": 64},
     two_stage={"box_samples": 32, "train_proposals": 200, "test_proposals": 100},
     schedule={},
@@ -121,10 +121,10 @@ def make_batch(size: Size) -> Batch:
 
 
 class Bench:
-    """A student with DeFeat, and the same student alone beside the teacher's trunk.
+    """A student that is trained with DeFeat, and the same student alone beside the teacher's trunk.
 
     Attributes:
-        batch: what all steps are taken on; on the device, where the training loop's step finds it, too.
+        batch: the batch of all steps; on the device, as in the training loop.
         ours: takes DeFeat's step.
         plain: takes the step of the student alone.
     """
@@ -179,11 +179,11 @@ def build(case: Case, size: Size, backbone: str, device: torch.device) -> Detect
 
 
 def make_step(student: Detector, teacher: Detector | None, distillation: Mapping[str, Any], size: Size) -> Step:
-    """Return the engine's step; the student then resizes nothing any more, as in a training, whose loader does."""
+    """Return the engine's step. It disables the student's own resizing, as a training does: its loader resizes."""
     device = next(student.parameters()).device
     disable_training_resize(student)
     method = methods.build(distillation, student, teacher).to(device)
-    # A rate that moves nothing: with random weights and images a real one would soon lead anywhere.
+    # A learning rate that changes nothing: with random weights and images a real one would soon diverge.
     schedule = ScheduleConfig(learning_rate=1e-9, warmup_steps=0, batch_size=size.images, **size.schedule)
     step = Step(student, method=method, teacher=teacher, schedule=schedule, group=ProcessGroup(), device=device)
     step.losses.train()
@@ -191,7 +191,7 @@ def make_step(student: Detector, teacher: Detector | None, distillation: Mapping
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Return how long `work` takes, the device's part included."""
+    """Return how long `work` takes, including its work on the device."""
     start = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -200,9 +200,9 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def timed(works: Mapping[str, Callable[[], None]], device: torch.device, *, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each of `works`, which take turns `repeats` times after `WARM_UP` turns unmeasured.
+    """Return the median seconds of each of `works`, which run in turn `repeats` times after `WARM_UP` unmeasured turns.
 
-    The same turn draws from the same seed in all of them.
+    In each turn all of them start from the same seed.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + WARM_UP):
@@ -215,7 +215,7 @@ def timed(works: Mapping[str, Callable[[], None]], device: torch.device, *, repe
 
 
 def compare(bench: Bench, goal: float, *, repeats: int) -> dict[str, Any]:
-    """Return the ratio of both medians, and what the measured steps add to it."""
+    """Return the ratio of both medians, and the cost of measured steps in it."""
     works = {"defeat": bench.defeat, "bound": bench.bound, "measured": bench.measured}
     with bench.numerics():
         medians = timed(works, bench.device, repeats=repeats)

@@ -1,11 +1,12 @@
-"""What the worker itself costs while it sees a run through: its processor time against the run's.
+"""The processor time of the worker itself while it supervises a run, against the run's.
 
     python -m benchmarks.supervisor [--quick]
 
 Starts the embedded stack in a temporary directory, imports scenes of digits, and trains the example's job, a teacher
-and a student (with --quick the student alone, of one epoch). The worker's processes are those of the jobs' queue:
-Celery's own, which also sweeps for lost work and is told beside, and its pool's child, the supervisor. What the run
-used is what that child has reaped. Counted from before the job is sent to after it has ended.
+and a student (with --quick one epoch of the student alone). The worker's processes are those of the jobs' queue:
+Celery's own, which also sweeps for lost work and is reported separately, and its pool's child, the supervisor. The
+run's time is that of the processes that the child has reaped. Times are counted from just before the job is submitted
+until it has ended.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SPEC: Final = Path(digits.__file__).with_name("digits.yaml")
 
 
 def worker_processes() -> tuple[psutil.Process, psutil.Process]:
-    """Return the worker of the stack below this process that takes jobs, and its pool's child."""
+    """Return the process of the stack's worker that takes jobs, and its pool's child."""
     workers = [
         process
         for process in psutil.Process().children(recursive=True)

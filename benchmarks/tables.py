@@ -1,11 +1,11 @@
-"""Pages and claims of a large installation against the same of a small one, in PostgreSQL.
+"""Pages and claims with large tables against the same with small ones, in PostgreSQL.
 
     python -m benchmarks.tables [--quick] [--jobs 1000000] [--points 100000000]
 
-Two databases on one server, both made by the migrations: one of 1,000 jobs, one of many; as many metric points, events,
-evaluations and artifacts per job in both. Each request is timed as the service makes it, from a fresh session to the
-answer's model, for random tenants, datasets and jobs; the two databases take turns, and medians are compared. Points
-that the disk has no room for are left out, and the result says how many there were. TEST_DATABASE_URL names a server
+Two databases on one server, both created by the migrations: one with 1,000 jobs and one with many, with the same number
+of metric points, events, evaluations and artifacts per job. Each request is timed as in the service, from a new session
+to the answer's model, for random tenants, datasets and jobs. The two databases take turns, and medians are compared.
+Points that the disk has no room for are left out; the result has their actual number. TEST_DATABASE_URL names a server
 (its role must be a superuser: foreign keys are not checked while loading); without it one is started.
 """
 
@@ -45,10 +45,10 @@ SMALL: Final = 1000
 TENANTS, DATASETS = 5, 2  # datasets of each tenant
 STATUSES: Final = ["queued"] * 2 + ["running"] + ["succeeded"] * 60 + ["failed"] * 30 + ["cancelled"] * 7
 STUDIED: Final = 40
-"""Jobs whose page is asked for: each has a thousand points, whatever the others have."""
+"""Jobs whose page is requested: each has a thousand points, whatever the others have."""
 STUDIED_POINTS: Final = 1000
 POINT_BYTES: Final = 320
-"""What a point takes on the disk with its index entry, as measured."""
+"""The measured size on disk of a point with its index entry."""
 FREE_SHARE: Final = 0.5
 START: Final = datetime(2025, 1, 1, tzinfo=UTC)
 LIMIT: Final = 20
@@ -129,9 +129,9 @@ def _studied(jobs: int) -> list[int]:
 
 
 def fill(connection: psycopg.Connection, jobs: int, points_each: int) -> None:
-    """Make the rows of an installation with so many jobs. Prints how long it took."""
+    """Insert the rows of an installation with so many jobs, and print how long it took."""
     start = time.perf_counter()
-    connection.execute("SET session_replication_role = replica")  # no look-up of each row's job
+    connection.execute("SET session_replication_role = replica")  # no foreign key checks
     documents = {"spec": SPEC, "evaluation": EVALUATION, "point": POINT}
     values: dict[str, Any] = {name: json.dumps(value) for name, value in documents.items()} | {"statuses": STATUSES}
     for statement in FILL.split(";"):
@@ -183,18 +183,18 @@ class Installation:
         self._page(at, dataset_id=f"ds_{tenant}")
 
     def name_page(self, at: float) -> None:
-        """The newest jobs with a word in their name that all have."""
+        """The newest jobs with a text in their name that all names contain."""
         self._page(at, name="JOB")
 
     def rare_name_page(self, at: float) -> None:
-        """Jobs with a text in their name that none has: all of the tenant's are looked at."""
+        """Jobs with a text in their name that no name contains: all of the tenant's are scanned."""
         tenant = int(at * self._jobs) % TENANTS
         with self.database.read() as session:
             statement = repository.of_tenant(f"ten_{tenant}", name="no job is called so")
             page_of(session, statement, Job, PageQuery(limit=LIMIT, after=None))
 
     def job_page(self, at: float) -> None:
-        """What the page of one job asks for."""
+        """The requests of the page of one job."""
         number = self._studied[int(at * STUDIED)]
         caller, job_id = Caller(f"ten_{number % TENANTS}", "key", max_priority=0), _job_id(number)
         with self.database.read() as session:
@@ -207,15 +207,15 @@ class Installation:
             raise AssertionError(f"{job_id} has {len(points.data)} points")
 
     def claim(self, at: float) -> None:
-        """A worker takes the job that is next, which is then put back, untimed: see `put_back`."""
+        """A worker claims the next job, which is then queued again, untimed: see `put_back`."""
         del at
         with self.database.write() as session:
             row = leases.claim_next(session, Job, WorkerResources(), owner="benchmark", lease_s=30, max_attempts=5)
         if row is None:
-            raise AssertionError("nothing was to be claimed")
+            raise AssertionError("there was no job to claim")
 
     def put_back(self) -> None:
-        """Queue what `claim` took."""
+        """Queue the job again that `claim` took."""
         back = {"status": "queued", "lease_owner": None, "lease_expires_at": None, "started_at": None, "attempt": 0}
         with self.database.write() as session:
             update_count(
@@ -223,7 +223,7 @@ class Installation:
             )
 
     def sweep(self, at: float) -> None:
-        """Look for lost rows; there are none."""
+        """Search for lost rows; there are none."""
         del at
         with self.database.write() as session:
             lost = leases.find_lost(session, redeliver_s=86_400, max_attempts=5)
@@ -244,15 +244,14 @@ BESIDES: Final[dict[str, Callable[[Installation, float], None]]] = {
     "sweep": Installation.sweep,
     "rare_name_page": Installation.rare_name_page,
 }
-"""Timed in a few turns, told, and not part of the goal: a page from anywhere in a table larger than the server's memory
-is read from the disk, the sweep's work grows with what is queued, and a text that is hardly anywhere is looked for in
-every name."""
+"""Timed in a few turns and reported, but not part of the goal: a random page of a table larger than the server's memory
+is read from the disk, the sweep's work grows with the queue, and a rare text is searched in every name."""
 BESIDES_TURNS: Final = 20
 
 
 def measure(installations: list[Installation], turns: int, seed: int = 0) -> dict[str, list[float]]:
     """Return each request's median time at each installation, in ms. The first fifth of the turns warms up."""
-    chance = random.Random(seed)  # noqa: S311  # chooses what is asked for, nothing secret
+    chance = random.Random(seed)  # noqa: S311  # chooses requests, nothing secret
     times: dict[str, list[list[float]]] = {name: [[] for _ in installations] for name in (REQUESTS | BESIDES)}
     for turn in range(turns + turns // 5):
         requests = REQUESTS if turn < turns + turns // 5 - BESIDES_TURNS else REQUESTS | BESIDES
@@ -322,7 +321,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _estimate(session: Session, table: str) -> int:
-    """Return PostgreSQL's own count of a table's rows, as of the last VACUUM."""
+    """Return PostgreSQL's estimate of a table's rows, as of the last VACUUM."""
     return int(session.scalar(text("SELECT reltuples FROM pg_class WHERE relname = :table"), {"table": table}) or 0)
 
 
