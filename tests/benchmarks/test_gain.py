@@ -94,7 +94,7 @@ def test_a_finished_run_is_kept_and_another_takes_its_place(tmp_path):
     assert whole.exists()
 
 
-def test_students_of_a_teacher_that_was_trained_anew_are_trained_anew(tmp_path, monkeypatch):
+def test_students_of_a_retrained_teacher_are_trained_again(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gain_runs, "carry_out", lambda *given: asked.append(given) or {"student": {"ap": 0.5}})
     full, weights = setup("digits", "retinanet"), tmp_path / "teacher.safetensors"

@@ -1,4 +1,4 @@
-"""The file format of training checkpoints: which versions are read, and what an unreadable file says."""
+"""The file format of training checkpoints: which versions are read, and the error of an unreadable file."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def test_each_source_has_its_keys(teacher, trained):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "says"),
+    ("teacher", "expected"),
     [
         ({"source": "train", "detector": "fcos_resnet50_fpn"}, "detector"),
         ({"source": "train", "detector": TINY, "class_map": {"cat": "Katze"}}, "class_map"),
@@ -35,7 +35,7 @@ def test_each_source_has_its_keys(teacher, trained):
         ({"source": "other"}, "'train', 'checkpoint', 'pretrained'"),
     ],
 )
-def test_keys_of_another_source_are_rejected_by_name(teacher, says):
-    with pytest.raises(RunError, match=says) as raised:
+def test_keys_of_another_source_are_rejected_by_name(teacher, expected):
+    with pytest.raises(RunError, match=expected) as raised:
         JobConfig.parse({**REST, "teacher": teacher}, where="spec")
     assert raised.value.code == "bad_spec"

@@ -186,19 +186,19 @@ def test_a_teacher_with_other_names_for_the_classes(finished, dataset, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("class_map", "code", "says"),
+    ("class_map", "code", "expected"),
     [
         ({"cat": "disc"}, "unknown_class", "it has: square, disc"),
         ({"square": "disc"}, "class_map_not_one_to_one", "disc"),
         ({"square": "cat"}, "teacher_classes_differ", "cat"),
     ],
 )
-def test_class_maps_that_cannot_be_say_why(finished, dataset, tmp_path, class_map, code, says):
+def test_impossible_class_maps_are_rejected_with_a_reason(finished, dataset, tmp_path, class_map, code, expected):
     teacher = {"source": "checkpoint", "id": "ckpt_x", "detector": TINY, "class_map": class_map}
     weights = artifact(finished[0], "teacher.safetensors")
     failure = run(write_run(tmp_path / "run", dataset[1], spec(teacher=teacher), teacher=str(weights)))["failure"]
     assert (failure["class"], failure["code"]) == ("user", code)
-    assert says in failure["detail"]
+    assert expected in failure["detail"]
     trained = {**spec()["teacher"], "class_map": {"square": "disc"}}
     failure = run(write_run(tmp_path / "trained", dataset[1], spec(teacher=trained)))["failure"]
     assert failure["code"] == "bad_spec"
@@ -213,7 +213,7 @@ def test_the_baseline_needs_no_teacher(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "says"),
+    ("change", "code", "expected"),
     [
         ({"distillation": {"method": "magic"}}, "unknown_method", "baseline, defeat"),
         ({"distillation": {"method": "defeat", "neck_wieght": 1}}, "bad_spec", "neck_wieght"),
@@ -228,7 +228,7 @@ def test_the_baseline_needs_no_teacher(dataset, tmp_path):
         ({"student": {"detector": {**TINY, "strides": [32]}}}, "pyramids_do_not_pair", "[32]"),
     ],
 )
-def test_what_cannot_be_says_why(finished, dataset, tmp_path, change, code, says):
+def test_impossible_jobs_are_rejected_with_a_reason(finished, dataset, tmp_path, change, code, expected):
     weights = artifact(finished[0], "teacher.safetensors")
     teacher = {"source": "checkpoint", "id": "ckpt_x", "detector": TINY}
     directory = write_run(tmp_path / "run", dataset[1], spec(**{"teacher": teacher, **change}), teacher=str(weights))
@@ -237,11 +237,11 @@ def test_what_cannot_be_says_why(finished, dataset, tmp_path, change, code, says
         assert result["status"] == "succeeded" or result["failure"]["code"] == "loss_not_finite"
         return
     assert (result["failure"]["class"], result["failure"]["code"]) == ("user", code)
-    assert says in result["failure"]["detail"]
+    assert expected in result["failure"]["detail"]
 
 
 def test_a_disk_that_fills_up_keeps_the_previous_checkpoint(dataset, tmp_path):
-    """A limit on file size stands for the full disk: a state with the best model inside is larger than one without."""
+    """A limit on file size simulates the full disk: a checkpoint with a best model is larger than one without."""
     directory = write_run(tmp_path / "run", dataset[1], spec(teacher=None, distillation={"method": "baseline"}))
     first = run(directory)
     assert first["status"] == "succeeded"
@@ -309,7 +309,7 @@ def test_epochs_that_a_teacher_did_not_need_are_not_waited_for_after_a_resume(da
     assert len(kept) == 2  # after the teacher's first epoch and the student's
     resumed = write_run(tmp_path / "resumed", dataset[1], job, resume=str(kept[1]))
     assert run(resumed)["status"] == "succeeded"
-    # The first news of an epoch is always told: that of the student's second, with or without a resume before it.
+    # The first progress of an epoch is always reported: here of the student's second, with or without a resume.
     begun, gone_on = (
         next(one["fraction"] for one in events(of, "progress") if (one["phase"], one["epoch"]) == ("distillation", 2))
         for of in (directory, resumed)
@@ -318,8 +318,8 @@ def test_epochs_that_a_teacher_did_not_need_are_not_waited_for_after_a_resume(da
 
 
 @pytest.mark.parametrize("phase", ["teacher", "evaluation", "distillation"])
-def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkeypatch, phase):
-    """The last progress tells where memory ran out, also in a phase's first batch."""
+def test_a_failure_in_the_first_batch_is_attributed_to_its_phase(dataset, tmp_path, monkeypatch, phase):
+    """The last progress event shows the phase in which memory ran out, also in a phase's first batch."""
     directory = write_run(tmp_path / "run", dataset[1], spec())
     begun = []
     plain = Reporter.progress
@@ -344,17 +344,17 @@ def test_what_fails_at_once_is_known_to_be_that_phases(dataset, tmp_path, monkey
     assert events(directory, "progress")[-1]["phase"] == phase
 
 
-def test_a_warmup_that_outlasts_its_training_is_told(dataset, tmp_path):
+def test_a_warmup_longer_than_the_training_is_reported(dataset, tmp_path):
     """Four steps: the teacher's ends with the last of them, the student's and the method's would need one more."""
     job = spec(schedule={**spec()["schedule"], "epochs": 1, "warmup_steps": 5})
     job["distillation"] = [{"method": "defeat", "warmup_steps": 5}, {"method": "fitnet"}]
     job["teacher"]["schedule"] = {**job["schedule"], "warmup_steps": 4}
     directory = write_run(tmp_path / "run", dataset[1], job)
     assert run(directory)["status"] == "succeeded"
-    told = [one for one in events(directory, "message") if one["level"] == "warn"]
-    assert [one["code"] for one in told] == ["warmup_longer_than_training"] * 2
-    for what, one in zip(("learning rate", "distillation"), told, strict=True):
-        assert f"the student's {what} warms up over 5 steps, and the whole training has 4" in one["message"]
+    warnings = [one for one in events(directory, "message") if one["level"] == "warn"]
+    assert [one["code"] for one in warnings] == ["warmup_longer_than_training"] * 2
+    for name, one in zip(("learning rate", "distillation"), warnings, strict=True):
+        assert f"the student's {name} warms up over 5 steps, and the whole training has 4" in one["message"]
 
 
 def test_maps_in_another_order_leave_the_same_student(finished, dataset, tmp_path):
@@ -381,13 +381,13 @@ def test_a_trunk_that_cannot_be_compiled_is_warned_of(dataset, tmp_path, monkeyp
     job = spec(schedule={**spec()["schedule"], "epochs": 1, "compile": True})
     directory = write_run(tmp_path / "run", dataset[1], job)
     assert run(directory)["status"] == "succeeded"
-    told = [one["message"] for one in events(directory, "message") if one["code"] == "not_compiled"]
-    assert len(told) == 2  # the student's and the frozen teacher's; the teacher's own training has compile off
-    assert {message.split("'s trunk runs without torch.compile: ")[0] for message in told} == {
+    warnings = [one["message"] for one in events(directory, "message") if one["code"] == "not_compiled"]
+    assert len(warnings) == 2  # the student's and the frozen teacher's; the teacher's own training has compile off
+    assert {message.split("'s trunk runs without torch.compile: ")[0] for message in warnings} == {
         "the student",
         "the teacher",
     }
-    assert all("no compiler here" in message for message in told)
+    assert all("no compiler here" in message for message in warnings)
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")

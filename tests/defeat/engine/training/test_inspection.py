@@ -63,7 +63,7 @@ def test_images_that_differ_are_found_and_named(reader):
     ("constant", "count", "good"), [(0, 8, True), (4, 8, True), (5, 8, False), (8, 8, False), (7, 7, True)]
 )
 def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good):
-    """Of few nothing is said: a dataset may hold a black image, and a batch may be one image."""
+    """Few images are not judged: a dataset may hold a black image, and a batch may be one image."""
     checks = [ImageCheck(f"{number}.png", differs=False, constant=number < constant) for number in range(count)]
     if good:
         require_intact(checks)
@@ -73,7 +73,7 @@ def test_images_that_show_nothing_are_an_error_if_most_do(constant, count, good)
     assert (raised.value.failure_class, raised.value.code) == ("data", "images_constant")
 
 
-def test_so_many_images_of_a_batch_are_looked_at(reader):
+def test_the_number_of_checked_images_is_limited(reader):
     made = batches(reader, AugmentationConfig())
     batch = next(made.epoch(1))
     assert len(check_images(batch, made, 0, limit=3)) == 3

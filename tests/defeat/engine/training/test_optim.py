@@ -124,7 +124,7 @@ def test_a_state_of_one_group_for_all_is_restored(name, norms):
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "expected"),
     [
         ({"epochs": 4, "decay_epochs": (4,)}, "must be below epochs = 4"),
         ({"decay": "cosine", "decay_epochs": (2,)}, "apply to decay: step"),
@@ -132,8 +132,8 @@ def test_a_state_of_one_group_for_all_is_restored(name, norms):
         ({"optimizer": "lion"}, "'sgd' or 'adamw'"),
     ],
 )
-def test_wrong_values_are_named(values, says):
-    with pytest.raises(ValueError, match=says):
+def test_wrong_values_are_named(values, expected):
+    with pytest.raises(ValueError, match=expected):
         ScheduleConfig(**values)
 
 

@@ -209,7 +209,7 @@ sys.exit(run.main(Path(sys.argv[1])))
 
 
 def test_a_failure_of_the_second_is_the_runs(dataset, tmp_path, monkeypatch):
-    """The first one waits for the second, which has failed: nobody waits for ever, and the reason is told."""
+    """The first one must not wait for the second for ever once that has failed; the run's failure is the second's."""
     failure = failure_of(FAILING, dataset, tmp_path)
     assert failure == {"class": "oom", "code": "out_of_memory", "detail": "too much for the second"}
 
@@ -230,7 +230,7 @@ sys.exit(run.main(Path(sys.argv[1])))
 
 
 def test_a_first_one_that_cannot_say_how_it_ended_ends_all(dataset, tmp_path):
-    """What says that a run failed may fail as well: no other process goes on waiting for it."""
+    """Writing the failure may fail as well: no other process must go on waiting."""
     path = script_of(MUTE, tmp_path)
     done = subprocess.run([sys.executable, path, write_run(tmp_path / "run", dataset, job())], timeout=120, check=False)
     assert done.returncode == 1
@@ -255,7 +255,7 @@ sys.exit(run.main(Path(sys.argv[1])))
 """
 
 
-def test_memory_that_runs_out_in_one_of_two_is_said_so(dataset, tmp_path):
+def test_out_of_memory_in_one_of_two_is_reported(dataset, tmp_path):
     """In the backward pass, in which the processes exchange gradients: the one that fails must not begin to count."""
     failure = failure_of(EXHAUSTED, dataset, tmp_path)
     detail = "2 images at a time do not fit into memory (tried to allocate 80 GiB)"
@@ -294,13 +294,13 @@ def test_gpus_must_share_the_batch():
     [(2, "cuda", 64 * 2**20, True), (2, "cuda", 2**30, False), (1, "cuda", 0, False), (2, "cpu", 0, False)],
 )
 def test_little_shared_memory_for_several_gpus_is_warned_of(monkeypatch, size, device, free, warned):
-    told = []
+    messages = []
     monkeypatch.setattr(process_group.shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
-    reporter = SimpleNamespace(message=lambda *words: told.append(words))
+    reporter = SimpleNamespace(message=lambda *words: messages.append(words))
     process_group.warn_of_little_shared_memory(ProcessGroup(0, size), torch.device(device), reporter)
-    assert [words[:2] for words in told] == [("warn", "little_shared_memory")] * warned
+    assert [words[:2] for words in messages] == [("warn", "little_shared_memory")] * warned
     if warned:
-        assert "64 MiB are free in /dev/shm" in told[0][2]
+        assert "64 MiB are free in /dev/shm" in messages[0][2]
 
 
 def test_gpus_meet_by_nccl_and_objects_go_by_the_cpu(monkeypatch):

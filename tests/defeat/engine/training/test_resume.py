@@ -44,7 +44,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """A run that nobody interrupts, and every training checkpoint that it offered."""
+    """An uninterrupted run, and every training checkpoint that it offered."""
     directory = write_run(tmp_path_factory.mktemp("runs") / "whole", dataset, JOB)
     with pytest.MonkeyPatch.context() as patch:
         kept = keep_checkpoints(patch, directory)
@@ -79,8 +79,8 @@ def test_it_goes_on_after_any_step_to_the_same_bytes(whole, dataset, tmp_path, n
     resumed = write_run(tmp_path / "resumed", dataset, JOB, resume=str(kept[number]))
     assert run(resumed)["status"] == "succeeded"
     the_same(directory, resumed)
-    said = [one["message"] for one in events(resumed, "message") if one["code"] == "resumed"]
-    assert len(said) == 1
+    messages = [one["message"] for one in events(resumed, "message") if one["code"] == "resumed"]
+    assert len(messages) == 1
 
 
 def test_killed_twice_without_warning(whole, dataset, tmp_path):

@@ -79,7 +79,7 @@ def test_every_parameter_of_a_method_has_a_gradient(name, boxes):
     assert gradients(step).keys() == trainable
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch():
     whole, parts = (
         step_for(distillation={"method": "fitnet"}, accumulation=count, gradient_clip=0) for count in (1, 4)
     )
@@ -90,7 +90,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     again = parts(batch, START, measured=True).values
     assert again.keys() == values.keys()
     for name, value in values.items():
-        # A share is of a mean of norms, and a norm of a mean is less: the parts pull in directions of their own.
+        # A share is of a mean of norms, and a norm of a mean is less: the parts have gradients of different directions.
         if not name.startswith("gradient_share/"):
             assert again[name] == pytest.approx(value, rel=1e-4), name
     for name, gradient in gradients(whole).items():
@@ -133,20 +133,20 @@ def test_float16_leaves_out_a_step_that_overflows_and_goes_on():
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_gradient_that_is_too_long_is_cut_to_the_length_and_told_as_it_was(precision):
+def test_a_gradient_above_the_limit_is_clipped_and_reported_with_its_norm_before(precision):
     """In float16 too, where the gradient is scaled until just before."""
     free, clipped = (step_for(precision=precision, gradient_clip=clip) for clip in (0, 0.01))
     for step in (free, clipped):
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 64.0})
-    whole, told = (step(batch_of(4), START).values for step in (free, clipped))
-    assert told["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
-    assert told["gradient_norm"] > 0.1
+    whole, reported = (step(batch_of(4), START).values for step in (free, clipped))
+    assert reported["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
+    assert reported["gradient_norm"] > 0.1
     for name, gradient in gradients(free).items():
         expected = gradient * (0.01 / whole["gradient_norm"])
         torch.testing.assert_close(gradients(clipped)[name], expected, rtol=1e-3, atol=1e-8, msg=name)
 
 
-def test_a_gradient_shorter_than_the_limit_stays():
+def test_a_gradient_below_the_limit_stays():
     free, clipped = (step_for(gradient_clip=clip) for clip in (0, 1e6))
     for step in (free, clipped):
         step(batch_of(4), START)
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "limit", "says"),
+    ("accumulation", "limit", "expected"),
     [
         (1, 3, "6 images at a time do not fit into memory; 3 at a time fit: that is accumulation 2 for the same"),
         (1, 2, "that is accumulation 3 for the same batch_size 6, or batch_size 2 ("),
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were():
         (1, 0, "not even one image fits"),
     ],
 )
-def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, says):
+def test_out_of_memory_names_a_batch_that_would_fit(monkeypatch, accumulation, limit, expected):
     step = step_for(batch_size=6, accumulation=accumulation)
     student = step.losses.detector
     plain, held = student.forward_train, []
@@ -191,7 +191,7 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, accumulation, limit, say
     with pytest.raises(RunError) as raised:
         step(batch_of(6), START)
     assert (raised.value.failure_class, raised.value.code) == ("oom", "out_of_memory")
-    assert says in raised.value.detail
+    assert expected in raised.value.detail
     assert raised.value.detail.endswith("(tried to allocate 80 GiB)")
 
 
@@ -228,10 +228,10 @@ def test_an_optimizer_without_room_for_its_state_is_out_of_memory_too(monkeypatc
 
 def test_the_detectors_gradient_and_the_methods_are_clipped_apart():
     free, clipped = (step_for(distillation={"method": "fitnet", "neck_weight": 50}, gradient_clip=c) for c in (0, 0.01))
-    whole, told = (step(batch_of(4), START).values for step in (free, clipped))
+    whole, reported = (step(batch_of(4), START).values for step in (free, clipped))
     names = ("gradient_norm", "adapter_gradient_norm")
-    assert [told[name] for name in names] == pytest.approx([whole[name] for name in names])
-    assert all(told[name] > 0.01 for name in names)
+    assert [reported[name] for name in names] == pytest.approx([whole[name] for name in names])
+    assert all(reported[name] > 0.01 for name in names)
     for name, gradient in gradients(free).items():
         norm = whole["adapter_gradient_norm" if name.startswith("method.") else "gradient_norm"]
         torch.testing.assert_close(gradients(clipped)[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9, msg=name)
@@ -278,7 +278,7 @@ def test_measuring_changes_nothing():
     assert all(torch.equal(weights[1][name], one) for name, one in weights[0].items())
 
 
-def test_a_part_that_looks_at_the_backbone_has_its_share():
+def test_a_part_at_the_backbone_has_its_share():
     step = step_for(TINY, distillation={"method": "defeat", "backbone_object_weight": 2.0})
     values = step(batch_of(4), START, measured=True).values
     shares = {name: value for name, value in values.items() if name.startswith("gradient_share/")}
@@ -311,7 +311,7 @@ def test_the_average_is_the_formula():
     assert all(torch.equal(own[name], tensor) for name, tensor in module.state_dict().items())
 
 
-class Said:
+class RecordingReporter:
     def __init__(self):
         self.messages = []
 
@@ -319,8 +319,8 @@ class Said:
         self.messages.append((level, code, message))
 
 
-def test_a_part_that_stays_zero_is_told_once():
-    reporter = Said()
+def test_a_part_of_the_loss_that_stays_zero_is_reported_once():
+    reporter = RecordingReporter()
     monitor = Monitor(reporter, "student")
     for step in range(QUIET_STEPS - 1):
         monitor.update({"loss/neck": 0.0, "loss/head": 1.0, "gradient_norm": 1.0}, step=step)
@@ -334,8 +334,8 @@ def test_a_part_that_stays_zero_is_told_once():
     assert message.startswith("loss/neck of the student has been 0 for 50 steps, up to step 49")
 
 
-def test_steps_that_are_all_left_out_are_told_once():
-    step, reporter = step_for(precision="float16", batch_size=1), Said()
+def test_skipped_steps_are_reported_once():
+    step, reporter = step_for(precision="float16", batch_size=1), RecordingReporter()
     monitor = Monitor(reporter, "student")
     for number in range(QUIET_STEPS):
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})

@@ -26,7 +26,7 @@ NECK = {"method": "defeat", "head_object_weight": 0, "head_background_weight": 0
 
 @pytest.fixture(autouse=True)
 def _simple(monkeypatch):
-    """Matching replaced, and the copy of the numbers answered; constants that are made here serve nobody else."""
+    """Replace matching and the copy of the numbers; constants that are made here are not kept for other tests."""
 
     def _losses(self, targets, outputs, anchors, levels):
         return {"classification": outputs["cls_logits"].mean(), "bbox_regression": outputs["bbox_regression"].mean()}

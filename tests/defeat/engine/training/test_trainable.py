@@ -1,4 +1,4 @@
-"""What cannot be trained is said before anything is: neither a step nor the teacher's training comes first."""
+"""What cannot be trained is rejected before any training: of the student and of the teacher."""
 
 import pytest
 
@@ -17,7 +17,7 @@ NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weigh
 
 
 @pytest.mark.parametrize(
-    ("detector", "schedule", "augmentation", "code", "says"),
+    ("detector", "schedule", "augmentation", "code", "expected"),
     [
         (SSDLITE, {"batch_size": 1}, {}, "batch_too_small", "batch_size 1 in 1 parts"),
         (SSDLITE, {"batch_size": 4, "accumulation": 4}, {}, "batch_too_small", "set it to 8 or more"),
@@ -33,7 +33,7 @@ NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weigh
     ],
 )
 @pytest.mark.parametrize("whose", ["teacher", "student"])
-def test_it_is_said_at_once(whose, detector, schedule, augmentation, code, says, dataset, tmp_path):
+def test_it_is_rejected_before_any_training(whose, detector, schedule, augmentation, code, expected, dataset, tmp_path):
     schedules = {who: schedule if who == whose else {"batch_size": 4} for who in ("teacher", "student")}
     job = spec(
         teacher={
@@ -50,7 +50,7 @@ def test_it_is_said_at_once(whose, detector, schedule, augmentation, code, says,
     directory = write_run(tmp_path / "run", dataset, job)
     failure = run(directory)["failure"]
     assert (failure["class"], failure["code"]) == ("user", code)
-    assert says in failure["detail"]
+    assert expected in failure["detail"]
     assert events(directory, "metrics") == []
     if code in ("batch_too_small", "too_few_images"):
         assert f"{'teacher.' * (whose == 'teacher')}schedule.batch_size" in failure["detail"]

@@ -1,4 +1,4 @@
-"""A batch in one tensor: what was put in comes out, wherever it lies and however it is cut."""
+"""A batch in one tensor: its content survives on any device and in any split."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_a_batch_goes_to_a_gpu_by_one_copy():
         for piece in moved.split(2):
             assert all(one.is_cuda for one in piece.floats())
             assert all(tensor.is_cuda for target in piece.targets for tensor in target.values())
-    assert waits.found == []  # the copy itself waits for nobody: it is asked for without
+    assert waits.found == []  # the copy itself is asynchronous
 
 
 def test_a_slot_holds_a_batch_until_the_next_one():

@@ -192,9 +192,9 @@ def test_no_batch_is_larger_than_what_is_set_aside(reader, masked, changes):
             assert len(batch.storage) <= found.batch_bytes
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says how much a process shares")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports how much a process shares")
 def test_loader_processes_share_the_records(reader):
-    """Records as Python objects would be copied page by page, 90 MB of them here, as each is looked at.
+    """Records as Python objects would be copied page by page, 90 MB of them here, as each is read.
 
     In a process of its own: what else a process holds decides which pages its children copy.
     """
@@ -311,7 +311,7 @@ def test_a_box_without_a_mask_has_an_empty_one_among_others(tmp_path):
 def test_a_image_is_read_as_it_is_stored(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[274] = 6  # to be turned by a quarter, which nobody does here
+    exif[274] = 6  # a quarter turn, which must not be applied
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     assert torch.equal(read_image(tmp_path / "x.png"), torch.from_numpy(pixels).permute(2, 0, 1))
 
