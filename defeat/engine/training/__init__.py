@@ -1,1 +1,1 @@
-"""The training engine: names no method and no detector."""
+"""The training engine. It is independent of particular methods and detector families."""
