@@ -1,29 +1,17 @@
-"""What every engine config is: frozen, keyword-only, refusing unknown keys, and writing its own JSON Schema."""
+"""Base of every engine config: frozen, strict about keys, and with a JSON Schema that the service checks specs by."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, NotRequired, Self, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from defeat.engine.report import RunError
-
-
-class Rule(TypedDict):
-    """How the value of one key bounds another's: a schema's `x-rules`, which the API checks when a job is sent.
-
-    `below` and `at_most` compare a number, or each number of a list, with the other key's number; `divides` wants the
-    other key's number to be a multiple; `only_with` wants the other key to have `value` unless this one is empty. The
-    config's own validator says the same.
-    """
-
-    key: str
-    rule: Literal["below", "at_most", "divides", "only_with"]
-    other: str
-    value: NotRequired[str]
+from defeat.rules import Finding
+from defeat.rules.keys import Rule, broken_rules
 
 
 def with_rules(*rules: Rule) -> ConfigDict:
-    """Return the model config that publishes these rules."""
+    """Return the model config that publishes these rules as `x-rules`; `Config` enforces them."""
     listed: list[JsonValue] = [{name: str(value) for name, value in rule.items()} for rule in rules]
     return ConfigDict(json_schema_extra={"x-rules": listed})
 
@@ -32,6 +20,13 @@ class Config(BaseModel):
     """Base of all configs. Each field states its unit and range; `defeat.engine.catalog` publishes the schemas."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        extra: Any = type(self).model_config.get("json_schema_extra")
+        if extra and (found := list(broken_rules(extra.get("x-rules", ()), dict(self)))):
+            raise ValueError("; ".join(f"{finding.path[-1]}: {finding.detail}" for finding in found))
+        return self
 
     @classmethod
     def parse(cls, spec: Mapping[str, Any], *, where: str) -> Self:
@@ -43,7 +38,14 @@ class Config(BaseModel):
             return cls.model_validate(dict(spec))
         except ValidationError as error:
             mistakes = "; ".join(
-                f"{where}.{'.'.join(str(part) for part in mistake['loc'])}: {mistake['msg']} (got {mistake['input']!r})"
+                f"{'.'.join([where, *map(str, mistake['loc'])])}: {mistake['msg']} (got {mistake['input']!r})"
                 for mistake in error.errors()
             )
             raise RunError("user", "bad_spec", mistakes[:2000]) from error
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """Raise the first finding, if there is one, as a `RunError` of class "user"."""
+    for finding in findings:
+        place = ".".join(map(str, finding.path))
+        raise RunError("user", finding.code, f"{place}: {finding.detail}"[:2000])

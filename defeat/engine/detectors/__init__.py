@@ -1,11 +1,11 @@
 """The registry of detector families, and how a detector is built, saved and loaded.
 
-Adding a family is one file and one line in `DETECTORS`.
+A family is one file, which describes it in `FAMILY`, and its name in the loop below. One from outside this package
+calls `register`, see `defeat.engine.plugins`.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,18 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from defeat.engine.config import Config
-from defeat.engine.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
-from defeat.engine.detectors.faster_rcnn import (
-    FasterRCNNConfig,
-    FasterRCNNDetector,
-    FasterRCNNMobileNetConfig,
-    FasterRCNNMobileNetDetector,
+from defeat.engine import plugins
+from defeat.engine.detectors import (
+    faster_rcnn,
+    faster_rcnn_mobilenet,
+    fcos,
+    mask_rcnn,
+    retinanet,
+    ssd,
+    ssdlite,
 )
-from defeat.engine.detectors.fcos import FCOSConfig, FCOSDetector
-from defeat.engine.detectors.mask_rcnn import MaskRCNNConfig, MaskRCNNDetector
-from defeat.engine.detectors.retinanet import RetinaNetConfig, RetinaNetDetector
-from defeat.engine.detectors.ssd import SSDConfig, SSDDetector
-from defeat.engine.detectors.ssdlite import SSDLiteConfig, SSDLiteDetector
+from defeat.engine.detectors.base import Detections, Detector, Target, TrainPass
+from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.unset import Unset
 from defeat.engine.report import RunError, write_atomically
 
@@ -33,85 +32,31 @@ __all__ = [
     "DETECTORS",
     "Detections",
     "Detector",
+    "Family",
+    "Published",
     "Target",
     "TrainPass",
     "build",
     "load",
     "read_header",
+    "register",
     "save",
 ]
 
 FORMAT_VERSION = 1
 METADATA_KEY = "defeat"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One detector family: its config and how a detector is made from it.
-
-    Attributes:
-        head: its `Detector.head_kind`.
-        provides: its `Detector.provides`, for the API.
-    """
-
-    summary: str
-    head: HeadKind
-    provides: tuple[Part, ...] = ()
-    config: type[Config]
-    build: Callable[..., Detector]
+DETECTORS: dict[str, Family] = {}
+"""Families by name, in the order in which they registered."""
 
 
-DETECTORS: dict[str, Family] = {
-    "faster_rcnn": Family(
-        summary="Two-stage detector with a feature pyramid (Ren et al. 2015, Lin et al. 2017), torchvision's.",
-        head="two_stage",
-        provides=FasterRCNNDetector.provides,
-        config=FasterRCNNConfig,
-        build=FasterRCNNDetector,
-    ),
-    "faster_rcnn_mobilenet": Family(
-        summary="Faster R-CNN on MobileNetV3 as torchvision has it: a pyramid whose finest stride is 32, twice.",
-        head="two_stage",
-        provides=FasterRCNNMobileNetDetector.provides,
-        config=FasterRCNNMobileNetConfig,
-        build=FasterRCNNMobileNetDetector,
-    ),
-    "fcos": Family(
-        summary="One-stage detector with a feature pyramid and no anchors (Tian et al. 2019), torchvision's.",
-        head="one_stage",
-        provides=FCOSDetector.provides,
-        config=FCOSConfig,
-        build=FCOSDetector,
-    ),
-    "mask_rcnn": Family(
-        summary="Faster R-CNN with a mask head, trained where the data has masks (He et al. 2017), torchvision's.",
-        head="two_stage",
-        provides=MaskRCNNDetector.provides,
-        config=MaskRCNNConfig,
-        build=MaskRCNNDetector,
-    ),
-    "retinanet": Family(
-        summary="One-stage detector with a feature pyramid and the focal loss (Lin et al. 2017), torchvision's.",
-        head="one_stage",
-        provides=RetinaNetDetector.provides,
-        config=RetinaNetConfig,
-        build=RetinaNetDetector,
-    ),
-    "ssd": Family(
-        summary="One-stage detector on VGG-16 at a fixed size (Liu et al. 2016), torchvision's.",
-        head="one_stage",
-        provides=SSDDetector.provides,
-        config=SSDConfig,
-        build=SSDDetector,
-    ),
-    "ssdlite": Family(
-        summary="SSD of depthwise convolutions on MobileNetV3, for phones (Howard et al. 2019), torchvision's.",
-        head="one_stage",
-        provides=SSDLiteDetector.provides,
-        config=SSDLiteConfig,
-        build=SSDLiteDetector,
-    ),
-}
+def register(family: Family) -> None:
+    """Add a family. Raises `ValueError` if there is another one of its name."""
+    plugins.add(DETECTORS, "detector family", family.name, family)
+
+
+for _module in (faster_rcnn, faster_rcnn_mobilenet, fcos, mask_rcnn, retinanet, ssd, ssdlite):
+    register(_module.FAMILY)
 
 
 def build(
@@ -158,7 +103,7 @@ def save(detector: Detector, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Return `{"detector", "classes"}` from a safetensors file of ours, or None if it carries no such header.
+    """Return `{"detector", "classes"}` from a safetensors file of `save`, or None if it has no such header.
 
     Raises:
         RunError: `not_safetensors` if the file is no safetensors file or is cut off.
@@ -188,15 +133,18 @@ def read_header(path: Path) -> dict[str, Any] | None:
 def load(path: str | Path, *, device: str = "cpu") -> Detector:
     """Rebuild a detector from a file that `save` wrote: in eval mode, ready for `detect`.
 
+    Its family may be one of a module that `DEFEAT_PLUGINS` names.
+
     Raises:
-        RunError: the file is not ours, is cut off, or its tensors do not fit its spec.
+        RunError: `save` did not write the file, it is cut off, or its tensors do not fit its spec.
     """
     path = Path(path)
     header = read_header(path)
     if header is None:
         raise RunError(
-            "data", "no_header", f"{path.name} does not say which detector it is (no {METADATA_KEY!r} metadata)"
+            "data", "no_header", f"{path.name} does not name its detector (it has no {METADATA_KEY!r} metadata)"
         )
+    plugins.load()
     with Unset():
         detector = build(header["detector"], header["classes"])
     try:

@@ -24,9 +24,29 @@ from defeat.engine.report import RunError
 STRIDES = (4, 8, 16, 32)
 LAYER_NORM_EPSILON = 1e-6  # ConvNeXt's
 
-# Levels above the coarsest of the backbone's, each at twice the stride before: `pool` one by subsampling, `p6p7` two by
-# strided convolutions from the pyramid's coarsest map, `p6p7_backbone` likewise from the backbone's.
 ExtraLevels = Literal["none", "pool", "p6p7", "p6p7_backbone"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraLevel:
+    """Levels that a pyramid has above the coarsest of the backbone's.
+
+    Attributes:
+        factors: their strides, as multiples of the coarsest one.
+        convolves: whose coarsest map the first of their convolutions takes in; None where they have none.
+    """
+
+    factors: tuple[int, ...] = ()
+    convolves: Literal["pyramid", "backbone"] | None = None
+
+
+# `pool` subsamples the pyramid's coarsest map, the others convolve it, or the backbone's, at stride 2.
+EXTRA_LEVELS: dict[ExtraLevels, ExtraLevel] = {
+    "none": ExtraLevel(),
+    "pool": ExtraLevel(factors=(2,)),
+    "p6p7": ExtraLevel(factors=(2, 4), convolves="pyramid"),
+    "p6p7_backbone": ExtraLevel(factors=(2, 4), convolves="backbone"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +238,12 @@ class Pyramid(nn.Module):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        blocks, factors = _extra_blocks(extra_levels, body.channels[-1], out_channels)
+        blocks = _extra_blocks(extra_levels, body.channels[-1], out_channels)
         self.body = body.module
         self.fpn = FeaturePyramidNetwork(
             body.channels, out_channels, extra_blocks=blocks, norm_layer=nn.BatchNorm2d if batch_norm else None
         )
-        self.strides = (*strides, *(factor * strides[-1] for factor in factors))
+        self.strides = (*strides, *(factor * strides[-1] for factor in EXTRA_LEVELS[extra_levels].factors))
         self.channels = (out_channels,) * len(self.strides)
         self.out_channels = out_channels
         self._ends = body.ends
@@ -278,20 +298,18 @@ def _up_to(body: nn.Module, end: str) -> list[nn.Module]:
     raise AssertionError(f"no module {end!r} in {type(body).__name__}")
 
 
-def _extra_blocks(
-    extra_levels: ExtraLevels, backbone_channels: int, channels: int
-) -> tuple[ExtraFPNBlock | None, tuple[int, ...]]:
-    """Return the module that adds the extra levels, and their strides as multiples of the coarsest one."""
+def _extra_blocks(extra_levels: ExtraLevels, backbone_channels: int, channels: int) -> ExtraFPNBlock | None:
+    """Return the module that adds the extra levels."""
     if extra_levels == "pool":
-        return LastLevelMaxPool(), (2,)
+        return LastLevelMaxPool()
     if extra_levels == "p6p7":
         # As many channels in as out: it then starts from the pyramid's coarsest level, not from the backbone's.
-        return LastLevelP6P7(channels, channels), (2, 4)
+        return LastLevelP6P7(channels, channels)
     if extra_levels == "p6p7_backbone":
         blocks = LastLevelP6P7(backbone_channels, channels)
         blocks.use_P5 = False  # also where the backbone has as many channels as the pyramid
-        return blocks, (2, 4)
-    return None, ()
+        return blocks
+    return None
 
 
 def build_pyramid(
@@ -310,7 +328,7 @@ def build_pyramid(
         backbone: a name from `BACKBONES`.
         strides: consecutive strides out of 4, 8, 16, 32, in pixels.
         channels: channels of each pyramid level.
-        extra_levels: levels to add above the coarsest, see `ExtraLevels`.
+        extra_levels: levels to add above the coarsest, see `EXTRA_LEVELS`.
         pretrained: load ImageNet weights, from the local cache or the network.
         frozen_batch_norm: replace the backbone's batch norm by its frozen form (statistics and affine part fixed).
             Where there is none (ConvNeXt, Swin) there is nothing to replace.
@@ -346,9 +364,9 @@ def _torchvision_body(name: str, strides: Sequence[int], *, pretrained: bool, fr
     stages = TORCHVISION_BACKBONES[name]
     levels = [STRIDES.index(stride) for stride in strides]
     net = _torchvision_net(name, pretrained=pretrained)
-    trunk = freeze_batch_norm(net) if frozen_batch_norm else net
+    net = freeze_batch_norm(net) if frozen_batch_norm else net
     # Keeps, and runs, nothing behind the last child that is named.
-    body: nn.Module = IntermediateLayerGetter(trunk, {stages.ends[stage]: str(i) for i, stage in enumerate(levels)})
+    body: nn.Module = IntermediateLayerGetter(net, {stages.ends[stage]: str(i) for i, stage in enumerate(levels)})
     channels, ends = [stages.channels[stage] for stage in levels], list(stages.ends[: levels[-1] + 1])
     if stages.layer_norm:
         body = NormalisedBody(body, channels, channels_last=stages.channels_last)

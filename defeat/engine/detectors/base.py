@@ -1,4 +1,4 @@
-"""What the engine and the methods need of a detector, whatever its family."""
+"""The interface of a detector: what training, evaluation and methods call, whatever its family."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,11 @@ from typing import Any, Literal, NotRequired, Self, TypedDict, cast
 
 from torch import Tensor, nn
 
-from defeat.engine.config import Config
-from defeat.engine.detectors.backbones import Pyramid
+from defeat.engine.config import Config, require
 from defeat.engine.detectors.compilation import Compiled
 from defeat.engine.detectors.normalization import Normalization
 from defeat.engine.detectors.unblocked import unblock
-from defeat.engine.report import RunError
+from defeat.rules.training import cannot_freeze, least_images
 
 HeadKind = Literal["two_stage", "one_stage"]
 Part = Literal["backbone", "anchors", "logits"]
@@ -43,12 +42,12 @@ class Detections(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Maps:
-    """What one forward pass of a trunk makes of a batch.
+    """Feature maps of a batch, of one forward pass of backbone and neck.
 
     Attributes:
         features: the pyramid's maps by level name, finest first.
         backbone: the backbone's maps by stride in pixels, finest first, as the pyramid takes them in; None for families
-            whose trunk is no `Pyramid`.
+            that do not provide "backbone".
     """
 
     features: Mapping[str, Tensor]
@@ -60,8 +59,8 @@ class TrainPass:
     """One training forward pass of a detector, with everything a distillation method may match.
 
     Attributes:
-        images: (B, 3, H, W), normalised, resized and padded: what the trunk saw, and, normalised as it is used to, what
-            a teacher's trunk is fed.
+        images: (B, 3, H, W), normalised, resized and padded: the backbone's input, and after a change of normalisation
+            the input of a teacher's.
         normalization: how they were normalised.
         image_sizes: height and width of each image in `images`, without the padding.
         targets: ground truth in the pixels of `images`.
@@ -100,9 +99,10 @@ def full_coverage(tensors: int) -> dict[str, Any]:
 
 
 class Detector(nn.Module):
-    """A detector: called as torchvision's are (`model(images, targets)`), and able to be taken apart.
+    """A detector: called as torchvision's are (`model(images, targets)`), with its forward pass open to distillation.
 
-    A family derives from its torchvision class and from this one. The methods here say what each must do.
+    A family derives from its torchvision class and from this one, or from `PyramidDetector`. The methods here define
+    what each must do. Class attributes state what detectors of a family can do.
 
     Attributes:
         config: the spec that rebuilds it.
@@ -111,18 +111,20 @@ class Detector(nn.Module):
         strides: the stride of each pyramid level in pixels, finest first, as `features` returns them.
         channels: the channels of each pyramid level, likewise.
         transform: torchvision's: it resizes, normalises and pads.
-        trains_masks: whether targets' masks are of any use to it.
+        trains_masks: whether it has a mask head, which targets' masks train.
         provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
         leaves_parameters_out: whether a training pass may leave trainable parameters out of its graph, depending on the
             images: they then get no gradient, not even a zero.
+        normalizes_coarsest_map: whether batch norm sees its coarsest map, which may be a single cell.
     """
 
     provides: tuple[Part, ...] = ()
     trains_masks: bool = False
     leaves_parameters_out: bool = False
+    normalizes_coarsest_map: bool = False
     _statistics_frozen: bool = False
-    _compiled: tuple[Compiled, ...] = ()  # what `maps` calls in place of the backbone, or of its body and its pyramid
+    _compiled: tuple[Compiled, ...] = ()  # what `maps` calls in place of the modules of `_compilable`
 
     backbone: Any  # torchvision's attribute, whose type differs by family
     config: Config
@@ -135,7 +137,7 @@ class Detector(nn.Module):
     def introduce(
         self, config: Config, classes: Sequence[str], *, strides: Sequence[int], channels: Sequence[int]
     ) -> None:
-        """Set the attributes above; a family calls it once its modules stand.
+        """Set the attributes above; a family calls it when all of its modules are built.
 
         Its transform and its box coders are replaced by their equals of `unblocked`.
         """
@@ -146,8 +148,13 @@ class Detector(nn.Module):
         unblock(self)
 
     @property
+    def family(self) -> str:
+        """The name of its family."""
+        return str(cast(Any, self.config).architecture)
+
+    @property
     def normalization(self) -> Normalization:
-        """How `features` expects its images to be normalised."""
+        """Mean and standard deviation that `features` expects its images to be normalised with."""
         return Normalization(mean=tuple(self.transform.image_mean), std=tuple(self.transform.image_std))
 
     @property
@@ -159,23 +166,20 @@ class Detector(nn.Module):
         return height, width
 
     def freeze_stages(self, stages: int) -> None:
-        """Fix the first `stages` (0 to 4) of the backbone, see `Pyramid.freeze`; before an optimiser is built.
+        """Freeze the first `stages` (0 to 4) of the backbone; call it before an optimiser is built.
 
         Raises:
-            RunError: `stages_cannot_freeze` if the detector has no backbone with a pyramid, unless `stages` is 0.
+            RunError: `stages_cannot_freeze` if the family has no stages that could be frozen, unless `stages` is 0.
             ValueError: `stages` is out of range.
         """
         self.require_stages(stages)
-        if stages:
-            self.backbone.freeze(stages)
-            self.train(self.training)  # the backbone knows of its frozen stages alone
 
     def freeze_statistics(self) -> None:
-        """Fix the running statistics of the backbone's batch norm, whose weight and bias are trained on.
+        """Freeze the running statistics of the backbone's batch norm; its weight and bias are trained on.
 
         It then normalises in training as it does in eval mode (`norm_eval` in mmdetection and the DeFeat authors'
-        code). Batch norm of the pyramid and the head stays as it is, and so does a backbone that has none, or only
-        frozen. What is fixed remains so.
+        code). Batch norm of the pyramid and the head does not change, nor does a backbone that has none, or only frozen
+        batch norm. There is no way back.
         """
         self._statistics_frozen = True
         self.train(self.training)
@@ -195,43 +199,42 @@ class Detector(nn.Module):
         return self
 
     def require_stages(self, stages: int) -> None:
-        """Raise what `freeze_stages` would raise for a detector without a pyramid; freeze nothing."""
-        if stages and not isinstance(getattr(self, "backbone", None), Pyramid):
-            raise RunError(
-                "user",
-                "stages_cannot_freeze",
-                f"{stages} stages of the backbone are to be frozen, and a {type(self).__name__} has no stages that "
-                "could be: leave it at 0, or take a detector on a backbone with a feature pyramid",
-            )
+        """Raise what `freeze_stages` would raise for a family that cannot freeze stages; freeze nothing."""
+        if stages:
+            require([cannot_freeze(self.family, (), ("schedule",))])
 
     def synchronise_batch_norm(self) -> None:
-        """Let batch norm take its statistics over all processes that train together, on GPUs; before they begin.
+        """Make batch norm take its statistics over all processes that train together, on GPUs; before they begin.
 
-        Each of them must then go through every such layer in every step.
+        Each of them must then run every such layer in every step.
         """
         nn.SyncBatchNorm.convert_sync_batchnorm(self)
 
     @property
     def least_images(self) -> int:
-        """How many images a training pass needs at least; a normalisation may have none to take the variance of."""
-        return 1
+        """Minimum number of images of a training pass, see `defeat.rules.training.least_images`."""
+        return least_images(
+            normalizes_coarsest_map=self.normalizes_coarsest_map,
+            size=self.fixed_size and max(self.fixed_size),
+            coarsest_stride=self.strides[-1],
+        )
 
     def compile_trunk(self) -> None:
-        """Let `maps`, which a training step calls, run compiled by torch.compile, from the next call on.
+        """Compile backbone and neck with torch.compile for `maps`, which a training step calls, from the next call on.
 
-        Nothing else does: `features`, `detect` and a plain call stay as they are, and so do the names of parameters.
-        The backbone's weights are put into channels_last order, see `Compiled`. If compilation fails, `maps` goes on
-        without it, and `compilation_failure` says why.
+        `features`, `detect` and a plain call run uncompiled as before, and parameters keep their names. The weights are
+        put into channels_last order, see `Compiled`. If compilation fails, `maps` runs uncompiled, and
+        `compilation_failure` gives the reason.
         """
-        pyramid = self.backbone
-        # Two graphs: gradients from the pyramid's maps back to the backbone's are asked for, too, and lead through the
-        # second alone.
-        modules = (pyramid.body, pyramid.fpn) if isinstance(pyramid, Pyramid) else (pyramid,)
-        self._compiled = tuple(Compiled(module, dynamic=self.fixed_size is None) for module in modules)
+        self._compiled = tuple(Compiled(module, dynamic=self.fixed_size is None) for module in self._compilable())
+
+    def _compilable(self) -> tuple[nn.Module, ...]:
+        """Return the modules that `maps` calls, each of which becomes one graph."""
+        return (self.backbone,)
 
     @property
     def compilation_failure(self) -> str | None:
-        """Why `maps` no longer runs compiled, in one line; None if it does, or was never to."""
+        """Why `maps` no longer runs compiled, in one line; None if it does, or was never compiled."""
         return next((one.failure for one in self._compiled if one.failure is not None), None)
 
     def features(self, images: Tensor) -> Mapping[str, Tensor]:
@@ -239,24 +242,14 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def maps(self, images: Tensor) -> Maps:
-        """Return what `features` does and the backbone's maps besides, of one and the same pass."""
-        pyramid = self.backbone
-        if not isinstance(pyramid, Pyramid):
-            (whole,) = self._compiled or (pyramid,)
-            return Maps(features=whole(images), backbone=None)
-        body, fpn = self._compiled or (pyramid.body, pyramid.fpn)
-        stages = body(images)
-        # The strides of the backbone's maps come first; those of the extra levels have no map there.
-        return Maps(features=fpn(stages), backbone=dict(zip(pyramid.strides, stages.values(), strict=False)))
+        """Return the maps of `features` and the backbone's, of one forward pass."""
+        (backbone,) = self._compiled or self._compilable()
+        return Maps(features=backbone(images), backbone=None)
 
     @property
     def backbone_channels(self) -> dict[int, int]:
         """The channels of the backbone's maps by stride; empty for a detector that does not provide "backbone"."""
-        pyramid = self.backbone
-        if not isinstance(pyramid, Pyramid):
-            return {}
-        inner = [block[0].in_channels for block in pyramid.fpn.inner_blocks]
-        return dict(zip(pyramid.strides, inner, strict=False))
+        return {}
 
     def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """Class logits of each cell by this detector's dense head: (B, A, K, H, W) of each level, to go into a sigmoid.

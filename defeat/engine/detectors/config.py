@@ -1,12 +1,49 @@
-"""What the configs of all families share: the pyramid, the size of images, and how detections are kept."""
+"""What the configs of all families share: the pyramid, the size of images, how detections are kept, what fields decide.
 
-from typing import Annotated, Any, Literal, Self
+A field says in its JSON Schema what it decides of the detector, which is all that the service knows when it checks
+whether weights fit, levels pair and anchors are alike:
 
-from pydantic import Field, field_validator, model_validator
+- `x-decides`, see `Decides`;
+- `x-extra-levels`: for each of its values, the levels that are added above the backbone's, see `ExtraLevel`;
+- `x-anchors`: it multiplies the anchors of a cell, a number by its value, a list by its length.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, field_validator
 from torchvision.models.detection._utils import overwrite_eps
 
 from defeat.engine.config import Config, with_rules
-from defeat.engine.detectors.backbones import BACKBONES, STRIDES, ExtraLevels, Pyramid, build_pyramid
+from defeat.engine.detectors.backbones import (
+    BACKBONES,
+    EXTRA_LEVELS,
+    STRIDES,
+    ExtraLevels,
+    Pyramid,
+    build_pyramid,
+)
+
+Decides = Literal["tensors", "levels", "channels", "anchors", "maps"]
+"""What a field decides: `tensors`, names or shapes of the detector's parameters and buffers, whatever the other fields
+are; `levels`, the strides of its pyramid; `channels`, those of each level; `anchors`, the anchors of each cell; `maps`,
+the shapes of the maps."""
+
+
+def decides(*what: Decides, multiplies_anchors: bool = False, **others: JsonValue) -> dict[str, JsonValue]:
+    """Return the `json_schema_extra` of a field that decides `what`; `others` are further keys of its schema."""
+    extra: dict[str, JsonValue] = {"x-decides": list(what), **others}
+    return extra | {"x-anchors": "multiplies"} if multiplies_anchors else extra
+
+
+def adds_levels(values: Mapping[str | bool, ExtraLevels]) -> dict[str, JsonValue]:
+    """Return the `json_schema_extra` of a field whose values add levels to the pyramid."""
+    entries: list[JsonValue] = [
+        {"value": value, "factors": list(EXTRA_LEVELS[name].factors), "convolves": EXTRA_LEVELS[name].convolves}
+        for value, name in values.items()
+    ]
+    return {"x-decides": ["levels"], "x-extra-levels": entries}
+
 
 _CONSECUTIVE: list[Any] = [
     list(STRIDES[first:last]) for first in range(len(STRIDES)) for last in range(first + 1, len(STRIDES) + 1)
@@ -17,33 +54,48 @@ Strides = Annotated[
         description="Strides of the backbone's levels in the pyramid in pixels, consecutive.",
         min_length=1,
         max_length=4,
-        json_schema_extra={"enum": _CONSECUTIVE},
+        json_schema_extra=decides("levels", "tensors", enum=_CONSECUTIVE),
     ),
 ]
 AnchorRatios = Annotated[
     tuple[Annotated[float, Field(gt=0, le=20)], ...],
-    Field(description="Height over width of the anchors.", min_length=1, max_length=9),
+    Field(
+        description="Aspect ratios of the anchors, height over width.",
+        min_length=1,
+        max_length=9,
+        json_schema_extra=decides("anchors", multiplies_anchors=True),
+    ),
 ]
-ScoreThreshold = Annotated[float, Field(description="Least score of a detection.", ge=0, lt=1)]
-NmsThreshold = Annotated[float, Field(description="IoU above which the weaker box goes.", gt=0, lt=1)]
-MaxDetections = Annotated[int, Field(description="Most detections per image.", ge=1, le=1000)]
+ScoreThreshold = Annotated[float, Field(description="Minimum score of a detection.", ge=0, lt=1)]
+NmsThreshold = Annotated[
+    float, Field(description="IoU above which non-maximum suppression drops the lower-scored box.", gt=0, lt=1)
+]
+MaxDetections = Annotated[int, Field(description="Maximum number of detections per image.", ge=1, le=1000)]
 
 
 class PyramidConfig(Config):
-    """A detector on a backbone with a feature pyramid. A default that is not the same in all families is theirs."""
+    """A detector on a backbone with a feature pyramid. A default that differs between families is the family's own."""
 
     model_config = with_rules({"key": "min_size", "rule": "at_most", "other": "max_size"})
 
     backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": list(BACKBONES)})]
     strides: Strides = (4, 8, 16, 32)
-    pyramid_channels: Annotated[int, Field(description="Channels of every pyramid level.", ge=8, le=1024)] = 256
+    pyramid_channels: Annotated[
+        int,
+        Field(
+            description="Channels of every pyramid level.",
+            ge=8,
+            le=1024,
+            json_schema_extra=decides("channels", "tensors"),
+        ),
+    ] = 256
     min_size: Annotated[int, Field(description="Shorter side of a resized image, px.", ge=32, le=4096)] = 800
-    max_size: Annotated[int, Field(description="Most that its longer side may become, px.", ge=32, le=8192)] = 1333
+    max_size: Annotated[int, Field(description="Maximum longer side of a resized image, px.", ge=32, le=8192)] = 1333
     frozen_batch_norm: Annotated[
         bool,
         Field(
-            description="Fix the backbone's batch norm; for pretrained weights and small batches. Of no effect on "
-            "backbones that have none, such as ConvNeXt and Swin."
+            description="Freeze the backbone's batch norm; for pretrained weights and small batches. No effect on "
+            "backbones without batch norm, such as ConvNeXt and Swin."
         ),
     ] = False
     batch_norm_epsilon: Annotated[
@@ -63,12 +115,6 @@ class PyramidConfig(Config):
         if strides != STRIDES[first : first + len(strides)]:
             raise ValueError(f"strides must be consecutive and rising, out of {STRIDES}; got {strides}")
         return strides
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        if self.max_size < self.min_size:
-            raise ValueError(f"max_size {self.max_size} is less than min_size {self.min_size}")
-        return self
 
     def build_pyramid(self, extra_levels: ExtraLevels, *, pretrained: bool, batch_norm: bool = False) -> Pyramid:
         """Build the backbone and its pyramid, see `backbones.build_pyramid`; `batch_norm`: of the pyramid's own."""

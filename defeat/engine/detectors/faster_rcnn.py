@@ -1,143 +1,137 @@
-"""Faster R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+"""Faster R-CNN on a feature pyramid: torchvision's model, with its forward pass open to distillation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection import (
+    FasterRCNN,
+    FasterRCNN_ResNet50_FPN_V2_Weights,
+    FasterRCNN_ResNet50_FPN_Weights,
+)
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
-from defeat.engine.detectors.backbones import Pyramid
 from defeat.engine.detectors.base import Detections, Detector, HeadKind, Part, Target, TrainPass
-from defeat.engine.detectors.config import AnchorRatios, MaxDetections, NmsThreshold, PyramidConfig, ScoreThreshold
-from defeat.engine.detectors.mobilenet import BACKBONE, STRIDE, MobileNetPyramid
+from defeat.engine.detectors.config import (
+    AnchorRatios,
+    MaxDetections,
+    NmsThreshold,
+    PyramidConfig,
+    ScoreThreshold,
+    adds_levels,
+    decides,
+)
+from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.outputs import select_outputs
 from defeat.engine.detectors.precision import WideAnchors, WideRPNHead, widened
+from defeat.engine.detectors.pyramid import PyramidDetector
+from defeat.rules.anchors import AnchorSizes
 
 ROI_SIZE = 7
+ANCHORS = AnchorSizes()
 
-ProposalThreshold = Annotated[float, Field(description="Least objectness score of a proposal, 0 to 1.", ge=0, lt=1)]
+ProposalThreshold = Annotated[float, Field(description="Minimum objectness score of a proposal.", ge=0, lt=1)]
 
 
 class TwoStageConfig(PyramidConfig):
     """What the families that derive from Faster R-CNN have in common."""
 
     pool_level: Annotated[
-        bool, Field(description="Add a level at twice the coarsest stride; only the proposals use it.")
+        bool,
+        Field(
+            description="Add a level at twice the coarsest stride; only the proposal network uses it.",
+            json_schema_extra=adds_levels({True: "pool"}),
+        ),
     ] = True
     anchor_scale: Annotated[
-        float, Field(description="Side of a level's anchors, as a multiple of its stride.", gt=0, le=64)
+        float,
+        Field(
+            description="Side of a level's anchors, as a multiple of its stride.",
+            gt=0,
+            le=64,
+            json_schema_extra=decides("anchors"),
+        ),
     ] = 8.0
     anchor_ratios: AnchorRatios = (0.5, 1.0, 2.0)
-    pyramid_batch_norm: Annotated[bool, Field(description="Batch norm behind the pyramid's convolutions.")] = False
+    pyramid_batch_norm: Annotated[
+        bool, Field(description="Batch norm after the pyramid's convolutions.", json_schema_extra=decides("tensors"))
+    ] = False
     rpn_convolutions: Annotated[
-        int, Field(description="3x3 convolutions of the proposal network, before its outputs.", ge=1, le=4)
+        int,
+        Field(
+            description="Number of 3x3 convolutions in the proposal network, before its outputs.",
+            ge=1,
+            le=4,
+            json_schema_extra=decides("tensors"),
+        ),
     ] = 1
     box_head: Annotated[
         Literal["linear", "convolutional"],
         Field(
             description="`linear`: two linear layers. `convolutional`: four 3x3 convolutions with batch norm, then one "
-            "linear layer; slower and more accurate."
+            "linear layer; slower and more accurate.",
+            json_schema_extra=decides("tensors"),
         ),
     ] = "linear"
-    head_channels: Annotated[int, Field(description="Width of the box head's linear layers.", ge=16, le=4096)] = 1024
+    head_channels: Annotated[
+        int,
+        Field(
+            description="Width of the box head's linear layers.",
+            ge=16,
+            le=4096,
+            json_schema_extra=decides("tensors"),
+        ),
+    ] = 1024
     train_proposals: Annotated[
-        int, Field(description="Proposals kept per image in training, after suppression.", ge=16, le=4000)
+        int,
+        Field(
+            description="Maximum number of proposals per image in training, after non-maximum suppression.",
+            ge=16,
+            le=4000,
+        ),
     ] = 2000
     test_proposals: Annotated[
-        int, Field(description="Proposals kept per image in detection, after suppression.", ge=16, le=4000)
+        int,
+        Field(
+            description="Maximum number of proposals per image in detection, after non-maximum suppression.",
+            ge=16,
+            le=4000,
+        ),
     ] = 1000
     box_samples: Annotated[
-        int, Field(description="Proposals per image that the box head is trained on.", ge=8, le=2048)
+        int, Field(description="Number of proposals per image that the box head is trained on.", ge=8, le=2048)
     ] = 512
     proposal_threshold: ProposalThreshold = 0.0
     score_threshold: ScoreThreshold = 0.05
     nms_threshold: NmsThreshold = 0.5
     max_detections: MaxDetections = 100
 
-    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
-        """Build the backbone and its pyramid, with random weights or ImageNet's."""
+    def make_pyramid(self, *, pretrained: bool) -> Any:
+        """Build backbone and FPN, with random weights or ImageNet's: a `Pyramid`, or a module like it."""
         return self.build_pyramid(
             "pool" if self.pool_level else "none", pretrained=pretrained, batch_norm=self.pyramid_batch_norm
         )
 
     def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return the sides of the anchors of each level in pixels."""
-        return tuple((round(self.anchor_scale * stride),) for stride in strides)
+        return tuple(ANCHORS.of(dict(self), stride) for stride in strides)
 
 
-class FasterRCNNConfig(TwoStageConfig):
-    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, the backbone apart."""
+class TwoStageDetector(FasterRCNN, Detector):
+    """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`.
 
-    architecture: Literal["faster_rcnn"] = "faster_rcnn"
-
-
-class FasterRCNNMobileNetConfig(TwoStageConfig):
-    """A Faster R-CNN on MobileNetV3. The defaults are torchvision's `fasterrcnn_mobilenet_v3_large_fpn`."""
-
-    architecture: Literal["faster_rcnn_mobilenet"] = "faster_rcnn_mobilenet"
-    backbone: Annotated[str, Field(description="Backbone by name.", json_schema_extra={"enum": [BACKBONE]})] = BACKBONE
-    strides: Annotated[
-        tuple[Literal[4, 8, 16, 32], ...],
-        Field(
-            description="Strides of the backbone's levels in the pyramid in pixels: its last two outputs.",
-            json_schema_extra={"enum": [[STRIDE, STRIDE]]},
-        ),
-    ] = (STRIDE, STRIDE)
-    anchor_scale: Annotated[
-        float, Field(description="Side of the smallest anchors, as a multiple of 32 px.", gt=0, le=64)
-    ] = 1.0
-    anchor_doublings: Annotated[
-        int, Field(description="Anchor sizes of every level, each twice the one before.", ge=1, le=8)
-    ] = 5
-    proposal_threshold: ProposalThreshold = 0.05
-
-    @field_validator("backbone")
-    @classmethod
-    def _check_backbone(cls, backbone: str) -> str:
-        if backbone != BACKBONE:
-            raise ValueError(f"the family's backbone is {BACKBONE}; got {backbone}")
-        return backbone
-
-    @field_validator("strides")
-    @classmethod
-    def _check_strides(cls, strides: tuple[Literal[4, 8, 16, 32], ...]) -> tuple[Literal[4, 8, 16, 32], ...]:
-        if strides != (STRIDE, STRIDE):
-            raise ValueError(f"strides are what the family has, {[STRIDE, STRIDE]}; got {list(strides)}")
-        return strides
-
-    def make_pyramid(self, *, pretrained: bool) -> Pyramid | MobileNetPyramid:
-        """See `TwoStageConfig.make_pyramid`."""
-        pyramid = MobileNetPyramid(
-            self.pyramid_channels,
-            pool_level=self.pool_level,
-            pretrained=pretrained,
-            frozen_batch_norm=self.frozen_batch_norm,
-            batch_norm=self.pyramid_batch_norm,
-        )
-        if self.batch_norm_epsilon is not None:
-            overwrite_eps(pyramid, self.batch_norm_epsilon)
-        return pyramid
-
-    def anchor_sizes(self, strides: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """See `TwoStageConfig.anchor_sizes`. The same on every level."""
-        sizes = tuple(round(self.anchor_scale * STRIDE * 2**doubling) for doubling in range(self.anchor_doublings))
-        return (sizes,) * len(strides)
-
-
-class FasterRCNNDetector(FasterRCNN, Detector):
-    """torchvision's Faster R-CNN (same parameters, same names), rebuilt from a config. See `Detector`."""
+    A family derives from it, and before it from `PyramidDetector` if its backbone is a `Pyramid`.
+    """
 
     head_kind: HeadKind = "two_stage"
-    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
+    provides: tuple[Part, ...] = ("anchors", "logits")
     # What torchvision sets without saying the types.
     backbone: Any
     rpn: Any
@@ -328,13 +322,6 @@ class FasterRCNNDetector(FasterRCNN, Detector):
         self.classes = list(classes)
 
 
-class FasterRCNNMobileNetDetector(FasterRCNNDetector):
-    """Faster R-CNN on the pyramid that torchvision builds on MobileNetV3. See `mobilenet`."""
-
-    # Two of the backbone's maps have one stride: they cannot be told apart by it.
-    provides: tuple[Part, ...] = ("anchors", "logits")
-
-
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Keep running statistics as they are: batch norm in training mode still normalises by its batch's own."""
@@ -357,3 +344,35 @@ def _box_head(config: TwoStageConfig) -> nn.Module:
         (channels, ROI_SIZE, ROI_SIZE), [channels] * 4, [config.head_channels], norm_layer=nn.BatchNorm2d
     )
     return cast(nn.Module, head)
+
+
+class FasterRCNNConfig(TwoStageConfig):
+    """A Faster R-CNN. The defaults are torchvision's `fasterrcnn_resnet50_fpn`, except the backbone."""
+
+    architecture: Literal["faster_rcnn"] = "faster_rcnn"
+
+
+class FasterRCNNDetector(PyramidDetector, TwoStageDetector):
+    """Faster R-CNN on a backbone with a feature pyramid."""
+
+    provides: tuple[Part, ...] = ("backbone", "anchors", "logits")
+
+
+FAMILY = Family(
+    summary="Two-stage detector on a feature pyramid (Ren et al. 2015, Lin et al. 2017), torchvision's.",
+    config=FasterRCNNConfig,
+    detector=FasterRCNNDetector,
+    anchors=ANCHORS,
+    published={
+        "fasterrcnn_resnet50_fpn": Published(
+            config=FasterRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
+            weights={"COCO_V1": FasterRCNN_ResNet50_FPN_Weights.COCO_V1},
+        ),
+        "fasterrcnn_resnet50_fpn_v2": Published(
+            config=FasterRCNNConfig(
+                backbone="torchvision/resnet50", pyramid_batch_norm=True, rpn_convolutions=2, box_head="convolutional"
+            ),
+            weights={"COCO_V1": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1},
+        ),
+    },
+)

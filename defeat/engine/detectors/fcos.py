@@ -1,36 +1,51 @@
-"""FCOS with a feature pyramid: torchvision's model, with its forward pass laid open for distillation."""
+"""FCOS on a feature pyramid: torchvision's model, with its forward pass open to distillation."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, cast
 
 from pydantic import Field
 from torch import Tensor
-from torchvision.models.detection import FCOS
+from torchvision.models.detection import FCOS, FCOS_ResNet50_FPN_Weights
 
 from defeat.engine.detectors.base import Part, Target
-from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold, decides
+from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.one_stage import OneStageConfig, SigmoidDetector
 from defeat.engine.detectors.precision import WideAnchors
+from defeat.rules.anchors import AnchorSizes
+
+ANCHORS = AnchorSizes()
 
 
 class FCOSConfig(OneStageConfig):
-    """An FCOS. The defaults are torchvision's `fcos_resnet50_fpn`, the backbone apart."""
+    """An FCOS. The defaults are torchvision's `fcos_resnet50_fpn`, except the backbone."""
 
     architecture: Literal["fcos"] = "fcos"
     pyramid_channels: Annotated[
-        int, Field(description="Channels of every pyramid level; a multiple of 32.", ge=32, le=1024, multiple_of=32)
+        int,
+        Field(
+            description="Channels of every pyramid level; a multiple of 32.",
+            ge=32,
+            le=1024,
+            multiple_of=32,
+            json_schema_extra=decides("channels", "tensors"),
+        ),
     ] = 256
     anchor_scale: Annotated[
         float,
         Field(
             description="Side of a level's reference box, as a multiple of its stride. A cell learns objects whose "
-            "farthest border is 4 to 8 sides away; on the finest level nearer ones too, on the coarsest farther ones.",
+            "farthest border is 4 to 8 sides away; on the finest level also nearer, on the coarsest also farther.",
             ge=0.5,
             le=64,
+            json_schema_extra=decides("anchors"),
         ),
     ] = 1.0
     center_radius: Annotated[
-        float, Field(description="Distance from an object's centre that cells learn it in, in sides.", gt=0, le=64)
+        float,
+        Field(
+            description="Maximum distance of a cell from the centre of an object that it learns, in sides.", gt=0, le=64
+        ),
     ] = 1.5
     score_threshold: ScoreThreshold = 0.2
     nms_threshold: NmsThreshold = 0.6
@@ -46,7 +61,7 @@ class FCOSDetector(SigmoidDetector, FCOS):
         """Build the detector with random weights, or with an ImageNet backbone."""
         pyramid = config.build_pyramid(config.extra_levels, pretrained=pretrained_backbone)
         anchors = WideAnchors(
-            sizes=tuple((round(config.anchor_scale * stride),) for stride in pyramid.strides),
+            sizes=tuple(ANCHORS.of(dict(config), stride) for stride in pyramid.strides),
             aspect_ratios=((1.0,),) * len(pyramid.strides),
         )
         super().__init__(
@@ -69,3 +84,18 @@ class FCOSDetector(SigmoidDetector, FCOS):
         """See `OneStageDetector.match_and_compare`: `classification`, `bbox_regression` and `bbox_ctrness`."""
         cells = [level.shape[-2] * level.shape[-1] for level in levels]
         return cast(dict[str, Tensor], self.compute_loss(targets, outputs, anchors, cells))
+
+
+FAMILY = Family(
+    summary="One-stage detector on a feature pyramid, without anchors (Tian et al. 2019), torchvision's.",
+    config=FCOSConfig,
+    detector=FCOSDetector,
+    anchors=ANCHORS,
+    published={
+        "fcos_resnet50_fpn": Published(
+            # torchvision leaves the epsilon alone when it loads these.
+            config=FCOSConfig(backbone="torchvision/resnet50", frozen_batch_norm=True),
+            weights={"COCO_V1": FCOS_ResNet50_FPN_Weights.COCO_V1},
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""Mask R-CNN with a feature pyramid: torchvision's model, with its forward pass laid open for distillation.
+"""Mask R-CNN on a feature pyramid: torchvision's model, with its forward pass open to distillation.
 
 He et al., "Mask R-CNN", ICCV 2017, arXiv 1703.06870.
 """
@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
 from defeat.engine.detectors.base import Detections, Target
-from defeat.engine.detectors.faster_rcnn import FasterRCNNDetector, TwoStageConfig
+from defeat.engine.detectors.config import decides
+from defeat.engine.detectors.family import Family, Published
+from defeat.engine.detectors.faster_rcnn import ANCHORS, FasterRCNNDetector, TwoStageConfig
 from defeat.engine.detectors.outputs import select_outputs
 
 MASK_ROI_SIZE = 14
@@ -22,11 +25,18 @@ MASK_CONVOLUTIONS = 4
 
 
 class MaskRCNNConfig(TwoStageConfig):
-    """A Mask R-CNN. The defaults are torchvision's `maskrcnn_resnet50_fpn`, the backbone apart."""
+    """A Mask R-CNN. The defaults are torchvision's `maskrcnn_resnet50_fpn`, except the backbone."""
 
     architecture: Literal["mask_rcnn"] = "mask_rcnn"
-    mask_channels: Annotated[int, Field(description="Channels of the mask head's convolutions.", ge=8, le=1024)] = 256
-    mask_batch_norm: Annotated[bool, Field(description="Batch norm behind the mask head's convolutions.")] = False
+    mask_channels: Annotated[
+        int,
+        Field(
+            description="Channels of the mask head's convolutions.", ge=8, le=1024, json_schema_extra=decides("tensors")
+        ),
+    ] = 256
+    mask_batch_norm: Annotated[
+        bool, Field(description="Batch norm after the mask head's convolutions.", json_schema_extra=decides("tensors"))
+    ] = False
 
 
 class MaskRCNNDetector(FasterRCNNDetector):
@@ -153,3 +163,27 @@ def _with_masks(labels: Tensor, matches: Tensor, target: Target) -> Tensor:
     rows = torch.where(labels > 0)[0]
     present = target["masks"].flatten(1).any(dim=1).bool()
     return rows[present[matches[rows]]]
+
+
+FAMILY = Family(
+    summary="Faster R-CNN with a mask head, trained where the data has masks (He et al. 2017), torchvision's.",
+    config=MaskRCNNConfig,
+    detector=MaskRCNNDetector,
+    anchors=ANCHORS,
+    published={
+        "maskrcnn_resnet50_fpn": Published(
+            config=MaskRCNNConfig(backbone="torchvision/resnet50", frozen_batch_norm=True, batch_norm_epsilon=0.0),
+            weights={"COCO_V1": MaskRCNN_ResNet50_FPN_Weights.COCO_V1},
+        ),
+        "maskrcnn_resnet50_fpn_v2": Published(
+            config=MaskRCNNConfig(
+                backbone="torchvision/resnet50",
+                pyramid_batch_norm=True,
+                rpn_convolutions=2,
+                box_head="convolutional",
+                mask_batch_norm=True,
+            ),
+            weights={"COCO_V1": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1},
+        ),
+    },
+)

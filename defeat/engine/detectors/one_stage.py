@@ -1,4 +1,4 @@
-"""What one-stage families share: dense heads over the pyramid, taken apart for distillation.
+"""What one-stage families share: dense heads over the pyramid, with a forward pass open to distillation.
 
 Labels. torchvision's RetinaNet and FCOS give each class a column of its own and score it by a sigmoid; a label is the
 index of its column, and there is no background class. Its published weights were trained on labels from 1 all the same:
@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from defeat.engine.detectors.base import Detections, Detector, HeadKind, Target, TrainPass
-from defeat.engine.detectors.config import PyramidConfig, Strides
+from defeat.engine.detectors.config import PyramidConfig, Strides, adds_levels
 from defeat.engine.detectors.outputs import select_outputs
 from defeat.engine.detectors.precision import widened
+from defeat.engine.detectors.pyramid import PyramidDetector
 
 
 class OneStageConfig(PyramidConfig):
@@ -28,12 +29,18 @@ class OneStageConfig(PyramidConfig):
     extra_levels: Annotated[
         Literal["none", "p6p7", "p6p7_backbone"],
         Field(
-            description="`p6p7`: two levels more, at twice and four times the coarsest stride, by convolutions from "
-            "the pyramid's coarsest map. `p6p7_backbone`: from the backbone's."
+            description="`p6p7`: two more levels, at 2 and 4 times the coarsest stride, by convolutions from the "
+            "pyramid's coarsest map. `p6p7_backbone`: the same from the backbone's coarsest map.",
+            json_schema_extra=adds_levels({"p6p7": "p6p7", "p6p7_backbone": "p6p7_backbone"}),
         ),
     ] = "p6p7"
     candidates: Annotated[
-        int, Field(description="Boxes kept per level and image in detection, before suppression.", ge=1, le=10_000)
+        int,
+        Field(
+            description="Maximum number of boxes per level and image in detection, before non-maximum suppression.",
+            ge=1,
+            le=10_000,
+        ),
     ] = 1000
 
 
@@ -86,8 +93,8 @@ class OneStageDetector(Detector):
         return cast(list[Detections], self(images))
 
 
-class SigmoidDetector(OneStageDetector):
-    """A one-stage detector whose classes are scored each on its own: column 0 of its head is no class."""
+class SigmoidDetector(PyramidDetector, OneStageDetector):
+    """A one-stage detector on a `Pyramid` that scores each class by a sigmoid: column 0 of its head is no class."""
 
     def cell_logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """See `Detector.cell_logits`: the classes; column 0, which is none, is left out."""

@@ -1,4 +1,4 @@
-"""SSD on VGG-16: torchvision's model, with its forward pass laid open for distillation.
+"""SSD on VGG-16: torchvision's model, with its forward pass open to distillation.
 
 Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, arXiv 1512.02325.
 """
@@ -12,14 +12,15 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
-from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
+from torchvision.models.detection.ssd import SSD, SSD300_VGG16_Weights, SSDFeatureExtractorVGG
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.ops import box_iou
 
 from defeat.engine.config import Config
 from defeat.engine.detectors.backbones import weights_unavailable
 from defeat.engine.detectors.base import Target
-from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold, decides
+from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.one_stage import OneStageDetector
 from defeat.engine.detectors.outputs import select_outputs
 from defeat.engine.detectors.precision import WideDefaultBoxes
@@ -32,7 +33,12 @@ VGG_CHANNELS = (512, 1024, 512, 256, 256, 256)
 FIRST_UNPADDED, LEAST_CELLS = 3, 3
 
 Candidates = Annotated[
-    int, Field(description="Boxes kept per class and image in detection, before suppression.", ge=1, le=10_000)
+    int,
+    Field(
+        description="Maximum number of boxes per class and image in detection, before non-maximum suppression.",
+        ge=1,
+        le=10_000,
+    ),
 ]
 
 
@@ -59,14 +65,15 @@ class SSDConfig(SSDFamilyConfig):
         tuple[int, ...],
         Field(
             description="Strides of the finest levels in pixels; two more have 3 x 3 cells and 1 x 1.",
-            json_schema_extra={"enum": [[8, 16, 32, 64]]},
+            json_schema_extra=decides("levels", enum=[[8, 16, 32, 64]]),
         ),
     ] = (8, 16, 32, 64)
     size: Annotated[
         Literal[288, 300, 320],
         Field(
-            description="Side of the square that each image is resized to, px. At 300, the paper's, its maps have "
-            "the shapes of backbones that round up, as ResNets do; at 288 and 320 those of all."
+            description="Side of the square that each image is resized to, px. At 300, the paper's, its maps have the "
+            "shapes of those of backbones that round up, such as ResNets; at 288 and 320 of all backbones.",
+            json_schema_extra=decides("maps"),
         ),
     ] = 300
     score_threshold: ScoreThreshold = 0.01
@@ -90,7 +97,7 @@ class SSDFamilyDetector(OneStageDetector):
         targets: list[Target],
         outputs: dict[str, Tensor],
         anchors: list[Tensor],
-        levels: list[Tensor],  # noqa: ARG002 - where a level's boxes end is nothing to SSD
+        levels: list[Tensor],  # noqa: ARG002 - SSD does not match boxes by level
     ) -> dict[str, Tensor]:
         """See `OneStageDetector.match_and_compare`: `bbox_regression` and `classification`."""
         matches = [
@@ -188,3 +195,11 @@ def _vgg16(*, pretrained: bool) -> nn.Sequential:
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
     return layers
+
+
+FAMILY = Family(
+    summary="One-stage detector on VGG-16 at a fixed size (Liu et al. 2016), torchvision's.",
+    config=SSDConfig,
+    detector=SSDDetector,
+    published={"ssd300_vgg16": Published(config=SSDConfig(), weights={"COCO_V1": SSD300_VGG16_Weights.COCO_V1})},
+)

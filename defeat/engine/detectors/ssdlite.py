@@ -1,4 +1,4 @@
-"""SSDLite on MobileNetV3: torchvision's model, with its forward pass laid open for distillation.
+"""SSDLite on MobileNetV3: torchvision's model, with its forward pass open to distillation.
 
 Sandler et al., "MobileNetV2", CVPR 2018, section 6.2, and Howard et al., "Searching for MobileNetV3", ICCV 2019,
 section 6.3.
@@ -14,11 +14,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection._utils import retrieve_out_channels
 from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet, SSDLiteHead, _normal_init
+from torchvision.models.detection.ssdlite import (
+    SSDLite320_MobileNet_V3_Large_Weights,
+    SSDLiteFeatureExtractorMobileNet,
+    SSDLiteHead,
+    _normal_init,
+)
 
 from defeat.engine.detectors.backbones import weights_unavailable
 from defeat.engine.detectors.base import Target, TrainPass
-from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold
+from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold, decides
+from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.precision import WideDefaultBoxes
 from defeat.engine.detectors.ssd import Candidates, SSDFamilyConfig, SSDFamilyDetector
 from defeat.engine.report import RunError
@@ -37,24 +43,27 @@ class SSDLiteConfig(SSDFamilyConfig):
     strides: Annotated[
         tuple[int, ...],
         Field(
-            description="Strides of the levels in pixels.", json_schema_extra={"enum": [[16, 32, 64, 128, 256, 512]]}
+            description="Strides of the levels in pixels.",
+            json_schema_extra=decides("levels", enum=[[16, 32, 64, 128, 256, 512]]),
         ),
     ] = (16, 32, 64, 128, 256, 512)
     reduced_tail: Annotated[
         bool,
         Field(
-            description="Half as many channels in the backbone's last stage, as in the COCO_V1 weights. ImageNet's are "
-            "of the whole one: false with them."
+            description="Halve the channels of the backbone's last stage, as in the COCO_V1 weights. Must be false "
+            "with ImageNet weights, which are of the whole stage.",
+            json_schema_extra=decides("channels", "tensors"),
         ),
     ] = True
     size: Annotated[
         int,
         Field(
             description="Side of the square that each image is resized to, px; a multiple of 32. Up to 512 the "
-            "coarsest map is one cell, and its batch norm wants batches of 2 images or more.",
+            "coarsest map is one cell, whose batch norm needs batches of 2 images or more.",
             ge=64,
             le=1024,
             multiple_of=32,
+            json_schema_extra=decides("maps"),
         ),
     ] = 320
     score_threshold: ScoreThreshold = 0.001
@@ -65,6 +74,8 @@ class SSDLiteConfig(SSDFamilyConfig):
 
 class SSDLiteDetector(SSDFamilyDetector, SSD):
     """torchvision's SSDLite (same parameters, same names), rebuilt from a config. See `Detector`, and `one_stage`."""
+
+    normalizes_coarsest_map = True
 
     def __init__(self, config: SSDLiteConfig, classes: Sequence[str], *, pretrained_backbone: bool = False) -> None:
         """Build the detector with random weights, or with an ImageNet backbone.
@@ -92,12 +103,6 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
             topk_candidates=config.candidates,
         )
         self.introduce(config, classes, strides=config.strides, channels=channels)
-
-    @property
-    def least_images(self) -> int:
-        """See `Detector.least_images`. Two where the coarsest map is one cell, as it is up to a size of 512."""
-        assert isinstance(self.config, SSDLiteConfig)
-        return 2 if self.config.size <= self.strides[-1] else 1
 
     def forward_train(self, images: list[Tensor], targets: list[Target]) -> TrainPass:
         """See `Detector.forward_train`.
@@ -140,3 +145,15 @@ def _mobilenet(config: SSDLiteConfig, norm_layer: Any, *, pretrained: bool) -> n
     # C4, the second level, starts with the last block that halves the map.
     last_strided = max(index for index, block in enumerate(net.features) if getattr(block, "_is_cn", False))
     return SSDLiteFeatureExtractorMobileNet(net.features, last_strided, norm_layer)
+
+
+FAMILY = Family(
+    summary="SSD of depthwise convolutions on MobileNetV3, for phones (Howard et al. 2019), torchvision's.",
+    config=SSDLiteConfig,
+    detector=SSDLiteDetector,
+    published={
+        "ssdlite320_mobilenet_v3_large": Published(
+            config=SSDLiteConfig(), weights={"COCO_V1": SSDLite320_MobileNet_V3_Large_Weights.COCO_V1}
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""What a distillation method is: a module that turns one training pass of the student into further losses."""
+"""The interface of a distillation method: a module that adds losses to a training pass of the student."""
 
 import copy
 from collections import defaultdict
@@ -17,7 +17,7 @@ from defeat.engine.report import RunError
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """Where training is: `step` counts optimiser steps from 0, `epoch` from 0, out of `steps` and `epochs`."""
+    """Position in training: `step` counts optimiser steps from 0, `epoch` from 0, out of `steps` and `epochs`."""
 
     step: int
     steps: int
@@ -26,10 +26,10 @@ class StepInfo:
 
 
 class TeacherPass:
-    """The frozen teacher on the very batch that the student saw, normalised as it is used to, without gradients.
+    """The frozen teacher on the student's batch, with the teacher's own normalisation and without gradients.
 
-    Each part is computed when it is first asked for, and once: methods that are combined share it, and the teacher's
-    trunk runs once a step.
+    Each part is computed once, at its first use. Combined methods share it: the teacher's backbone and neck run once a
+    step.
     """
 
     def __init__(self, teacher: Detector, student: TrainPass) -> None:
@@ -58,7 +58,7 @@ class TeacherPass:
 
     @cached_property
     def cell_logits(self) -> list[Tensor]:
-        """What its dense head scores in each cell, see `Detector.cell_logits`; if it provides "logits"."""
+        """Class logits of its dense head in each cell, see `Detector.cell_logits`; if it provides "logits"."""
         with torch.no_grad():
             return self._teacher.cell_logits(self.features)
 
@@ -82,9 +82,11 @@ class Method(nn.Module):
 
     Attributes:
         warmup_steps: optimiser steps over which its losses rise from 0.
+        compares_backbones: whether one of its losses compares maps of the backbones.
     """
 
     warmup_steps: int = 0
+    compares_backbones: bool = False
 
     def forward(self, student: TrainPass, teacher: Detector | None, step_info: StepInfo) -> dict[str, Tensor]:
         """Return the weighted losses to be added to the student's own, by name; empty if there are none."""
@@ -92,7 +94,7 @@ class Method(nn.Module):
         return self.losses(student, TeacherPass(teacher, student), step_info)
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:
-        """Return what `forward` does, from a pass of the teacher that other methods may share."""
+        """Return the losses of `forward` from a pass of the teacher that other methods may share."""
         raise NotImplementedError
 
 
@@ -107,18 +109,18 @@ def pair_levels(student_strides: Sequence[int], teacher_strides: Sequence[int]) 
     return [(index, open_levels[stride].pop(0)) for index, stride in enumerate(student_strides) if open_levels[stride]]
 
 
-def unadapted(student_channels: int, teacher_channels: int) -> nn.Module:  # noqa: ARG001 - as all adapters are made
-    """Return what leaves the student's maps as they are: for parts that need no adapter, or are switched off."""
+def unadapted(student_channels: int, teacher_channels: int) -> nn.Module:  # noqa: ARG001 - the signature of all adapters
+    """Return the identity: for parts that need no adapter, or have a weight of 0."""
     return nn.Identity()
 
 
 def pointwise(student_channels: int, teacher_channels: int) -> nn.Module:
-    """Return a 1x1 convolution from the student's channels to the teacher's, as the framework initialises it."""
+    """Return a 1x1 convolution from the student's channels to the teacher's, with torch's initial values."""
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
 
 
 def pointwise_if_needed(student_channels: int, teacher_channels: int) -> nn.Module:
-    """Return `pointwise`, or nothing at all where the channels are equal."""
+    """Return `pointwise`, or the identity if the channels are equal."""
     make = unadapted if student_channels == teacher_channels else pointwise
     return make(student_channels, teacher_channels)
 
@@ -126,7 +128,7 @@ def pointwise_if_needed(student_channels: int, teacher_channels: int) -> nn.Modu
 class NearZero(nn.Conv2d):
     """A 3x3 convolution, student's channels to teacher's, whose weights start near zero: `normal().fmod(2) * 1e-4`.
 
-    So start the adapters in the authors' code of FGFI, and in that of DeFeat after them.
+    The initial values of the adapters in the authors' code of FGFI, and of DeFeat after it.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -136,7 +138,7 @@ class NearZero(nn.Conv2d):
 
 
 def paper_value(given: float | None, student: Detector, *, two_stage: float, one_stage: float) -> float:
-    """Return `given`, or where it is None what a method's authors take for students with this kind of head."""
+    """Return `given`, or if it is None the value of a method's authors for students with this kind of head."""
     if given is not None:
         return given
     return two_stage if student.head_kind == "two_stage" else one_stage
@@ -153,9 +155,9 @@ def _map_shapes(detector: Detector, size: tuple[int, int]) -> list[tuple[int, in
 def _require_equal_maps(
     student: Detector, teacher: Detector, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> None:
-    """Raise `RunError` unless paired maps have one shape. Some backbones round a map's size up, some down.
+    """Raise `RunError` unless paired maps have the same shape. Some backbones round a map's size up, some down.
 
-    Only students that resize to a fixed size need it: the others' batches are multiples of 32, where all agree.
+    For students that resize to a fixed size: the batches of others are multiples of 32, where all agree.
     """
     ours, theirs = _map_shapes(student, size), _map_shapes(teacher, size)
     for mine, other in pairs:
@@ -195,17 +197,13 @@ class NeckMethod(Method):
         adapters: one module for each pair.
 
     Raises:
-        RunError: `teacher_missing`; `pyramids_do_not_pair` if the two pyramids share no stride; `maps_do_not_pair` if
-            the maps of a shared stride are of unlike shapes at the size that the student gives every image.
+        RunError: `pyramids_do_not_pair` if the two pyramids share no stride; `maps_do_not_pair` if the maps of a shared
+            stride have unlike shapes at the size that the student resizes every image to.
     """
 
-    def __init__(
-        self, name: str, student: Detector, teacher: Detector | None, adapter: Callable[[int, int], nn.Module]
-    ) -> None:
+    def __init__(self, student: Detector, teacher: Detector, adapter: Callable[[int, int], nn.Module]) -> None:
         """Pair the levels, and build the adapters by `adapter(student's channels, teacher's channels)`."""
         super().__init__()
-        if teacher is None:
-            raise RunError("user", "teacher_missing", f"the method {name} needs a teacher")
         self.pairs = pair_levels(student.strides, teacher.strides)
         self.strides = [student.strides[ours] for ours, _ in self.pairs]
         if not self.pairs:

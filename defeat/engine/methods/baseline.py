@@ -1,4 +1,4 @@
-"""No distillation: the student's own losses alone. What every method is measured against."""
+"""No distillation: the student's own losses alone, the reference for every method."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.methods.base import Method, StepInfo
+from defeat.engine.methods.entry import Entry
 
 
 class BaselineConfig(Config):
@@ -24,3 +25,11 @@ class Baseline(Method):
     def forward(self, student: TrainPass, teacher: Detector | None, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.forward`."""
         return {}
+
+
+METHOD = Entry(
+    summary="The student's own losses alone, without a teacher.",
+    config=BaselineConfig,
+    build=Baseline,
+    needs_teacher=False,
+)

@@ -12,7 +12,7 @@ from defeat.engine.methods.base import Method, StepInfo, TeacherPass
 
 
 class MemberConfig(Config):
-    """What a method in a combination has besides its own parameters."""
+    """The key that a method has in a combination, in addition to its own parameters."""
 
     weight: Annotated[
         float, Field(description="Factor of all losses of this method in the combination.", gt=0, le=1000)
@@ -27,6 +27,7 @@ class Combined(Method):
         super().__init__()
         self.weights = {name: weight for name, weight, _ in members}
         self.warmup_steps = max(method.warmup_steps for _, _, method in members)
+        self.compares_backbones = any(method.compares_backbones for _, _, method in members)
         self.methods = nn.ModuleDict({name: method for name, _, method in members})
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:

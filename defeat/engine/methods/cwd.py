@@ -15,13 +15,16 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, pointwise_if_needed
+from defeat.engine.methods.entry import Entry, weighs
 
 
 class CWDConfig(Config):
     """CWD's parameters. The adapters are 1x1 convolutions, and none where the channels are equal."""
 
     method: Literal["cwd"] = "cwd"
-    neck_weight: Annotated[float, Field(description="Weight of the loss of each level.", ge=0, le=1e6)] = 10.0
+    neck_weight: Annotated[
+        float, Field(description="Weight of the loss of each level.", ge=0, le=1e6, json_schema_extra=weighs("neck"))
+    ] = 10.0
     temperature: Annotated[float, Field(description="Temperature of the softmax over cells.", gt=0, le=100)] = 1.0
 
 
@@ -52,11 +55,19 @@ class CWD(NeckMethod):
     teacher's own pass over the padding says how little there is to see.
     """
 
-    def __init__(self, config: CWDConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("cwd", student, teacher, pointwise_if_needed)
+    def __init__(self, config: CWDConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, pointwise_if_needed)
         self.config = config
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         return {"neck": self.config.neck_weight * cwd_loss(ours, theirs, temperature=self.config.temperature)}
+
+
+METHOD = Entry(
+    summary="Each channel of the neck as a distribution over its cells (Shu et al., ICCV 2021).",
+    config=CWDConfig,
+    build=CWD,
+    needs=("neck",),
+)

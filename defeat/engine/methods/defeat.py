@@ -14,6 +14,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.methods.balance import Balance
 from defeat.engine.methods.base import NearZero, NeckMethod, StepInfo, TeacherPass, image_cells, unadapted
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.losses import decoupled_feature_loss, decoupled_logit_loss
 from defeat.engine.methods.masks import MaskMode, cell_kinds, object_masks
 from defeat.engine.methods.strength import Decay, strength
@@ -36,12 +37,24 @@ class DefeatConfig(Config):
     """
 
     method: Literal["defeat"] = "defeat"
-    neck_object_weight: Annotated[Weight, Field(description="Weight of the neck's object cells.")] = 4.0
-    neck_background_weight: Annotated[Weight, Field(description="Weight of the neck's background cells.")] = 16.0
-    backbone_object_weight: Annotated[Weight, Field(description="Weight of the backbone's object cells.")] = 0.0
-    backbone_background_weight: Annotated[Weight, Field(description="Weight of the backbone's background cells.")] = 0.0
-    head_object_weight: Annotated[Weight, Field(description="Weight of positive proposals.")] = 2.0
-    head_background_weight: Annotated[Weight, Field(description="Weight of negative proposals.")] = 2.0
+    neck_object_weight: Annotated[
+        Weight, Field(description="Weight of the neck's object cells.", json_schema_extra=weighs("neck"))
+    ] = 4.0
+    neck_background_weight: Annotated[
+        Weight, Field(description="Weight of the neck's background cells.", json_schema_extra=weighs("neck"))
+    ] = 16.0
+    backbone_object_weight: Annotated[
+        Weight, Field(description="Weight of the backbone's object cells.", json_schema_extra=weighs("backbone"))
+    ] = 0.0
+    backbone_background_weight: Annotated[
+        Weight, Field(description="Weight of the backbone's background cells.", json_schema_extra=weighs("backbone"))
+    ] = 0.0
+    head_object_weight: Annotated[
+        Weight, Field(description="Weight of positive proposals.", json_schema_extra=weighs("proposals"))
+    ] = 2.0
+    head_background_weight: Annotated[
+        Weight, Field(description="Weight of negative proposals.", json_schema_extra=weighs("proposals"))
+    ] = 2.0
     weights: Annotated[
         Literal["fixed", "auto"],
         Field(
@@ -87,10 +100,10 @@ class DefeatConfig(Config):
         return [name for name in names if getattr(self, f"{name}_weight") > 0]
 
 
-def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
+def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector) -> None:
     """Raise `RunError` if the head part is asked for and a detector has no proposals to compare."""
     detectors = {"student": student, "teacher": teacher}
-    without = [who for who, detector in detectors.items() if detector and detector.head_kind != "two_stage"]
+    without = [who for who, detector in detectors.items() if detector.head_kind != "two_stage"]
     if config.parts("head") and without:
         raise RunError(
             "user",
@@ -134,11 +147,11 @@ class Defeat(NeckMethod):
             one-stage detector; `backbones_do_not_pair` if a backbone weight is and the backbones share no stride.
     """
 
-    def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("defeat", student, teacher, NearZero if config.parts("neck") else unadapted)
-        assert teacher is not None
+    def __init__(self, config: DefeatConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, NearZero if config.parts("neck") else unadapted)
         self.config = config
         self.warmup_steps = config.warmup_steps
+        self.compares_backbones = bool(config.parts("backbone"))
         _require_heads(config, student, teacher)
         self.balance = Balance(config.parts("neck", "head")) if config.weights == "auto" else None
         self.backbone_strides = _pair_backbones(config, student, teacher)
@@ -226,3 +239,13 @@ class Defeat(NeckMethod):
             object_temperature=self.config.head_object_temperature,
             background_temperature=self.config.head_background_temperature,
         )
+
+
+METHOD = Entry(
+    summary="Decoupled features: object and background of the neck and the backbone, positives and negatives of the "
+    "head (Guo et al., CVPR 2021).",
+    config=DefeatConfig,
+    build=Defeat,
+    needs=("neck",),
+    backbone_strides=BACKBONE_STRIDES,
+)

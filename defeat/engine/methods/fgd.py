@@ -13,9 +13,10 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, image_cells, paper_value, pointwise_if_needed
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.masks import focal_weights
 
-Weight = Annotated[float | None, Field(ge=0, le=1e6)]
+Weight = Annotated[float | None, Field(ge=0, le=1e6, json_schema_extra=weighs("neck"))]
 
 
 class FGDConfig(Config):
@@ -122,9 +123,8 @@ class FGD(NeckMethod):
     Raises as `NeckMethod`.
     """
 
-    def __init__(self, config: FGDConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("fgd", student, teacher, pointwise_if_needed)
-        assert teacher is not None
+    def __init__(self, config: FGDConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, pointwise_if_needed)
         self.temperature = config.temperature
         weights = {
             "neck_object": paper_value(config.object_weight, student, two_stage=5e-5, one_stage=1e-3),
@@ -156,3 +156,12 @@ class FGD(NeckMethod):
             for name, parts in levels.items():
                 parts.append(found[name])
         return {name: self.weights[name] * torch.stack(parts).sum() for name, parts in levels.items()}
+
+
+METHOD = Entry(
+    summary="The neck weighted by the teacher's attention, objects and background apart, and its global relations "
+    "(Yang et al., CVPR 2022).",
+    config=FGDConfig,
+    build=FGD,
+    needs=("neck",),
+)

@@ -15,6 +15,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NearZero, NeckMethod, StepInfo, TeacherPass
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.report import RunError
 
@@ -27,7 +28,13 @@ class FGFIConfig(Config):
 
     method: Literal["fgfi"] = "fgfi"
     neck_weight: Annotated[
-        float, Field(description="Weight of the loss (lambda); the authors' code has 0.01.", ge=0, le=1e6)
+        float,
+        Field(
+            description="Weight of the loss (lambda); the authors' code has 0.01.",
+            ge=0,
+            le=1e6,
+            json_schema_extra=weighs("neck"),
+        ),
     ] = 0.01
     threshold: Annotated[
         float,
@@ -94,8 +101,8 @@ class FGFI(NeckMethod):
         RunError: `anchors_missing` if the student hands out no anchors; else as `NeckMethod`.
     """
 
-    def __init__(self, config: FGFIConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("fgfi", student, teacher, NearZero)
+    def __init__(self, config: FGFIConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, NearZero)
         self.config = config
         if "anchors" not in student.provides:
             raise RunError(
@@ -117,3 +124,11 @@ class FGFI(NeckMethod):
             threshold=self.config.threshold,
         )
         return {"neck": self.config.neck_weight * fgfi_loss(ours, theirs, masks)}
+
+
+METHOD = Entry(
+    summary="The neck where anchors lie near objects; for students with anchors (Wang et al., CVPR 2019).",
+    config=FGFIConfig,
+    build=FGFI,
+    needs=("neck", "student.anchors"),
+)

@@ -14,6 +14,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, image_cells, pointwise
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.losses import mean_over_ranks
 
 
@@ -21,7 +22,9 @@ class FitNetConfig(Config):
     """FitNet's parameters. The adapters are 1x1 convolutions, as reproductions on detectors have them."""
 
     method: Literal["fitnet"] = "fitnet"
-    neck_weight: Annotated[float, Field(description="Weight of the loss.", ge=0, le=1e6)] = 1.0
+    neck_weight: Annotated[
+        float, Field(description="Weight of the loss.", ge=0, le=1e6, json_schema_extra=weighs("neck"))
+    ] = 1.0
 
 
 def fitnet_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
@@ -45,8 +48,8 @@ def fitnet_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], inside: Se
 class FitNet(NeckMethod):
     """The loss and its adapters. The padding of a batch is left out. Raises as `NeckMethod`."""
 
-    def __init__(self, config: FitNetConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("fitnet", student, teacher, pointwise)
+    def __init__(self, config: FitNetConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, pointwise)
         self.config = config
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002
@@ -54,3 +57,11 @@ class FitNet(NeckMethod):
         ours, theirs = self.maps(student, teacher)
         inside = image_cells(student, ours, self.strides)
         return {"neck": self.config.neck_weight * fitnet_loss(ours, theirs, inside)}
+
+
+METHOD = Entry(
+    summary="Squared differences of the whole neck, every cell alike (Romero et al., ICLR 2015).",
+    config=FitNetConfig,
+    build=FitNet,
+    needs=("neck",),
+)

@@ -17,6 +17,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, unadapted
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.methods.strength import strength
 from defeat.engine.report import RunError
@@ -33,10 +34,18 @@ class FRSConfig(Config):
 
     method: Literal["frs"] = "frs"
     neck_weight: Annotated[
-        Weight, Field(description="Weight of the neck's loss; null: 0.002 two-stage, 0.005 one-stage.")
+        Weight,
+        Field(
+            description="Weight of the neck's loss; null: 0.002 two-stage, 0.005 one-stage.",
+            json_schema_extra=weighs("neck"),
+        ),
     ] = None
     logits_weight: Annotated[
-        Weight, Field(description="Weight of the cells' class logits; null: 0.1 two-stage, 0.02 one-stage.")
+        Weight,
+        Field(
+            description="Weight of the cells' class logits; null: 0.1 two-stage, 0.02 one-stage.",
+            json_schema_extra=weighs("logits"),
+        ),
     ] = None
     warmup_steps: Annotated[
         int, Field(description="Steps over which the weights rise linearly from 0; 0: at once.", ge=0, le=1_000_000)
@@ -107,10 +116,9 @@ class FRS(NeckMethod):
             `NeckMethod`.
     """
 
-    def __init__(self, config: FRSConfig, student: Detector, teacher: Detector | None) -> None:
+    def __init__(self, config: FRSConfig, student: Detector, teacher: Detector) -> None:
         neck_weight = paper_value(config.neck_weight, student, two_stage=0.002, one_stage=0.005)
-        super().__init__("frs", student, teacher, _adapter if neck_weight > 0 else unadapted)
-        assert teacher is not None
+        super().__init__(student, teacher, _adapter if neck_weight > 0 else unadapted)
         self.neck_weight = neck_weight
         self.logits_weight = paper_value(config.logits_weight, student, two_stage=0.1, one_stage=0.02)
         self.warmup_steps = config.warmup_steps
@@ -175,3 +183,11 @@ def _require_logits(
                 f"{student.strides[mine]} the student has {anchors}, the teacher {theirs}; give the student the "
                 "teacher's anchors, or set logits_weight to 0",
             )
+
+
+METHOD = Entry(
+    summary="The neck and the class logits of its cells, where the teacher sees something (Du et al., NeurIPS 2021).",
+    config=FRSConfig,
+    build=FRS,
+    needs=("neck", "teacher.logits"),
+)

@@ -14,6 +14,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, pointwise_if_needed
+from defeat.engine.methods.entry import Entry, weighs
 
 
 class MGDConfig(Config):
@@ -27,6 +28,7 @@ class MGDConfig(Config):
             "one-stage one.",
             ge=0,
             le=1e6,
+            json_schema_extra=weighs("neck"),
         ),
     ] = None
     masked_fraction: Annotated[
@@ -82,9 +84,8 @@ class MGD(NeckMethod):
     sum.
     """
 
-    def __init__(self, config: MGDConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("mgd", student, teacher, pointwise_if_needed)
-        assert teacher is not None
+    def __init__(self, config: MGDConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, pointwise_if_needed)
         self.weight = paper_value(config.neck_weight, student, two_stage=5e-7, one_stage=2e-5)
         self.masked_fraction = paper_value(config.masked_fraction, student, two_stage=0.45, one_stage=0.65)
         self.generations = nn.ModuleList(Generation(teacher.channels[theirs]) for _, theirs in self.pairs)
@@ -97,3 +98,11 @@ class MGD(NeckMethod):
             for generation, features in zip(self.generations, ours, strict=True)
         ]
         return {"neck": self.weight * mgd_loss(generated, theirs)}
+
+
+METHOD = Entry(
+    summary="Generates the teacher's neck from the student's with most cells masked (Yang et al., ECCV 2022).",
+    config=MGDConfig,
+    build=MGD,
+    needs=("neck",),
+)

@@ -15,6 +15,7 @@ from defeat.engine.config import Config
 from defeat.engine.detectors.base import Detector, TrainPass
 from defeat.engine.detectors.precision import widened
 from defeat.engine.methods.base import NeckMethod, StepInfo, TeacherPass, paper_value, unadapted
+from defeat.engine.methods.entry import Entry, weighs
 from defeat.engine.methods.losses import mean_over_ranks
 from defeat.engine.report import RunError
 
@@ -33,6 +34,7 @@ class PKDConfig(Config):
             "one-stage one.",
             ge=0,
             le=1e6,
+            json_schema_extra=weighs("neck"),
         ),
     ] = None
 
@@ -99,9 +101,8 @@ class PKD(NeckMethod):
         RunError: `channels_differ` if the two pyramids have unlike channels; else as `NeckMethod`.
     """
 
-    def __init__(self, config: PKDConfig, student: Detector, teacher: Detector | None) -> None:
-        super().__init__("pkd", student, teacher, unadapted)
-        assert teacher is not None
+    def __init__(self, config: PKDConfig, student: Detector, teacher: Detector) -> None:
+        super().__init__(student, teacher, unadapted)
         for ours, theirs in self.pairs:
             if student.channels[ours] != teacher.channels[theirs]:
                 raise RunError(
@@ -117,3 +118,12 @@ class PKD(NeckMethod):
         """See `Method.losses`: `neck`."""
         ours, theirs = self.maps(student, teacher)
         return {"neck": self.weight * pkd_loss(ours[:LEVELS], theirs[:LEVELS])}
+
+
+METHOD = Entry(
+    summary="The correlation of the necks, channel by channel; for pyramids of equally many channels "
+    "(Cao et al., NeurIPS 2022).",
+    config=PKDConfig,
+    build=PKD,
+    needs=("neck", "equal_channels"),
+)

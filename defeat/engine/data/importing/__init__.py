@@ -1,13 +1,28 @@
-"""Dataset formats, by name, and how one is found in a directory."""
+"""The registry of dataset formats, and how a dataset's format is found.
+
+A format is one file, which describes it in `FORMAT`, and its name in the loop below. One from outside this package
+calls `register`, see `defeat.engine.plugins`.
+"""
 
 import os
 from pathlib import Path
 
+from defeat.engine import plugins
 from defeat.engine.data.importing import coco, voc
 from defeat.engine.data.importing.base import Format, is_litter
 from defeat.engine.report import RunError, shown
 
-FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (voc.FORMAT, coco.FORMAT)}
+FORMATS: dict[str, Format] = {}
+"""Formats by name, in the order in which they registered."""
+
+
+def register(format_: Format) -> None:
+    """Add a format. Raises `ValueError` if there is another one of its name."""
+    plugins.add(FORMATS, "dataset format", format_.name, format_)
+
+
+for _module in (voc, coco):
+    register(_module.FORMAT)
 
 
 def detect_format(root: Path) -> tuple[Format, Path]:

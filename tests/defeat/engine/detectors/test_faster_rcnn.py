@@ -6,7 +6,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_res
 from torchvision.ops import FrozenBatchNorm2d
 
 from defeat.engine import detectors
-from defeat.engine.detectors.pretrained import PRETRAINED
+from defeat.engine.detectors.pretrained import published
 from defeat.engine.report import RunError
 from tests.support.training import CLASSES, TINY, images_and_targets
 
@@ -82,7 +82,7 @@ def test_a_pass_shows_what_was_sampled():
 
 
 def test_the_pretrained_preset_is_torchvisions_model():
-    config = PRETRAINED["fasterrcnn_resnet50_fpn"].config.model_dump(mode="json")
+    config = published()["fasterrcnn_resnet50_fpn"].config.model_dump(mode="json")
     ours = detectors.build(config, [str(number) for number in range(90)]).eval()
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     ours.load_state_dict(theirs.state_dict())  # strict: the released weights have these names
@@ -98,7 +98,7 @@ def test_the_pretrained_preset_is_torchvisions_model():
 
 
 def test_the_v2_preset_is_torchvisions_model():
-    config = PRETRAINED["fasterrcnn_resnet50_fpn_v2"].config.model_dump(mode="json")
+    config = published()["fasterrcnn_resnet50_fpn_v2"].config.model_dump(mode="json")
     ours = detectors.build(config, [str(number) for number in range(90)]).eval()
     torch.manual_seed(0)
     theirs = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).eval()

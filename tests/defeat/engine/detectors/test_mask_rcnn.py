@@ -7,7 +7,7 @@ import torch
 from torchvision.models import detection
 
 from defeat.engine import detectors
-from defeat.engine.detectors.pretrained import PRETRAINED, load_pretrained
+from defeat.engine.detectors.pretrained import load_pretrained, published
 from defeat.engine.report import RunError
 from tests.defeat.engine.detectors.test_faster_rcnn import freeze
 from tests.support.one_stage import backward
@@ -208,7 +208,7 @@ def test_the_pretrained_preset_is_torchvisions_model(name, monkeypatch, tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(0)
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).eval()
-    path = tmp_path / "hub" / "checkpoints" / Path(PRETRAINED[name].weights["COCO_V1"].url).name
+    path = tmp_path / "hub" / "checkpoints" / Path(published()[name].weights["COCO_V1"].url).name
     path.parent.mkdir(parents=True)
     torch.save(theirs.state_dict(), path)
     ours = load_pretrained(name, "COCO_V1").eval()

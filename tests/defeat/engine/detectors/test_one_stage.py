@@ -8,7 +8,7 @@ import torch
 from torchvision.models import detection
 
 from defeat.engine import detectors
-from defeat.engine.detectors.pretrained import PRETRAINED, load_pretrained
+from defeat.engine.detectors.pretrained import load_pretrained, published
 from defeat.engine.report import RunError
 from tests.defeat.engine.detectors.test_faster_rcnn import freeze
 from tests.support.one_stage import FAMILIES, backward, build, with_an_empty_image, without_column_zero
@@ -55,7 +55,7 @@ def test_a_pass_shows_the_pyramid_and_no_proposals(family):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_pretrained_preset_is_torchvisions_model(name):
-    config = PRETRAINED[name].config.model_dump(mode="json")
+    config = published()[name].config.model_dump(mode="json")
     ours = detectors.build(config, [str(number) for number in range(90)]).eval()
     torch.manual_seed(0)
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).eval()
@@ -82,7 +82,7 @@ def test_published_weights_load_with_their_classes(name, monkeypatch, tmp_path):
     """A file made here stands for the download, with the old names of the head that real ones have (v2's has not)."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).state_dict()
-    path = tmp_path / "hub" / "checkpoints" / Path(PRETRAINED[name].weights["COCO_V1"].url).name
+    path = tmp_path / "hub" / "checkpoints" / Path(published()[name].weights["COCO_V1"].url).name
     path.parent.mkdir(parents=True)
     old = list(theirs)
     if not name.endswith("v2"):
@@ -104,7 +104,7 @@ def test_published_weights_load_with_their_classes(name, monkeypatch, tmp_path):
 def test_defaults_are_torchvisions(name):
     with torch.device("meta"):
         theirs = detection.__dict__[name](weights=None, weights_backbone=None)
-        ours = detectors.build(PRETRAINED[name].config.model_dump(mode="json"), CLASSES)
+        ours = detectors.build(published()[name].config.model_dump(mode="json"), CLASSES)
     for attribute in ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
     assert (ours.transform.min_size, ours.transform.max_size) == (theirs.transform.min_size, theirs.transform.max_size)

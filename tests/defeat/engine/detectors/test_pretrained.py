@@ -8,7 +8,7 @@ import torch
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from defeat.engine.data import canonical
-from defeat.engine.detectors.pretrained import PRETRAINED, classes_of, load_pretrained
+from defeat.engine.detectors.pretrained import classes_of, load_pretrained, published
 from defeat.engine.report import RunError
 from tests.support.training import TINY, run, shapes, spec, write_run
 
@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("torch")
     torch.manual_seed(0)
     state = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-    path = home / "hub" / "checkpoints" / Path(PRETRAINED[NAME].weights[WEIGHTS].url).name
+    path = home / "hub" / "checkpoints" / Path(published()[NAME].weights[WEIGHTS].url).name
     path.parent.mkdir(parents=True)
     torch.save(state, path)
     return home, state
@@ -35,7 +35,7 @@ def test_weights_from_the_cache(made, monkeypatch):
     assert all(torch.equal(ours[name], state[name]) for name in ours)
     assert len(detector.classes) == 90
     assert detector.classes[:3] == ["person", "bicycle", "car"]
-    assert classes_of(PRETRAINED[NAME].weights[WEIGHTS])[-1] == "toothbrush"
+    assert classes_of(published()[NAME].weights[WEIGHTS])[-1] == "toothbrush"
 
 
 def test_no_network_says_where_to_put_the_file(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from torchvision.models import VGG16_Weights, detection
 from torchvision.models.vgg import cfgs, make_layers
 
 from defeat.engine import detectors
-from defeat.engine.detectors.pretrained import PRETRAINED, load_pretrained
+from defeat.engine.detectors.pretrained import load_pretrained, published
 from defeat.engine.report import RunError
 from tests.support.one_stage import backward, with_an_empty_image
 from tests.support.ssd import SSD, SSDLITE
@@ -79,7 +79,7 @@ def test_ssdlites_maps(backbone, height, width):
 def test_the_pretrained_preset_is_torchvisions_model(name):
     torch.manual_seed(0)
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).eval()
-    ours = detectors.build(PRETRAINED[name].config.model_dump(mode="json"), [str(one) for one in range(90)]).eval()
+    ours = detectors.build(published()[name].config.model_dump(mode="json"), [str(one) for one in range(90)]).eval()
     ours.load_state_dict(theirs.state_dict())  # strict: the released weights have these names
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
     for model in (ours, theirs):
@@ -94,7 +94,7 @@ def test_the_pretrained_preset_is_torchvisions_model(name):
 def test_defaults_are_torchvisions(name):
     with torch.device("meta"):
         theirs = detection.__dict__[name](weights=None, weights_backbone=None)
-        ours = detectors.build(PRETRAINED[name].config.model_dump(mode="json"), CLASSES)
+        ours = detectors.build(published()[name].config.model_dump(mode="json"), CLASSES)
     for attribute in ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates", "neg_to_pos_ratio"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
     for attribute in ("min_size", "max_size", "fixed_size", "size_divisible", "image_mean", "image_std"):
@@ -108,7 +108,7 @@ def test_defaults_are_torchvisions(name):
 def test_published_weights_load_with_their_classes(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     theirs = detection.__dict__[name](weights=None, weights_backbone=None, num_classes=91).state_dict()
-    path = tmp_path / "hub" / "checkpoints" / Path(PRETRAINED[name].weights["COCO_V1"].url).name
+    path = tmp_path / "hub" / "checkpoints" / Path(published()[name].weights["COCO_V1"].url).name
     path.parent.mkdir(parents=True)
     torch.save(theirs, path)
     detector = load_pretrained(name, "COCO_V1")
