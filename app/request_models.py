@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapVali
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from app.errors import Invalid
+from defeat.rules import show as show
 
 MAX_DEPTH = 32
 MAX_ERRORS = 100
@@ -54,14 +55,6 @@ def invalid(errors: list[Problem], *, code: str | None = None) -> Invalid:
     count = str(len(errors)) if len(errors) <= MAX_ERRORS else f"more than {MAX_ERRORS}"
     detail = text if len(errors) == 1 else f"the request has {count} errors; the first: {text}"
     return Invalid(detail, code=code, errors=errors[:MAX_ERRORS])
-
-
-def show(value: object) -> str:
-    """Return a value as text for an error message: JSON-like, at most about 80 characters."""
-    text = (
-        {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
-    )
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def explain(item: Mapping[str, Any], *, known: Iterable[str] = ()) -> tuple[str, str]:

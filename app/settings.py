@@ -55,6 +55,11 @@ class Settings(BaseSettings):
         description="Secret that keys API-key hashes and dashboard sessions, at least 16 characters. Default: "
         "generated once under home.",
     )
+    catalog: Path | None = Field(
+        default=None,
+        description="Catalog that the API validates jobs with, as `python -m defeat.engine.catalog FILE` wrote it, "
+        "where the workers have DEFEAT_PLUGINS. None: the packaged one.",
+    )
     dataset_roots: list[Path] = Field(
         default=[],
         description="Directories that `file://` datasets may lie in, as a JSON list. None: no `file://` datasets.",

@@ -1,6 +1,6 @@
 """From a spec as it was sent to one that a worker can run: every mistake named at once, every default filled in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,45 +16,17 @@ from app.models import Checkpoint, Dataset
 from app.request_models import Problem, invalid, pointer, problem, problems_of, show
 from app.settings import Settings
 from app.specs.catalog import Catalog
-from app.specs.classes import CLASS_MAP, class_problems, unknown_class_problems
 from app.specs.initial_weights import tensor_problems
 from app.specs.job import JobSpec
 from app.specs.methods import Chosen, check_methods
 from app.specs.pairing import pair_problems
 from app.specs.training import training_problems
-from app.specs.validation import Path, Section, check_detector, check_section, unknown_choice
+from app.specs.validation import FORM_CODES, Section, check_detector, check_section, problem_of, unknown_choice
 from app.states import AWAITING_UPLOAD, READY
-
-# An error with one of these codes that comes alone gives the whole answer its code.
-RULES = frozenset(
-    {
-        "dataset_not_found",
-        "split_missing",
-        "teacher_required",
-        "checkpoint_not_found",
-        "teacher_classes_differ",
-        "student_classes_differ",
-        "tensors_do_not_fit",
-        "unknown_class",
-        "class_map_not_one_to_one",
-        "teacher_detector_differs",
-        "pyramids_do_not_pair",
-        "channels_differ",
-        "maps_do_not_pair",
-        "head_does_not_pair",
-        "backbones_do_not_pair",
-        "logits_do_not_pair",
-        "anchors_missing",
-        "logits_missing",
-        "bad_combination",
-        "weights_all_zero",
-        "reduced_tail",
-        "stages_cannot_freeze",
-        "batch_too_small",
-        "too_few_images",
-        "fixed_input_size",
-    }
-)
+from defeat.rules import Finding, Path
+from defeat.rules.classes import CLASS_MAP, class_map_findings, unknown_classes
+from defeat.rules.distillation import no_teacher
+from defeat.rules.training import batch_shares
 
 # Parts of a spec whose schemas are the catalog's own sections.
 SECTIONS = ("schedule", "evaluation", "augmentation", "resources")
@@ -138,10 +110,13 @@ class Resolver:
     def _error(self, path: Path, code: str, detail: str) -> None:
         self._errors.append(problem(pointer(path), code, detail))
 
+    def _found(self, findings: Iterable[Finding]) -> None:
+        self._errors.extend(map(problem_of, findings))
+
     def _raise(self) -> None:
         if self._errors:
             codes = {error["code"] for error in self._errors}
-            rule = codes.pop() if len(codes) == 1 and codes <= RULES else None
+            rule = codes.pop() if len(codes) == 1 and not codes & FORM_CODES else None
             raise invalid(self._errors, code=rule)
         for conflict in self._conflicts:
             raise conflict
@@ -164,7 +139,7 @@ class Resolver:
 
     def _section(self, check: Callable[[object, Path], Section], path: Path) -> dict[str, Any] | None:
         value = self._given(path)
-        if not isinstance(value, dict):  # missing or of a wrong type: the outer model has said so
+        if not isinstance(value, dict):  # missing or of a wrong type: the outer model reports it
             return None
         section = check(value, path)
         self._errors.extend(section.problems)
@@ -220,7 +195,7 @@ class Resolver:
         if detector is not None and row.detector is not None:
             self._errors.extend(tensor_problems(self._catalog, path, detector, row.detector))
         if dataset is not None and dataset.classes is not None and row.classes is not None:
-            self._errors.extend(unknown_class_problems(path, dataset.classes, row.classes))
+            self._found(unknown_classes(path, dataset.classes, row.classes))
 
     def _methods(self) -> list[Chosen]:
         chosen, problems = check_methods(self._catalog, self._given(("distillation",)), ("distillation",))
@@ -228,10 +203,9 @@ class Resolver:
         return chosen
 
     def _teacher(self, methods: list[Chosen], dataset: Dataset | None) -> _Teacher:
-        needing = [method.name for method in methods if self._catalog.methods[method.name]["needs_teacher"]]
-        if self._given(("teacher",)) is None and needing:
-            detail = f"method {needing[0]} needs a teacher: give `teacher`, or take a method that needs none"
-            self._error(("teacher",), "teacher_required", detail)
+        if self._given(("teacher",)) is None:
+            needs_teacher = {name: entry["needs_teacher"] for name, entry in self._catalog.methods.items()}
+            self._found(no_teacher([method.name for method in methods], needs_teacher))
         source = self._given(("teacher", "source"))
         if source == "train":
             detector = self._detector(("teacher", "detector"))
@@ -281,13 +255,10 @@ class Resolver:
     def _check_shares(self, path: Path, schedule: dict[str, Any] | None, resources: dict[str, Any] | None) -> None:
         if schedule is None or resources is None:
             return
-        shares = resources["gpus"] * schedule["accumulation"]
-        if schedule["batch_size"] % shares:
-            detail = (
-                f"it must be a multiple of resources.gpus x accumulation, which is {shares}, so that each GPU gets an "
-                f"equal share; got {schedule['batch_size']}"
-            )
-            self._error((*path, "batch_size"), "out_of_range", detail)
+        shared = batch_shares(
+            schedule["batch_size"], gpus=resources["gpus"], accumulation=schedule["accumulation"], where=path
+        )
+        self._found(shared)
 
     def _check_limits(self, resources: dict[str, Any] | None) -> None:
         most = {"gpus": self._settings.max_job_gpus, "gpu_memory_gb": self._settings.max_job_gpu_memory_gb}
@@ -328,8 +299,8 @@ class Resolver:
             return
         given = self._given(CLASS_MAP)
         class_map = given if isinstance(given, dict) else {}
-        if all(isinstance(name, str) for name in class_map.values()):  # else the outer model has said so
-            self._errors.extend(class_problems(dataset.classes, teacher.classes, class_map))
+        if all(isinstance(name, str) for name in class_map.values()):  # else the outer model reports it
+            self._found(class_map_findings(dataset.classes, teacher.classes, class_map))
 
     def _check_pair(self, methods: list[Chosen], student: dict[str, Any] | None, teacher: _Teacher) -> None:
         if student is None or teacher.detector is None:

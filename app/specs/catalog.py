@@ -1,22 +1,27 @@
 """The catalog: the engine's detectors, methods and parameters, as `python -m defeat.engine.catalog` wrote them."""
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
 from app.errors import Unavailable
+from app.settings import get_settings
+
+FORMAT_VERSION = 2
 
 
 class Catalog:
-    """Read access to the catalog's document; its shape is what `defeat.engine.catalog.catalog` returns."""
+    """Read access to the catalog's document; `defeat.engine.catalog.catalog` defines its format."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
+        self._deciding: dict[tuple[str, str], tuple[str, ...]] = {}
 
     @property
     def detectors(self) -> dict[str, Any]:
-        """Detector families by architecture: summary, head, provides, channels, schema."""
+        """Detector families by architecture: summary, head, provides, channels, anchors, how maps round, schema."""
         return dict(self.document["detectors"])
 
     @property
@@ -38,12 +43,44 @@ class Catalog:
         """Return the JSON Schema of `schedule`, `evaluation`, `augmentation`, `resources` or `combination`."""
         return dict(self.document[section]["schema"])
 
+    def family(self, detector: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the family of a detector spec."""
+        return dict(self.document["detectors"][detector["architecture"]])
+
+    def fields(self, detector: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the JSON Schema of each key of a detector spec; `defeat.engine.detectors.config` has its `x-` keys."""
+        return dict(self.document["detectors"][detector["architecture"]]["schema"]["properties"])
+
+    def deciding(self, what: str, *detectors: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the keys that decide `what` of one of these detectors: see `defeat.engine.detectors.config.Decides`.
+
+        Those with values for every stride come first, then those that only add levels.
+        """
+        keys: list[str] = []
+        for detector in detectors:
+            at = detector["architecture"], what
+            if at not in self._deciding:
+                fields = self.fields(detector)
+                found = [key for key, field in fields.items() if what in field.get("x-decides", ())]
+                self._deciding[at] = tuple(sorted(found, key=lambda key: "x-extra-levels" in fields[key]))
+            keys += self._deciding[at]
+        return tuple(dict.fromkeys(keys))
+
 
 @lru_cache(maxsize=1)
 def load_catalog() -> Catalog:
-    """Read the packaged catalog, once per process."""
-    file = resources.files("app.specs") / "catalog.json"
+    """Read the catalog that `DEFEAT_CATALOG` names, or the packaged one, once per process.
+
+    Raises `Unavailable` if there is none, or one of another format.
+    """
+    named = get_settings().catalog
+    file = named or resources.files("app.specs") / "catalog.json"
+    write = f"`python -m defeat.engine.catalog {named or 'app/specs/catalog.json'}` writes it"
     try:
-        return Catalog(json.loads(file.read_text()))
-    except FileNotFoundError as error:
-        raise Unavailable("app/specs/catalog.json is missing; `make catalog` writes it") from error
+        document = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"the catalog {file} cannot be read ({error}); {write}") from error
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise Unavailable(f"the catalog {file} has format {version}; this version reads {FORMAT_VERSION}; {write}")
+    return Catalog(document)

@@ -1,39 +1,26 @@
 """Whether a checkpoint's tensors fit a detector that is to start from them."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from app.request_models import Problem, pointer, problem, show
 from app.specs.catalog import Catalog
-from app.specs.validation import Path, check_detector
-
-# Each of these changes the names or the shapes of a detector's tensors, whatever the others are.
-_SHAPING = (
-    "architecture",
-    "strides",
-    "pyramid_channels",
-    "pyramid_batch_norm",
-    "rpn_convolutions",
-    "box_head",
-    "head_channels",
-    "head_norm",
-    "mask_channels",
-    "mask_batch_norm",
-    "reduced_tail",
-)
-_ANCHORS = ("anchor_octaves", "anchor_doublings", "anchor_ratios")
+from app.specs.levels import extra_levels_of
+from app.specs.validation import check_detector
+from defeat.rules import Path
 
 
 def tensor_problems(
     catalog: Catalog, path: Path, detector: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """Tell what keeps the tensors of a detector `given` from fitting `detector`, both specs, the latter complete."""
+    """Return what keeps the tensors of a detector `given` from fitting `detector`, both specs, the latter complete."""
     own = check_detector(catalog, dict(given), ()).value
     if own is None:
         return
     wanted, found = _shapes(catalog, detector), _shapes(catalog, own)
-    differing = [key for keys, value in wanted.items() if value != found[keys] for key in keys]
-    unlike = [key for key in differing if detector.get(key) != own.get(key)]
+    differing = [key for keys in wanted | found if wanted.get(keys) != found.get(keys) for key in keys]
+    unlike = [key for key in dict.fromkeys(differing) if detector.get(key) != own.get(key)]
     if unlike:
         kept = ", ".join(f"{key} {show(own[key])}" for key in unlike if key in own)
         yield problem(
@@ -46,16 +33,23 @@ def tensor_problems(
 
 def _shapes(catalog: Catalog, detector: Mapping[str, Any]) -> dict[tuple[str, ...], object]:
     """Return what the keys of a spec make of the tensors' names and shapes."""
-    shapes: dict[tuple[str, ...], object] = {(key,): detector.get(key) for key in _SHAPING}
-    per_size = detector.get("anchor_octaves") or detector.get("anchor_doublings") or 1
-    shapes[_ANCHORS] = per_size * len(detector.get("anchor_ratios", ()))
-    strides = detector["strides"]
+    fields = catalog.fields(detector)
+    shapes: dict[tuple[str, ...], object] = {
+        (key,): detector[key] for key in ("architecture", *catalog.deciding("tensors", detector))
+    }
+    counts = {key: detector[key] for key, field in fields.items() if "x-anchors" in field}
+    shapes[tuple(counts)] = prod(len(value) if isinstance(value, list) else value for value in counts.values())
     backbone = catalog.backbones.get(detector["backbone"])
-    if backbone is None or strides[-1] not in backbone["strides"]:  # of a family with a trunk of its own
-        return shapes | {("backbone",): detector["backbone"], ("extra_levels",): None}
-    place = backbone["strides"].index(strides[-1])
+    if backbone is None or "backbone" not in catalog.family(detector)["provides"]:  # the family cuts it by itself
+        return shapes | {("backbone",): detector["backbone"]}
+    place = backbone["strides"].index(detector["strides"][-1])
     layout, channels = backbone["layouts"][place], detector.get("pyramid_channels")
     # The first convolution of the extra levels has as many channels as what it starts from: two kinds of them may fit,
     # and would no longer once the backbone or the channels are set to the checkpoint's.
-    first = {"p6p7": channels, "p6p7_backbone": backbone["channels"][place]}.get(detector.get("extra_levels", "none"))
-    return shapes | {("backbone",): layout, ("extra_levels",): (first, layout, channels)}
+    starts = {"pyramid": channels, "backbone": backbone["channels"][place], None: None}
+    first = {key: starts[entry["convolves"]] for key, entry in extra_levels_of(catalog, detector)}
+    convolving = tuple(
+        key for key, field in fields.items() if any(one["convolves"] for one in field.get("x-extra-levels", ()))
+    )
+    shapes |= {(key,): (first.get(key), layout, channels) for key in convolving}
+    return shapes | {("backbone",): layout}

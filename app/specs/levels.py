@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.specs.catalog import Catalog
-
-# What levels above the backbone's add to a pyramid, as multiples of its coarsest stride: see `defeat.engine.detectors`.
-_EXTRA_LEVELS: dict[tuple[str, object], tuple[int, ...]] = {
-    ("extra_levels", "p6p7"): (2, 4),
-    ("extra_levels", "p6p7_backbone"): (2, 4),
-    ("pool_level", True): (2,),
-}
-# The smallest anchors of a family with `anchor_doublings` are multiples of this, on every level.
-_DOUBLED_STRIDE = 32
+from defeat.rules.anchors import AnchorSizes
 
 Anchors = tuple[tuple[int, ...], tuple[float, ...]]
 
@@ -38,36 +30,40 @@ class Level:
     side: int | None
 
 
-def strides_of(detector: Mapping[str, Any]) -> list[int]:
+def extra_levels_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what adds levels above the backbone's: the key, and the entry of `x-extra-levels` for its value."""
+    return [
+        (key, entry)
+        for key, field in catalog.fields(detector).items()
+        for entry in field.get("x-extra-levels", ())
+        if detector.get(key) == entry["value"]
+    ]
+
+
+def strides_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[int]:
     """Return the strides of a detector spec's pyramid in pixels, finest first, extra levels too.
 
     SSD's last two levels, whose strides no other family has, are left out.
     """
-    strides: list[int] = list(detector.get("strides", ()))
-    factors = [
-        factor
-        for (key, value), added in _EXTRA_LEVELS.items()
-        if strides and detector.get(key) == value
-        for factor in added
-    ]
+    strides: list[int] = list(detector["strides"])
+    factors = [factor for _, entry in extra_levels_of(catalog, detector) for factor in entry["factors"]]
     return [*strides, *(factor * strides[-1] for factor in factors)]
 
 
 def backbone_strides_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[int]:
     """Return the strides of the backbone's maps that the detector hands out; empty for families that hand out none."""
-    provides = catalog.detectors[detector["architecture"]]["provides"]
-    return list(detector["strides"]) if "backbone" in provides else []
+    return list(detector["strides"]) if "backbone" in catalog.family(detector)["provides"] else []
 
 
 def levels_of(catalog: Catalog, detector: Mapping[str, Any], *, size: int | None) -> list[Level]:
     """Return the levels of a complete detector spec, finest first; `size`: of the student's images, see `Level`."""
-    strides = strides_of(detector)
-    has_logits = "logits" in catalog.detectors[detector["architecture"]]["provides"]
+    strides = strides_of(catalog, detector)
+    has_logits = "logits" in catalog.family(detector)["provides"]
     return [
         Level(
             stride=stride,
             channels=channels,
-            anchors=_anchors(detector, stride) if has_logits else None,
+            anchors=_anchors(catalog, detector, stride) if has_logits else None,
             side=_side(catalog, detector, stride, size) if size else None,
         )
         for stride, channels in zip(strides, _channels(catalog, detector, len(strides)), strict=True)
@@ -85,25 +81,20 @@ def pairs_of(student: Sequence[Level], teacher: Sequence[Level]) -> list[tuple[L
 def _channels(catalog: Catalog, detector: Mapping[str, Any], count: int) -> list[int]:
     if "pyramid_channels" in detector:
         return [detector["pyramid_channels"]] * count
-    family = catalog.detectors[detector["architecture"]]
-    entries = (entry for entry in family["channels"] if entry["of"].items() <= detector.items())
+    entries = (entry for entry in catalog.family(detector)["channels"] if entry["of"].items() <= detector.items())
     return list(next(entries)["channels"][:count])
 
 
-def _anchors(detector: Mapping[str, Any], stride: int) -> Anchors:
-    """See the families' files in `defeat.engine.detectors`; they round and cut off as it is done here."""
-    scale, ratios = detector["anchor_scale"], tuple(detector.get("anchor_ratios", (1.0,)))
-    if octaves := detector.get("anchor_octaves"):
-        return tuple(int(scale * stride * 2 ** (octave / octaves)) for octave in range(octaves)), ratios
-    if doublings := detector.get("anchor_doublings"):
-        return tuple(round(scale * _DOUBLED_STRIDE * 2**doubling) for doubling in range(doublings)), ratios
-    return (round(scale * stride),), ratios
+def _anchors(catalog: Catalog, detector: Mapping[str, Any], stride: int) -> Anchors:
+    sizes = AnchorSizes(**catalog.family(detector)["anchors"])
+    return sizes.of(detector, stride), tuple(detector.get("anchor_ratios", (1.0,)))
 
 
 def _side(catalog: Catalog, detector: Mapping[str, Any], stride: int, size: int) -> int:
-    """Extra levels, and all of the families that hand out no maps of a backbone, round up."""
-    strides = backbone_strides_of(catalog, detector)
-    if not strides or catalog.backbones[detector["backbone"]]["rounds"] == "up":
+    rounds = catalog.family(detector)["rounds"] or catalog.backbones[detector["backbone"]]["rounds"]
+    if rounds == "up":
         return -(-size // stride)
+    strides = detector["strides"]
     coarsest = size // strides[-1]
+    # Extra levels round up, whatever the backbone does.
     return size // stride if stride in strides else -(-coarsest * strides[-1] // stride)

@@ -1,12 +1,13 @@
 """The `distillation` part of a job's spec: one method or a list."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from app.request_models import Problem, pointer, problem
+from app.request_models import Problem
 from app.specs.catalog import Catalog
-from app.specs.validation import Path, Section, check_method
+from app.specs.validation import Section, check_method, problem_of
+from defeat.rules import Path
+from defeat.rules.distillation import combination
 
 
 @dataclass(frozen=True)
@@ -23,37 +24,25 @@ class Chosen:
 
 
 def check_methods(catalog: Catalog, value: object, path: Path) -> tuple[list[Chosen], list[Problem]]:
-    """Check what stands at `path`, an object or a list; return what is valid of it, and the mistakes.
+    """Check the value at `path`, an object or a list; return the methods in it that are valid, and the mistakes.
 
-    A value of another type counts as nothing: the outer model has said so.
+    A value of another type counts as nothing: the outer model reports it.
     """
     if isinstance(value, dict):
         return _sorted_out([(path, check_method(catalog, value, path))])
     if not isinstance(value, list):
         return [], []
-    # One more than there are methods repeats one of them: what comes after need not be looked at.
+    # A list longer than that repeats a method within its first members.
     first = value[: len(catalog.methods) + 1]
     sections = [
         ((*path, index), check_method(catalog, one, (*path, index), combined=True)) for index, one in enumerate(first)
     ]
     chosen, problems = _sorted_out(sections)
-    return chosen, [*problems, *_combination_problems(catalog, len(value), chosen, path)]
+    needs_teacher = {name: entry["needs_teacher"] for name, entry in catalog.methods.items()}
+    found = combination(len(value), [(one.path, one.name) for one in chosen], needs_teacher, path)
+    return chosen, [*problems, *map(problem_of, found)]
 
 
 def _sorted_out(sections: list[tuple[Path, Section]]) -> tuple[list[Chosen], list[Problem]]:
     chosen = [Chosen(path, section.value) for path, section in sections if section.value is not None]
     return chosen, [item for _, section in sections for item in section.problems]
-
-
-def _combination_problems(catalog: Catalog, count: int, chosen: list[Chosen], path: Path) -> Iterator[Problem]:
-    if count < 2:
-        detail = f"a list combines at least two methods; got {count}: give a single one as an object, without a list"
-        yield problem(pointer(path), "bad_combination", detail)
-    seen: set[str] = set()
-    for method in chosen:
-        at = pointer((*method.path, "method"))
-        if method.name in seen:
-            yield problem(at, "bad_combination", f"each method may stand in a combination once; {method.name} repeats")
-        elif not catalog.methods[method.name]["needs_teacher"]:
-            yield problem(at, "bad_combination", f"{method.name} teaches nothing and cannot be combined: leave it out")
-        seen.add(method.name)

@@ -1,4 +1,4 @@
-"""The nearest pair of detectors that would work, for one that does not."""
+"""For a pair of detectors that does not fit: the nearest pair that would."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
@@ -22,18 +22,18 @@ def nearest(
     teacher_is_free: bool,
     fits: Fits,
 ) -> str | None:
-    """Return the change of one of two detectors by which they would fit, or None where none is found.
+    """Return the change of one of two detectors by which they would fit, or None if none is found.
 
-    The one with the fewest changed keys, the student's before the teacher's; then that by which most levels pair and
-    fewest do not. Where a detector's own family has none, that of another family.
+    The change of the fewest keys, the student's before the teacher's; then the one by which most levels pair and fewest
+    do not. If a detector's own family has none, a change to another family.
 
     Args:
         catalog: which detectors there are.
-        keys: of a detector's spec, which may be changed.
+        keys: keys of a detector's spec that may be changed.
         student: its spec, complete.
         teacher: likewise.
         teacher_is_free: whether the teacher may be changed.
-        fits: whether a student and a teacher do.
+        fits: returns whether a student and a teacher fit.
     """
     sides: list[tuple[str, Detector, Detector]] = [("student", student, teacher)]
     if teacher_is_free:
@@ -67,13 +67,13 @@ def _best(
     count: int,
     fits: Fits,
 ) -> Detector | None:
-    """Return the best change of just `count` of the keys that the family takes, or None."""
+    """Return the best change of exactly `count` of the keys that the family has, or None."""
     found = []
     for change in _changes(catalog, keys, mine, other, count=count):
         changed = mine | change
         if fits(changed, other) if whose == "student" else fits(other, changed):
-            shared = set(strides_of(changed)) & set(strides_of(other))
-            found.append((-len(shared), len(set(strides_of(changed)) ^ set(strides_of(other))), change))
+            ours, theirs = set(strides_of(catalog, changed)), set(strides_of(catalog, other))
+            found.append((-len(ours & theirs), len(ours ^ theirs), change))
     for *_, change in sorted(found, key=lambda one: one[:2]):
         if not check_detector(catalog, mine | change, ()).problems:
             return change
@@ -83,7 +83,7 @@ def _best(
 def _changes(
     catalog: Catalog, keys: Sequence[str], mine: Detector, other: Detector, *, count: int
 ) -> Iterator[dict[str, Any]]:
-    members = catalog.detectors[mine["architecture"]]["schema"]["properties"]
+    members = catalog.fields(mine)
     values = {
         key: [value for value in _values(members[key], key, other) if value != mine[key]]
         for key in keys
@@ -95,7 +95,7 @@ def _changes(
 
 
 def _values(member: Mapping[str, Any], key: str, other: Detector) -> list[Any]:
-    """Return what a key may be set to: all that it may be, or where that is endless what the other detector has."""
+    """Return values for a key: all that it takes, or if these are endless the other detector's."""
     if "enum" in member:
         return list(member["enum"])
     if member.get("type") == "boolean":

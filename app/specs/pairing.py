@@ -1,4 +1,4 @@
-"""Whether a teacher fits a student by what the methods match of them, and where it does not, what would."""
+"""Whether the methods can compare a teacher and a student; if not, which change would make them fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,7 @@ from app.specs.catalog import Catalog
 from app.specs.levels import backbone_strides_of, levels_of, pairs_of, strides_of
 from app.specs.methods import Chosen
 from app.specs.nearest import Fits, nearest
-from app.specs.validation import Path
-
-# Of these strides DeFeat compares backbones' maps: `BACKBONE_STRIDES` of `defeat.engine.methods.defeat`.
-_BACKBONE_STRIDES = (8, 16, 32)
-_LEVELS = ("strides", "pool_level", "extra_levels")
-_ANCHORS = ("anchor_octaves", "anchor_doublings", "anchor_ratios", "anchor_scale")
+from defeat.rules import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +36,20 @@ def pair_problems(
     *,
     teacher_is_free: bool,
 ) -> Iterator[Problem]:
-    """Tell what keeps the methods from matching two detectors, each with the nearest pair that would work.
+    """Return what keeps the methods from comparing two detectors, each with the nearest pair that would fit.
 
     Args:
         catalog: which detectors and methods there are.
         methods: all that the job combines.
         student: its detector spec, complete.
         teacher: likewise.
-        teacher_is_free: whether its detector may still be changed, since it is trained in the job.
+        teacher_is_free: whether its detector may still be changed: the job trains it.
     """
     found = list(_misfits(catalog, methods, student, teacher))
     codes = {one.code for one in found}
 
     def _without(code: str) -> Fits:
-        # Other misfits are named for themselves; new ones may not come.
+        # Other misfits have findings of their own; a remedy must not cause new ones.
         return lambda ours, theirs: {one.code for one in _misfits(catalog, methods, ours, theirs)} <= codes - {code}
 
     for one in found:
@@ -86,15 +81,16 @@ def _pyramid_misfits(
     catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
 ) -> Iterator[Misfit]:
     needs = catalog.methods[method.name]["needs"]
+    levels = catalog.deciding("levels", student, teacher)
     size = student.get("size")
     pairs = pairs_of(levels_of(catalog, student, size=size), levels_of(catalog, teacher, size=size))
     if "neck" in needs and not pairs:
         yield Misfit(
             path=_at(student, "strides"),
             code="pyramids_do_not_pair",
-            reason=f"the student's pyramid has strides {strides_of(student)}, the teacher's {strides_of(teacher)}: "
-            "none in common, and levels must pair",
-            keys=_LEVELS,
+            reason=f"the student's pyramid has strides {strides_of(catalog, student)}, the teacher's "
+            f"{strides_of(catalog, teacher)}: none in common, and levels must pair",
+            keys=levels,
         )
     unlike = next(((ours, theirs) for ours, theirs in pairs if ours.channels != theirs.channels), None)
     if "equal_channels" in needs and unlike:
@@ -104,7 +100,7 @@ def _pyramid_misfits(
             code="channels_differ",
             reason=f"at stride {unlike[0].stride} the student's pyramid has {unlike[0].channels} channels, the "
             f"teacher's {unlike[1].channels}, and this method compares them one by one",
-            keys=("pyramid_channels", *_LEVELS),
+            keys=(*catalog.deciding("channels", student, teacher), *levels),
             otherwise=f"take a method that adapts them ({', '.join(others)})" if others else None,
         )
     uneven = next(((ours, theirs) for ours, theirs in pairs if ours.side != theirs.side), None)
@@ -114,14 +110,14 @@ def _pyramid_misfits(
             code="maps_do_not_pair",
             reason=f"the student resizes images to {size} x {size} px, of which its map at stride {uneven[0].stride} "
             f"is {uneven[0].side} cells wide, that of the teacher's {teacher['backbone']} {uneven[1].side}",
-            keys=("size", *_LEVELS),
+            keys=(*catalog.deciding("maps", student, teacher), *levels),
         )
 
 
 def _head_misfits(
     catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
 ) -> Iterator[Misfit]:
-    """The weights that compare proposals must be 0 unless both heads have some."""
+    """Weights of losses that compare proposals must be 0 unless both detectors are two-stage."""
     without = {
         f"the {whose} ({detector['architecture']})": whose
         for whose, detector in (("student", student), ("teacher", teacher))
@@ -142,7 +138,7 @@ def _head_misfits(
 def _part_misfits(
     catalog: Catalog, method: Chosen, student: Mapping[str, Any], teacher: Mapping[str, Any]
 ) -> Iterator[Misfit]:
-    """Parts that the method matches, and one of the two families has not. See `Entry` in `defeat.engine.methods`."""
+    """Parts that the method needs and one of the two families does not provide."""
     families = {"student": student["architecture"], "teacher": teacher["architecture"]}
     for need in catalog.methods[method.name]["needs"]:
         who, _, part = need.partition(".")
@@ -151,8 +147,8 @@ def _part_misfits(
             yield Misfit(
                 path=(*method.path, "method"),
                 code=f"{part}_missing",
-                reason=f"{method.name} needs a {who} with {part}, which this family has not",
-                otherwise=f"those that have: {able}",
+                reason=f"{method.name} needs a {who} with {part}, which {families[who]} does not provide",
+                otherwise=f"these do: {able}",
             )
 
 
@@ -161,23 +157,23 @@ def _weight_misfits(
 ) -> Iterator[Misfit]:
     entry = catalog.methods[method.name]
     ours, theirs = backbone_strides_of(catalog, student), backbone_strides_of(catalog, teacher)
-    if not set(_BACKBONE_STRIDES) & set(ours) & set(theirs):
+    if not set(entry["backbone_strides"]) & set(ours) & set(theirs):
         yield from _of_weights(
             method,
             entry["backbone_weights"],
             code="backbones_do_not_pair",
-            compares=f"the backbones' maps at strides {list(_BACKBONE_STRIDES)}; the student's hands out "
+            compares=f"the backbones' maps at strides {entry['backbone_strides']}; the student's hands out "
             f"{ours or 'none'}, the teacher's {theirs or 'none'}, none of these in common",
-            keys=_LEVELS,
+            keys=catalog.deciding("levels", student, teacher),
         )
     if not _logits_pair(catalog, student, teacher):
         yield from _of_weights(
             method,
             entry["logit_weights"],
             code="logits_do_not_pair",
-            compares=f"what both dense heads score in a cell, anchor by anchor; {student['architecture']} and "
-            f"{teacher['architecture']} score unlike things, or have unlike anchors",
-            keys=_ANCHORS,
+            compares=f"the class logits of both dense heads in a cell, anchor by anchor; those of "
+            f"{student['architecture']} and {teacher['architecture']} have unlike classes or unlike anchors",
+            keys=catalog.deciding("anchors", student, teacher),
         )
 
 
@@ -185,7 +181,7 @@ def _logits_pair(catalog: Catalog, student: Mapping[str, Any], teacher: Mapping[
     ours, theirs = catalog.detectors[student["architecture"]], catalog.detectors[teacher["architecture"]]
     if ours["head"] != theirs["head"] or "logits" not in ours["provides"]:
         return False
-    if "logits" not in theirs["provides"]:  # said as such
+    if "logits" not in theirs["provides"]:  # `logits_missing` reports it
         return True
     if ("anchors" in ours["provides"]) != ("anchors" in theirs["provides"]):
         return False
@@ -202,7 +198,7 @@ def _of_weights(
     keys: tuple[str, ...] = (),
     otherwise: str = "set it to 0",
 ) -> Iterator[Misfit]:
-    """Return a misfit for each weight that is not 0 (null: the authors' own), by what it `compares` and cannot."""
+    """Return a misfit for each weight that is not 0 (null: the authors' own); `compares`: what cannot be compared."""
     for weight in weights:
         if method.value[weight] is None or method.value[weight] > 0:
             reason = f"{weight} compares {compares}"

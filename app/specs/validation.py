@@ -1,4 +1,4 @@
-"""Specs against the catalog's JSON Schemas: every mistake named, every default filled in."""
+"""Checks specs against the catalog's JSON Schemas: every mistake reported, every default filled in."""
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,13 +10,34 @@ from jsonschema.exceptions import ValidationError
 
 from app.request_models import MAX_ERRORS, Problem, pointer, problem, show
 from app.specs.catalog import Catalog
+from defeat.rules import Finding, Path
+from defeat.rules.distillation import no_weight
+from defeat.rules.keys import broken_rules
 
-Path = tuple[object, ...]
-
-# A wrong choice of these has a code of its own, since whole libraries of names hang on them.
+# A wrong value of these has a code of its own: each is a name from a long list.
 _NAMED_CHOICES = frozenset({"architecture", "backbone", "weights", "method", "detector"})
+FORM_CODES = frozenset(
+    {
+        "bad_json",
+        "missing_key",
+        "out_of_range",
+        "unfit_value",
+        "unknown_choice",
+        "unknown_key",
+        "wrong_format",
+        "wrong_type",
+        *(f"unknown_{key}" for key in _NAMED_CHOICES),
+    }
+)
+"""Codes of mistakes in the form of a single value. All others are rules of a job: one that is broken alone gives the
+whole answer its code."""
 _SHORT_LIST = 12
 _NEAREST = 10
+
+
+def problem_of(finding: Finding) -> Problem:
+    """Return the entry of a problem document's `errors` for a rule's finding."""
+    return problem(pointer(finding.path), finding.code, finding.detail)
 
 
 def unknown_choice(path: Path, value: object, choices: Collection[object]) -> Problem:
@@ -41,7 +62,7 @@ def check(schema: Mapping[str, Any], value: object, path: Path) -> list[Problem]
     errors = sorted(first, key=lambda error: list(map(str, error.path)))
     found = [item for error in errors for item in _explain(error, path)]
     mistyped = {item["pointer"] for item in found if item["code"] == "wrong_type"}
-    # What else is wrong with a value of the wrong type goes without saying.
+    # Other mistakes of a value of the wrong type follow from its type.
     return [item for item in found if item["code"] == "wrong_type" or item["pointer"] not in mistyped]
 
 
@@ -144,32 +165,14 @@ def check_section(schema: Mapping[str, Any], value: object, path: Path) -> Secti
     if problems:
         return Section(None, problems)
     whole = complete(schema, value)
-    problems = list(_check_rules(schema, whole, path))
+    problems = [problem_of(finding) for finding in broken_rules(schema.get("x-rules", ()), whole, path)]
     return Section(None, problems) if problems else Section(whole)
-
-
-def _check_rules(schema: Mapping[str, Any], value: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    """Check what JSON Schema cannot say, how one key's value bounds another's: see `defeat.engine.config.Rule`."""
-    for rule in schema.get("x-rules", ()):
-        key, other = rule["key"], rule["other"]
-        given, bound = value[key], value[other]
-        numbers = given if isinstance(given, list) else [given]
-        at = pointer((*path, key))
-        if rule["rule"] == "below" and any(number >= bound for number in numbers):
-            yield problem(at, "out_of_range", f"it must be below {other}, which is {bound}; got {show(given)}")
-        elif rule["rule"] == "at_most" and any(number > bound for number in numbers):
-            yield problem(at, "out_of_range", f"it must be at most {other}, which is {bound}; got {show(given)}")
-        elif rule["rule"] == "divides" and bound % given:
-            yield problem(at, "out_of_range", f"it must divide {other}, which is {bound}; got {show(given)}")
-        elif rule["rule"] == "only_with" and given and bound != rule["value"]:
-            wanted = f"{other}: {rule['value']}"
-            yield problem(at, "out_of_range", f"it belongs to {wanted}, and {other} is {bound}; got {show(given)}")
 
 
 def _check_chosen(
     entries: Mapping[str, Any], key: str, value: object, path: Path, *, also: Mapping[str, Any] | None = None
 ) -> Section:
-    """Check an object whose schema hangs on `value[key]`; it may have the keys of the schema `also` besides."""
+    """Check an object whose schema depends on `value[key]`; `also`: the schema of further keys that it may have."""
     if not isinstance(value, dict):
         return Section(None, [problem(pointer(path), "wrong_type", f"it must be an object; got {show(value)}")])
     if key not in value:
@@ -190,15 +193,12 @@ def check_detector(catalog: Catalog, value: object, path: Path) -> Section:
 
 
 def check_method(catalog: Catalog, value: object, path: Path, *, combined: bool = False) -> Section:
-    """Check a method's spec: `method` picks the schema; one that is combined with others has a `weight` besides."""
+    """Check a method's spec: `method` picks the schema; one that is combined with others also has a `weight`."""
     also = catalog.schema("combination") if combined else None
     section = _check_chosen(catalog.methods, "method", value, path, also=also)
     if section.value is None:
         return section
     name = section.value["method"]
     weights = catalog.methods[name]["weights"]
-    if not weights or any(section.value[weight] != 0 for weight in weights):
-        return section
-    other = "leave the method out" if combined else "take the method baseline"
-    detail = f"every weight is 0 ({', '.join(weights)}), so {name} would distil nothing: give one, or {other}"
-    return Section(None, [problem(pointer(path), "weights_all_zero", detail)])
+    problems = [problem_of(finding) for finding in no_weight(name, weights, section.value, path, combined=combined)]
+    return Section(None, problems) if problems else section

@@ -73,6 +73,11 @@ def _rounding(name: str, strides: Sequence[int], sides: Sequence[int]) -> str:
     raise RunError("infra", "catalog_failed", detail)
 
 
+def _backbones(schema: dict[str, Any]) -> list[str]:
+    member = schema["properties"]["backbone"]
+    return list(member.get("enum") or [member["const"]])
+
+
 def _on_meta(family: Family) -> Iterator[tuple[dict[str, Any], Detector]]:
     """Yield a detector of the family for each choice of backbone and flags, without memory, and that choice."""
     members = _schema(family.config)["properties"]
@@ -104,7 +109,7 @@ def _family(family: Family) -> dict[str, Any]:
         entry["channels"] = [
             {"of": chosen, "channels": list(detector.channels)} for chosen, detector in _on_meta(family)
         ]
-    if "backbone" not in family.provides:
+    if "backbone" not in family.provides or not set(_backbones(schema)) <= set(BACKBONES):
         _, detector = next(_on_meta(family))
         with torch.device("meta"):
             maps = detector.eval().features(torch.zeros(1, 3, ODD_SIDE, ODD_SIDE))

@@ -84,6 +84,22 @@ def training_findings(
         yield batch_too_small(trainee, parts, where)
 
 
+def not_with_imagenet(key: str, backbone: str, who: Path) -> Finding:
+    """Return the finding for a flag of a detector that changes the backbone, which is to start from ImageNet weights.
+
+    Args:
+        key: the flag's, which is also the code.
+        backbone: its name.
+        who: the place of the student or teacher.
+    """
+    return Finding(
+        (*who, "detector", key),
+        key,
+        f"the ImageNet weights of {backbone} are those of its whole last stage: set {key} to false, or use "
+        "initial_weights: random",
+    )
+
+
 def cannot_freeze(family: str, freezable_families: Sequence[str], where: Path) -> Finding:
     """Return the finding for a family without stages that could be frozen."""
     others = f"one of {', '.join(freezable_families)}" if freezable_families else "a family on a feature pyramid"

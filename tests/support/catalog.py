@@ -17,8 +17,15 @@ DETECTOR: dict[str, Any] = {
             "minItems": 1,
             "maxItems": 4,
             "default": [4, 8, 16, 32],
+            "x-decides": ["levels", "tensors"],
         },
-        "pyramid_channels": {"type": "integer", "minimum": 8, "maximum": 1024, "default": 256},
+        "pyramid_channels": {
+            "type": "integer",
+            "minimum": 8,
+            "maximum": 1024,
+            "default": 256,
+            "x-decides": ["channels", "tensors"],
+        },
         "batch_norm_epsilon": {
             "anyOf": [{"type": "number", "minimum": 0, "maximum": 0.1}, {"type": "null"}],
             "default": None,
@@ -35,13 +42,16 @@ TEACHER_DETECTOR = {
 }
 
 CATALOG: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "detectors": {
         "faster_rcnn": {
             "summary": "Two stages.",
             "head": "two_stage",
             "provides": ["backbone", "anchors"],
             "channels": [],
+            "anchors": None,
+            "rounds": None,
+            "normalizes_coarsest_map": False,
             "schema": DETECTOR,
         }
     },
@@ -70,6 +80,7 @@ CATALOG: dict[str, Any] = {
             "head_weights": [],
             "backbone_weights": [],
             "logit_weights": [],
+            "backbone_strides": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,
@@ -89,6 +100,7 @@ CATALOG: dict[str, Any] = {
             "head_weights": [],
             "backbone_weights": [],
             "logit_weights": ["logits_weight"],
+            "backbone_strides": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,
@@ -106,6 +118,7 @@ CATALOG: dict[str, Any] = {
             "head_weights": [],
             "backbone_weights": [],
             "logit_weights": [],
+            "backbone_strides": [],
             "schema": {
                 "type": "object",
                 "additionalProperties": False,

@@ -10,7 +10,7 @@ from defeat.engine.config import Config, require
 from defeat.engine.detectors.compilation import Compiled
 from defeat.engine.detectors.normalization import Normalization
 from defeat.engine.detectors.unblocked import unblock
-from defeat.rules.training import cannot_freeze, least_images
+from defeat.rules.training import Trainee, cannot_freeze, least_images
 
 HeadKind = Literal["two_stage", "one_stage"]
 Part = Literal["backbone", "anchors", "logits"]
@@ -164,6 +164,16 @@ class Detector(nn.Module):
             return None
         width, height = self.transform.fixed_size
         return height, width
+
+    def trainee(self, who: str) -> Trainee:
+        """Return what rules for its training ask of it; `who`: "student" or "teacher"."""
+        return Trainee(
+            who=who,
+            family=self.family,
+            size=self.fixed_size and max(self.fixed_size),
+            least_images=self.least_images,
+            freezable="backbone" in self.provides,
+        )
 
     def freeze_stages(self, stages: int) -> None:
         """Freeze the first `stages` (0 to 4) of the backbone; call it before an optimiser is built.

@@ -5,7 +5,8 @@ whether weights fit, levels pair and anchors are alike:
 
 - `x-decides`, see `Decides`;
 - `x-extra-levels`: for each of its values, the levels that are added above the backbone's, see `ExtraLevel`;
-- `x-anchors`: it multiplies the anchors of a cell, a number by its value, a list by its length.
+- `x-anchors`: it multiplies the anchors of a cell, a number by its value, a list by its length;
+- `x-not-with-imagenet`: while the flag is on, the backbone cannot start from ImageNet weights.
 """
 
 from collections.abc import Mapping
@@ -30,10 +31,16 @@ are; `levels`, the strides of its pyramid; `channels`, those of each level; `anc
 the shapes of the maps."""
 
 
-def decides(*what: Decides, multiplies_anchors: bool = False, **others: JsonValue) -> dict[str, JsonValue]:
-    """Return the `json_schema_extra` of a field that decides `what`; `others` are further keys of its schema."""
-    extra: dict[str, JsonValue] = {"x-decides": list(what), **others}
-    return extra | {"x-anchors": "multiplies"} if multiplies_anchors else extra
+def decides(
+    *what: Decides, multiplies_anchors: bool = False, not_with_imagenet: bool = False, enum: list[Any] | None = None
+) -> dict[str, JsonValue]:
+    """Return the `json_schema_extra` of a field that decides `what`; `enum`: all of its values."""
+    extra: dict[str, JsonValue] = {"x-decides": list(what)}
+    if multiplies_anchors:
+        extra["x-anchors"] = "multiplies"
+    if not_with_imagenet:
+        extra["x-not-with-imagenet"] = True
+    return extra if enum is None else extra | {"enum": enum}
 
 
 def adds_levels(values: Mapping[str | bool, ExtraLevels]) -> dict[str, JsonValue]:

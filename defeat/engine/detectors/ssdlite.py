@@ -21,13 +21,14 @@ from torchvision.models.detection.ssdlite import (
     _normal_init,
 )
 
+from defeat.engine.config import require
 from defeat.engine.detectors.backbones import weights_unavailable
 from defeat.engine.detectors.base import Target, TrainPass
 from defeat.engine.detectors.config import MaxDetections, NmsThreshold, ScoreThreshold, decides
 from defeat.engine.detectors.family import Family, Published
 from defeat.engine.detectors.precision import WideDefaultBoxes
 from defeat.engine.detectors.ssd import Candidates, SSDFamilyConfig, SSDFamilyDetector
-from defeat.engine.report import RunError
+from defeat.rules.training import batch_too_small, not_with_imagenet
 
 ASPECT_RATIOS = [[2, 3] for _ in range(6)]
 
@@ -52,7 +53,7 @@ class SSDLiteConfig(SSDFamilyConfig):
         Field(
             description="Halve the channels of the backbone's last stage, as in the COCO_V1 weights. Must be false "
             "with ImageNet weights, which are of the whole stage.",
-            json_schema_extra=decides("channels", "tensors"),
+            json_schema_extra=decides("channels", "tensors", not_with_imagenet=True),
         ),
     ] = True
     size: Annotated[
@@ -111,24 +112,14 @@ class SSDLiteDetector(SSDFamilyDetector, SSD):
             RunError: `batch_too_small` for one image alone whose coarsest map is one cell: it has no variance.
         """
         if len(images) < self.least_images:
-            raise RunError(
-                "user",
-                "batch_too_small",
-                f"at size {self.transform.fixed_size[0]} SSDLite's coarsest map is one cell, and batch norm cannot "
-                "train on one value: set batch_size to 2 or more",
-            )
+            require([batch_too_small(self.trainee("detector"), 1, ("schedule",))])
         return super().forward_train(images, targets)
 
 
 def _mobilenet(config: SSDLiteConfig, norm_layer: Any, *, pretrained: bool) -> nn.Module:
     """Return the backbone with SSDLite's further levels, initialised as torchvision does."""
     if pretrained and config.reduced_tail:
-        raise RunError(
-            "user",
-            "reduced_tail",
-            f"the ImageNet weights of {config.backbone} are those of its whole last stage: set reduced_tail to false, "
-            "or use initial_weights: random",
-        )
+        require([not_with_imagenet("reduced_tail", config.backbone, ())])
     try:
         net = torchvision.models.get_model(
             config.backbone.removeprefix("torchvision/"),

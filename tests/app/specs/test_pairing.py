@@ -8,7 +8,6 @@ from starlette.testclient import TestClient
 
 from app.db import Database
 from app.specs.catalog import Catalog, load_catalog
-from app.specs.classes import class_problems
 from app.specs.levels import strides_of
 from app.specs.methods import check_methods
 from app.specs.pairing import pair_problems
@@ -54,7 +53,7 @@ def refusals(
     ],
 )
 def test_a_pyramids_strides_count_its_extra_levels(catalog, architecture, values, strides):
-    assert strides_of(detector(catalog, architecture, **values)) == strides
+    assert strides_of(catalog, detector(catalog, architecture, **values)) == strides
 
 
 def test_pyramids_may_meet_in_an_extra_level(catalog):
@@ -81,7 +80,10 @@ PLAIN = {"strides": [8], "extra_levels": "none"}
 def test_pyramids_apart_are_told_which_strides_would_do(catalog, student, teacher, free, remedy):
     student, teacher = (detector(catalog, name, **values) for name, values in (student, teacher))
     (detail,) = refusals(catalog, "fitnet", student, teacher, free=free).values()
-    assert f"has strides {strides_of(student)}, the teacher's {strides_of(teacher)}: none in common" in detail
+    assert (
+        f"has strides {strides_of(catalog, student)}, the teacher's {strides_of(catalog, teacher)}: none in common"
+        in detail
+    )
     assert remedy in detail
 
 
@@ -161,49 +163,6 @@ def test_heads_apart_name_who_has_no_proposals(catalog):
     (detail,) = refusals(catalog, method, one, one).values()
     assert "the student (retinanet) and the teacher (retinanet) are" in detail
     assert "two-stage student and teacher" in detail
-
-
-def found(classes: list[str], known: list[str], class_map: dict[str, str]) -> list[tuple[str, str]]:
-    return [(item["pointer"], item["code"]) for item in class_problems(classes, known, class_map)]
-
-
-@pytest.mark.parametrize(
-    ("classes", "known", "class_map", "errors"),
-    [
-        (["car", "person"], ["person", "dog", "car"], {}, []),
-        (["auto", "person"], ["person", "car"], {"auto": "car"}, []),
-        (["car", "person"], ["person", "car"], {"car": "person", "person": "car"}, []),  # names that changed places
-        (["car", "person"], ["person", "car"], {"auto": "car"}, [("/teacher/class_map/auto", "unknown_class")]),
-        (["auto"], ["car"], {"auto": "cat"}, [("/teacher/class_map/auto", "unknown_class")]),
-        (["auto"], ["car"], {}, [("/teacher", "teacher_classes_differ")]),
-        (["car", "van"], ["car"], {"van": "car"}, [("/teacher/class_map/van", "class_map_not_one_to_one")]),
-        (
-            ["lorry", "van"],
-            ["car"],
-            {"lorry": "car", "van": "car"},
-            [("/teacher/class_map/lorry", "class_map_not_one_to_one")],
-        ),
-        (["a/b"], ["car"], {"a/b": "cat"}, [("/teacher/class_map/a~1b", "unknown_class")]),
-    ],
-)
-def test_class_maps(classes, known, class_map, errors):
-    assert found(classes, known, class_map) == errors
-
-
-def test_unknown_classes_are_told_the_nearest_names():
-    (item,) = class_problems(["motorbike"], ["person", "motorcycle", "bike"], {})
-    assert "class_map" in item["detail"]
-    assert "For 'motorbike', nearest: 'motorcycle', 'bike'" in item["detail"]
-    (item,) = class_problems(["x"], ["person", "motorcycle"], {"x": "motorcycl"})
-    assert item["detail"] == "the teacher has no class 'motorcycl'; nearest: 'motorcycle'"
-    (item,) = class_problems(["x"], [f"class {number}" for number in range(7)], {})
-    assert item["detail"].endswith("it has: 'class 0', 'class 1', 'class 2', 'class 3', 'class 4' and 2 more")
-
-
-def test_thousands_of_wrong_classes_are_a_hundred_errors():
-    wrong = {f"ours {number}": f"theirs {number}" for number in range(5000)}
-    items = list(class_problems([], [], wrong))
-    assert len(items) == 100
 
 
 # ---- the same, as jobs are sent ----

@@ -35,7 +35,7 @@ def extra_levels():
 def test_strides(spec):
     with torch.device("meta"):
         detector = build({**spec, "backbone": "torchvision/resnet18"}, ["cat"])
-    assert strides_of(detector.config.model_dump(mode="json")) == list(detector.strides)
+    assert strides_of(load_catalog(), detector.config.model_dump(mode="json")) == list(detector.strides)
 
 
 @pytest.mark.parametrize("augmentation", [{}, {"scale_min": 0.5}, {"scale_max": 2}], ids=str)

@@ -146,7 +146,7 @@ def test_frozen_batch_norm_trains_no_statistics():
         ({"strides": [4, 16]}, "consecutive"),
         ({"strides": [4, 6]}, "detector.strides.1"),
         ({"pyramid_channels": 1}, "greater than or equal to 8"),
-        ({"min_size": 100, "max_size": 50}, "max_size 50 is less"),
+        ({"min_size": 100, "max_size": 50}, "at most max_size, which is 50"),
     ],
 )
 def test_a_wrong_spec_names_key_value_and_choices(change, says):

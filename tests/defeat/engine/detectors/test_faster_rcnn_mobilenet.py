@@ -130,7 +130,7 @@ def test_imagenet_weights_that_cannot_be_had_say_what_to_do(monkeypatch, tmp_pat
         ({"backbone": "torchvision/resnet50"}, "detector.backbone"),
         ({"anchor_doublings": 0}, "detector.anchor_doublings"),
         ({"proposal_threshold": 1.0}, "less than 1"),
-        ({"min_size": 100, "max_size": 50}, "max_size 50 is less"),
+        ({"min_size": 100, "max_size": 50}, "at most max_size, which is 50"),
     ],
 )
 def test_a_wrong_spec_names_key_and_value(change, says):

@@ -127,7 +127,7 @@ def test_a_nameless_file_needs_a_spec(detector, tmp_path):
     result, _ = check(tmp_path, tmp_path / "d.safetensors", classes=list(CLASSES))
     assert result["failure"]["code"] == "detector_unknown"
     assert "detector" in result["failure"]["detail"]
-    with pytest.raises(RunError, match="does not say which detector"):
+    with pytest.raises(RunError, match="does not name its detector"):
         detectors.load(tmp_path / "d.safetensors")
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(detector, tmp_path):
     before = path.read_bytes()
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from worker import detectors; from defeat.engine.report import RunError\n"
+        "from defeat.engine import detectors; from defeat.engine.report import RunError\n"
         "d = detectors.load(sys.argv[1])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"

@@ -7,9 +7,9 @@ import torch
 
 from defeat.engine import detectors
 from defeat.engine.detectors.backbones import STRIDES
-from defeat.engine.detectors.base import Detector
 from defeat.engine.report import RunError
 from tests.defeat.engine.detectors.test_backbones import MAKES, pyramid_of
+from tests.support.ssd import SSDLITE
 from tests.support.training import CLASSES, TINY, images_and_targets
 
 MORE_MAKES = (
@@ -109,9 +109,9 @@ def test_batch_norm_that_is_synchronised_later_is_frozen_too():
 
 
 def test_a_detector_without_stages_says_so():
-    bare = Detector()
+    bare = detectors.build(SSDLITE, CLASSES)
     bare.freeze_stages(0)
     with pytest.raises(RunError) as caught:
         bare.freeze_stages(1)
     assert (caught.value.failure_class, caught.value.code) == ("user", "stages_cannot_freeze")
-    assert "leave it at 0" in caught.value.detail
+    assert "ssdlite has no stages that could be frozen: leave it at 0" in caught.value.detail

@@ -186,7 +186,7 @@ def test_a_saved_detector_comes_back_the_same(family, tmp_path):
         ("fcos", {"anchor_ratios": [1.0]}, "detector.anchor_ratios"),
         ("fcos", {"strides": [8, 32]}, "consecutive"),
         ("retinanet", {"anchor_octaves": 0}, "greater than or equal to 1"),
-        ("retinanet", {"min_size": 100, "max_size": 50}, "max_size 50 is less"),
+        ("retinanet", {"min_size": 100, "max_size": 50}, "at most max_size, which is 50"),
     ],
 )
 def test_a_wrong_spec_names_key_and_value(family, change, says):

@@ -51,7 +51,7 @@ def test_no_network_says_where_to_put_the_file(monkeypatch, tmp_path):
     assert "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth into hub/checkpoints under TORCH_HOME" in caught.value.detail
 
 
-@pytest.mark.parametrize(("name", "weights", "says"), [("fasterrcnn", WEIGHTS, NAME), (NAME, "VOC", "it has: COCO_V1")])
+@pytest.mark.parametrize(("name", "weights", "says"), [("fasterrcnn", WEIGHTS, NAME), (NAME, "VOC", "known: COCO_V1")])
 def test_unknown_names_list_the_choices(name, weights, says):
     with pytest.raises(RunError, match=says):
         load_pretrained(name, weights)

@@ -131,8 +131,8 @@ def test_a_missing_teacher_and_unlike_strides_are_refused(name):
     student, teacher = detectors_for(name)
     with pytest.raises(RunError) as caught:
         methods.build({"method": name}, student, None)
-    assert caught.value.code == "teacher_missing"
-    assert f"the method {name} needs a teacher" in caught.value.detail
+    assert caught.value.code == "teacher_required"
+    assert f"method {name} needs a teacher" in caught.value.detail
     teacher.strides = (32, 64)
     with pytest.raises(RunError) as caught:
         methods.build({"method": name}, student, teacher)

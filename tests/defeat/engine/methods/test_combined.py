@@ -58,7 +58,7 @@ def test_the_teachers_trunk_runs_once_for_all_methods_together(monkeypatch):
     [
         ([], "bad_combination", "at least two methods; got 0"),
         ([{"method": "pkd"}], "bad_combination", "at least two methods; got 1"),
-        ([{"method": "cwd"}, {"method": "fgd"}, {"method": "cwd"}], "bad_combination", "cwd stands there 2 times"),
+        ([{"method": "cwd"}, {"method": "fgd"}, {"method": "cwd"}], "bad_combination", "cwd repeats"),
         ([{"method": "cwd"}, {"method": "baseline"}], "bad_combination", "baseline teaches nothing"),
         ([{"method": "cwd"}, {"method": "magic"}], "unknown_method", "distillation.1.method is 'magic'"),
         ([{"method": "cwd"}, {"method": "fgd", "weight": 0}], "bad_spec", "distillation.1.weight"),
