@@ -24,6 +24,8 @@ _LEAST_ROOM_BYTES: Final = 1024 * 1024
 # A run opens files from strangers, so it gets none of the service's secrets; OTEL_EXPORTER_OTLP_HEADERS is one.
 _SECRET_NAMES = ("DATABASE_URL", "REDIS_URL", "STORAGE_URL")
 _SECRET_PREFIXES = ("DEFEAT_", "AWS_", "CELERY_", "OTEL_")
+# Names of modules that a run imports: no secret, and without it the run does not know their detectors and methods.
+_PASSED_ON = frozenset({"DEFEAT_PLUGINS"})
 
 
 def run_environment() -> dict[str, str]:
@@ -31,7 +33,7 @@ def run_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in _SECRET_NAMES and not name.startswith(_SECRET_PREFIXES)
+        if name in _PASSED_ON or (name not in _SECRET_NAMES and not name.startswith(_SECRET_PREFIXES))
     }
     return kept | {"PYTHONUNBUFFERED": "1"}
 

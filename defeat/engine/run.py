@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from defeat.engine import ranks
+from defeat.engine import plugins, ranks
 from defeat.engine.events import Status
 from defeat.engine.report import Cancelled, Reporter, RunError, log
 
@@ -101,7 +101,9 @@ class _Ending:
 
 def _carry_out(request: Mapping[str, Any], reporter: Reporter, ending: _Ending, others: ranks.Others | None) -> Status:
     try:
-        results = _entry(request["kind"])(request["spec"], request["inputs"], reporter)
+        run = _entry(request["kind"])
+        plugins.load()
+        results = run(request["spec"], request["inputs"], reporter)
     except Cancelled:
         ending("cancelled")
         return "cancelled"

@@ -31,4 +31,6 @@ def test_a_specs_detectors_pair(path):
         teacher, student = (detectors.build(one.detector, CLASSES) for one in (config.teacher, config.student))
     methods.build(config.distillation, student, teacher)
     for detector, schedule in ((teacher, config.teacher.schedule), (student, config.schedule)):
-        require_trainable(detector, schedule, config.augmentation, images=1000, processes=1, where="schedule")
+        require_trainable(
+            detector, schedule, config.augmentation, images=1000, processes=1, who="student", where="schedule"
+        )

@@ -8,6 +8,7 @@ from defeat.engine.config import Config, with_rules
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.evaluation.config import EvaluationConfig
 from defeat.engine.numerics import Precision
+from defeat.rules.training import batch_shares
 
 
 class ScheduleConfig(Config):
@@ -127,16 +128,6 @@ class ScheduleConfig(Config):
         ),
     ] = 10.0
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if any(epoch >= self.epochs for epoch in self.decay_epochs):
-            raise ValueError(f"decay_epochs {list(self.decay_epochs)} must be below epochs = {self.epochs}")
-        if self.decay_epochs and self.decay != "step":
-            raise ValueError(f"decay_epochs apply to decay: step only, and decay is {self.decay}")
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"accumulation {self.accumulation} must divide batch_size = {self.batch_size}")
-        return self
-
 
 class ResourcesConfig(Config):
     """The hardware that a job asks for."""
@@ -235,11 +226,13 @@ class JobConfig(Config):
         if isinstance(self.teacher, TrainedTeacherConfig):
             schedules["teacher.schedule"] = self.teacher.schedule
         for name, schedule in schedules.items():
-            shares = self.resources.gpus * schedule.accumulation
-            if schedule.batch_size % shares:
-                raise ValueError(
-                    f"{name}.batch_size {schedule.batch_size} must be a multiple of gpus x accumulation = {shares}"
-                )
+            for finding in batch_shares(
+                schedule.batch_size,
+                gpus=self.resources.gpus,
+                accumulation=schedule.accumulation,
+                where=tuple(name.split(".")),
+            ):
+                raise ValueError(f"{'.'.join(map(str, finding.path))}: {finding.detail}")
         return self
 
     @property

@@ -14,7 +14,7 @@ from defeat.engine.evaluation.evaluate import summary
 from defeat.engine.evaluation.gallery import write_gallery
 from defeat.engine.report import Reporter, Subject
 from defeat.engine.training.checkpoint import Best, TrainingCheckpoint
-from defeat.engine.training.config import JobConfig, TrainedTeacherConfig
+from defeat.engine.training.config import JobConfig, ScheduleConfig, TrainedTeacherConfig
 from defeat.engine.training.context import RunContext
 from defeat.engine.training.initial_weights import build_detector
 from defeat.engine.training.process_group import ProcessGroup, local_device, warn_of_little_shared_memory
@@ -89,16 +89,17 @@ def _distill(
 
 
 def _require_trainable(config: JobConfig, teacher: Detector | None, student: Detector, context: RunContext) -> None:
-    trained = [(student, config.schedule, "schedule")]
+    trained: list[tuple[Detector, ScheduleConfig, Subject, str]] = [(student, config.schedule, "student", "schedule")]
     if teacher is not None and isinstance(config.teacher, TrainedTeacherConfig):
-        trained.append((teacher, config.teacher.schedule, "teacher.schedule"))
-    for detector, schedule, where in trained:
+        trained.append((teacher, config.teacher.schedule, "teacher", "teacher.schedule"))
+    for detector, schedule, who, where in trained:
         require_trainable(
             detector,
             schedule,
             config.augmentation,
             images=len(context.train_images),
             processes=context.group.size,
+            who=who,
             where=where,
         )
 

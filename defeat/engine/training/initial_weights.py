@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from defeat.engine import detectors
+from defeat.engine.config import require
 from defeat.engine.detectors.base import Detector
 from defeat.engine.detectors.unset import Unset
 from defeat.engine.report import RunError, Subject
 from defeat.engine.training.config import StudentConfig, TrainedTeacherConfig
 from defeat.engine.training.seeds import reseed
+from defeat.rules.classes import unknown_classes
 
 
 def build_detector(
@@ -49,7 +51,7 @@ def build_detector(
                 f"{subject}.initial_weights is {config.initial_weights!r}; use random, imagenet or a checkpoint's id",
             )
         initial = detectors.load(weights)
-        require_classes(initial, classes, subject)
+        require(unknown_classes((subject, "initial_weights"), classes, initial.classes))
         initial.select_classes(classes)
         try:
             detector.load_state_dict(initial.state_dict())
@@ -58,14 +60,3 @@ def build_detector(
                 "user", "tensors_do_not_fit", f"{subject}.initial_weights do not fit {subject}.detector: {error}"[:2000]
             ) from error
     return detector
-
-
-def require_classes(detector: Detector, classes: Sequence[str], subject: Subject) -> None:
-    """Raise `RunError` `…_classes_differ` unless the detector has all of the classes."""
-    if unknown := [name for name in classes if name not in detector.classes]:
-        raise RunError(
-            "user",
-            f"{subject}_classes_differ",
-            f"the {subject} does not have {len(unknown)} of the dataset's {len(classes)} classes: "
-            f"{', '.join(unknown[:20])}; it has: {', '.join(detector.classes[:100])}",
-        )

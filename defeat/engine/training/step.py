@@ -46,9 +46,9 @@ class Losses(nn.Module):
         losses = {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
         if not measured:
             return losses, {}
-        # At the pyramid's maps; at the backbone's only where a part uses them: the way back to those costs more.
-        backbone = passed.backbone if any("backbone" in name for name in losses) else None
-        return losses, gradient_norms(losses, list((backbone or passed.features).values()))
+        # At the pyramid; at the backbone's maps only if a part compares those, for the way back to them costs more.
+        deeper = passed.backbone if self.method.compares_backbones else None
+        return losses, gradient_norms(losses, list((deeper or passed.features).values()))
 
 
 @dataclass(frozen=True, kw_only=True)

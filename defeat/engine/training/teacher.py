@@ -1,14 +1,13 @@
 """The teacher of a distillation: built, trained on the dataset if its source says so, and frozen."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from defeat.engine import detectors, methods
+from defeat.engine.config import require
 from defeat.engine.detectors.base import Detector
 from defeat.engine.detectors.pretrained import load_pretrained
 from defeat.engine.evaluation.evaluate import summary
-from defeat.engine.report import RunError
 from defeat.engine.training.checkpoint import TrainingCheckpoint
 from defeat.engine.training.config import (
     CheckpointTeacherConfig,
@@ -17,8 +16,9 @@ from defeat.engine.training.config import (
     TrainedTeacherConfig,
 )
 from defeat.engine.training.context import RunContext
-from defeat.engine.training.initial_weights import build_detector, require_classes
+from defeat.engine.training.initial_weights import build_detector
 from defeat.engine.training.train import Trainer
+from defeat.rules.classes import class_map_findings
 
 
 def build_teacher(config: TeacherConfig, inputs: Mapping[str, Any], context: RunContext) -> Detector:
@@ -87,23 +87,9 @@ def _select_classes(teacher: Detector, classes: Sequence[str], class_map: Mappin
         class_map: the teacher's name of a class by the dataset's, where they differ.
 
     Raises:
-        RunError: `unknown_class`, `class_map_not_one_to_one`, `teacher_classes_differ`.
+        RunError: see `defeat.rules.classes.class_map_findings`.
     """
-    if unknown := [name for name in class_map if name not in classes]:
-        raise RunError(
-            "user",
-            "unknown_class",
-            f"teacher.class_map names classes that the dataset does not have: {', '.join(unknown[:20])}; it has: "
-            f"{', '.join(classes[:100])}",
-        )
+    require(class_map_findings(classes, teacher.classes, class_map))
     wanted = [class_map.get(name, name) for name in classes]
-    if repeated := [name for name, count in Counter(wanted).items() if count > 1]:
-        raise RunError(
-            "user",
-            "class_map_not_one_to_one",
-            f"classes of the teacher that would stand for more than one of the dataset's: {', '.join(repeated[:20])}; "
-            "map each to its own class in teacher.class_map, or merge the dataset's classes",
-        )
-    require_classes(teacher, wanted, "teacher")
     teacher.select_classes(wanted)
     teacher.classes = list(classes)

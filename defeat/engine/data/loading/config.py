@@ -1,8 +1,8 @@
 """The `augmentation` part of a job's spec."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from defeat.engine.config import Config, with_rules
 
@@ -45,9 +45,3 @@ class AugmentationConfig(Config):
         float,
         Field(description="Maximum change of hue in either direction; 0.5 is half the colour circle.", ge=0, le=0.5),
     ] = 0.0
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.scale_min > self.scale_max:
-            raise ValueError(f"scale_min {self.scale_min} must not exceed scale_max {self.scale_max}")
-        return self

@@ -93,7 +93,7 @@ def refused(spec, schedule, augmentation, initial_weights):
         one = schedule.model_copy(update=change)
         codes |= code_of(
             lambda one=one, changes=changes: require_trainable(
-                detector, one, changes, images=IMAGES, processes=1, where="schedule"
+                detector, one, changes, images=IMAGES, processes=1, who="student", where="schedule"
             )
         )
     return codes

@@ -126,8 +126,8 @@ def test_a_state_of_one_group_for_all_is_restored(name, norms):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"epochs": 4, "decay_epochs": (4,)}, "must be below epochs = 4"),
-        ({"decay": "cosine", "decay_epochs": (2,)}, "apply to decay: step"),
+        ({"epochs": 4, "decay_epochs": (4,)}, "decay_epochs: it must be below epochs, which is 4"),
+        ({"decay": "cosine", "decay_epochs": (2,)}, "it belongs to decay: step"),
         ({"learning_rate": 0}, "greater than 0"),
         ({"optimizer": "lion"}, "'sgd' or 'adamw'"),
     ],

@@ -19,8 +19,8 @@ NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weigh
 @pytest.mark.parametrize(
     ("detector", "schedule", "augmentation", "code", "expected"),
     [
-        (SSDLITE, {"batch_size": 1}, {}, "batch_too_small", "batch_size 1 in 1 parts"),
-        (SSDLITE, {"batch_size": 4, "accumulation": 4}, {}, "batch_too_small", "set it to 8 or more"),
+        (SSDLITE, {"batch_size": 1}, {}, "batch_too_small", "set batch_size to 2 or more"),
+        (SSDLITE, {"batch_size": 4, "accumulation": 4}, {}, "batch_too_small", "set batch_size to 8 or more"),
         (SSDLITE, {"batch_size": 4, "frozen_stages": 1}, {}, "stages_cannot_freeze", "leave it at 0"),
         (TINY, {"batch_size": 5}, {}, "too_few_images", "the training split has 4 images"),
         (
@@ -28,7 +28,7 @@ NECK_ONLY = {"method": "defeat", "head_object_weight": 0, "head_background_weigh
             {"batch_size": 4},
             {"scale_min": 0.5},
             "fixed_input_size",
-            "0.5 and 1, and a SSDLiteDetector",
+            "(ssdlite) sees every image at 96 x 96 px",
         ),
     ],
 )

@@ -250,7 +250,7 @@ def test_scales_stay_in_their_range_and_fill_it():
 
 
 def test_the_smallest_scale_cannot_be_the_larger_one():
-    with pytest.raises(RunError, match=r"scale_min 1.0 must not exceed scale_max 0.5"):
+    with pytest.raises(RunError, match=r"scale_min: it must be at most scale_max, which is 0.5; got 1.0"):
         AugmentationConfig.parse({"scale_max": 0.5}, where="augmentation")
 
 
