@@ -117,6 +117,7 @@ STUDENT = {
     "pyramid_channels": 32,
     "min_size": 64,
     "max_size": 96,
+    "score_threshold": 0.0,
 }
 SCHEDULE = {"epochs": 1, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 2}
 
