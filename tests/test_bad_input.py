@@ -342,7 +342,7 @@ def test_missing_and_foreign_tensors_are_counted(front: Front, spec: dict[str, A
     assert (checkpoint["status"], failure["class"], failure["code"]) == ("invalid", "data", "tensors_do_not_fit")
     assert f"{total - 2} of the detector's {total} tensors fit" in failure["detail"]
     assert "2 missing: rpn.head.cls_logits" in failure["detail"]
-    assert "1 foreign: evil" in failure["detail"]
+    assert "1 unexpected: evil" in failure["detail"]
     assert len(failure["detail"]) <= 20_000
     answer = front.client.post("/v1/jobs", json=spec | {"teacher": {"source": "checkpoint", "id": checkpoint["id"]}})
     assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_not_ready")

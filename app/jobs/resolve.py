@@ -1,4 +1,4 @@
-"""From a spec as it was sent to one that a worker can run: every mistake named at once, every default filled in."""
+"""Resolves a spec as it was sent to one that a worker can run: reports every mistake, fills in every default."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class DatasetNotReady(Conflict):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A spec with nothing left open, and its dataset."""
+    """A complete spec, and its dataset."""
 
     spec: dict[str, Any]
     dataset: Dataset
@@ -58,8 +58,7 @@ class _Teacher:
 class Resolver:
     """Resolves one spec for one tenant. Used once.
 
-    A part that is wrong is reported where it stands and then counts as unknown, so that what does not hang on it is
-    checked all the same.
+    A wrong part is reported and then counts as unknown, so that the parts that do not depend on it are still checked.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Resolver:
             return None
 
     def _given(self, path: Path) -> Any:
-        """Return what stands at `path`, None where nothing does or something on the way is no object."""
+        """Return the value at `path`; None if there is none, or a value on the way is not an object."""
         value: Any = self._body
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""A job's spec as it is sent: the outer keys. What hangs on the engine is checked against the catalog's schemas."""
+"""A job's spec as it is sent: the outer keys. The catalog's schemas check the keys that the engine defines."""
 
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ def _initial_weights(value: str) -> str:
 
 
 def _object_or_list(value: Any) -> Any:
-    # Said here: as a union, pydantic would say it once for each of its types.
+    # Here: as a union, pydantic would report it once for each of its types.
     if not isinstance(value, (dict, list)):
         raise PydanticCustomError(
             "wrong_type", "it must be an object, or a list of objects; got {given}", {"given": show(value)}
@@ -40,7 +40,7 @@ Distillation = Annotated[
     dict[str, Any] | list[Annotated[Any, WithJsonSchema({"type": "object"})]],
     Field(
         description="`method` and its parameters, see `methods` in the catalog; or a list of at least two of these, "
-        "each with a `weight` besides, see `combination` there."
+        "each also with a `weight`, see `combination` there."
     ),
     BeforeValidator(_object_or_list),
 ]
@@ -57,8 +57,8 @@ ClassMap = Annotated[
     Field(
         default_factory=dict,
         max_length=10_000,
-        description="The teacher's name of a class, by the dataset's name of it, for classes that the two call "
-        "differently; the others map to themselves. No class of the teacher may stand for two.",
+        description="The teacher's name of a class by the dataset's name, for classes whose names differ; the others "
+        "map to themselves. No class of the teacher may stand for two.",
     ),
 ]
 
@@ -93,14 +93,14 @@ class PretrainedTeacher(Body):
 
 
 class StudentSpec(Body):
-    """The detector that is wanted."""
+    """The detector that the job trains."""
 
     detector: dict[str, Any] = Field(description="A detector spec; see `detectors` in the catalog.")
     initial_weights: InitialWeights = "random"
 
 
 class JobSpec(Body):
-    """What a job is asked to do. A key that is left out takes its default."""
+    """The spec of a job. A missing key takes its default."""
 
     name: Name
     labels: Annotated[dict[str, str], Field(default_factory=dict, max_length=20), AfterValidator(_labels)]

@@ -18,10 +18,10 @@ class Level:
     Attributes:
         stride: in pixels.
         channels: of its map.
-        anchors: of each of its cells, sides in pixels and ratios of height over width; None where no logits of cells
-            are handed out.
-        side: cells along one side of its map, of the square that the student resizes every image to; None where
-            images keep their shape: maps then have one shape whatever the backbone.
+        anchors: of each of its cells, sides in pixels and ratios of height over width; None for families that do not
+            provide "logits".
+        side: cells along one side of its map, of the square that the student resizes every image to; None if images
+            keep their shape: maps then have the same shape for all backbones.
     """
 
     stride: int
@@ -31,7 +31,7 @@ class Level:
 
 
 def extra_levels_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return what adds levels above the backbone's: the key, and the entry of `x-extra-levels` for its value."""
+    """Return the keys that add levels above the backbone's, each with the entry of `x-extra-levels` for its value."""
     return [
         (key, entry)
         for key, field in catalog.fields(detector).items()
@@ -51,7 +51,7 @@ def strides_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[int]:
 
 
 def backbone_strides_of(catalog: Catalog, detector: Mapping[str, Any]) -> list[int]:
-    """Return the strides of the backbone's maps that the detector hands out; empty for families that hand out none."""
+    """Return the strides of the backbone's maps; empty for families that do not provide "backbone"."""
     return list(detector["strides"]) if "backbone" in catalog.family(detector)["provides"] else []
 
 

@@ -17,8 +17,8 @@ class Misfit:
     """Why a method cannot match two detectors.
 
     Attributes:
-        keys: of a detector's spec, which decide it; empty where its family does.
-        otherwise: what would do besides a change of these.
+        keys: the keys of a detector's spec that decide it; empty if its family does.
+        otherwise: a remedy other than a change of these.
     """
 
     path: Path
@@ -162,7 +162,7 @@ def _weight_misfits(
             method,
             entry["backbone_weights"],
             code="backbones_do_not_pair",
-            compares=f"the backbones' maps at strides {entry['backbone_strides']}; the student's hands out "
+            compares=f"the backbones' maps at strides {entry['backbone_strides']}; the student's provides "
             f"{ours or 'none'}, the teacher's {theirs or 'none'}, none of these in common",
             keys=catalog.deciding("levels", student, teacher),
         )

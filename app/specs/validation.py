@@ -131,7 +131,7 @@ def _is_own_type(error: ValidationError) -> bool:
 
 
 def complete(schema: Mapping[str, Any], value: Any, root: Mapping[str, Any] | None = None) -> Any:
-    """Return a valid `value` with every default filled in, and whole numbers as integers where the schema says so."""
+    """Return a valid `value` with every default filled in, and whole numbers as integers for integer fields."""
     root = root if root is not None else schema
     schema = _resolve(schema, root)
     if isinstance(value, dict):

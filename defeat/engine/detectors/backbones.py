@@ -1,7 +1,7 @@
 """Backbones and the feature pyramid (FPN) on top of them.
 
-A backbone's name says whose it is: `torchvision/resnet50`, `timm/mobilenetv3_small_050`. The lists hold what a test has
-built and run; a name is added by adding a line.
+A backbone's name starts with its library: `torchvision/resnet50`, `timm/mobilenetv3_small_050`. A test builds and runs
+each of the lists; to add a backbone, add a line.
 """
 
 from collections import OrderedDict
@@ -205,7 +205,7 @@ class NormalisedBody(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """A backbone, cut off behind its last stage that is asked for.
+    """A backbone, cut off after the last of the wanted stages.
 
     Attributes:
         module: (B, 3, H, W) -> one map a level, named "0", "1", …, finest first.
@@ -225,7 +225,7 @@ class Pyramid(nn.Module):
     Attributes:
         strides: the stride of each level in pixels, extra levels too, finest first.
         channels: the channels of each level, likewise: all equally many.
-        out_channels: how many that is; torchvision's families ask for it.
+        out_channels: that number, under the name that torchvision's families read.
     """
 
     def __init__(
@@ -250,16 +250,16 @@ class Pyramid(nn.Module):
         self._frozen = 0  # stages
 
     def freeze(self, stages: int) -> None:
-        """Fix the first stages of the backbone: their parameters take no gradient, and they stay in eval mode.
+        """Freeze the first stages of the backbone: their parameters take no gradient, and they stay in eval mode.
 
         Stage 1 is the stem and everything up to stride 4, stages 2, 3 and 4 are what follows up to strides 8, 16 and
         32: `stages` are torchvision's 4 - `trainable_layers` (and its stem), and mmdetection's `frozen_stages`. Batch
-        norm in a fixed stage keeps its statistics, dropout and stochastic depth are off. The pyramid's own layers, and
-        the layer norm of outputs, are never fixed. A part once fixed remains so.
+        norm in a frozen stage keeps its statistics, dropout and stochastic depth are off. The pyramid's own layers, and
+        the layer norm of outputs, are never frozen. There is no way back.
 
         Args:
-            stages: 0 (nothing) to 4 (the whole backbone). Stages behind the coarsest stride are not there: to name
-                them fixes nothing more.
+            stages: 0 (nothing) to 4 (the whole backbone). The backbone ends at the coarsest stride: stages after it
+                change nothing.
 
         Raises:
             ValueError: `stages` is out of range.
@@ -272,11 +272,11 @@ class Pyramid(nn.Module):
         self.train(self.training)
 
     def _frozen_modules(self) -> list[nn.Module]:
-        # Found anew each time: a conversion to synchronised batch norm replaces modules.
+        # Found each time: a conversion to synchronised batch norm replaces modules.
         return _up_to(self.body, self._ends[self._frozen - 1]) if self._frozen else []
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, except in fixed stages."""
+        """Set training mode, except in frozen stages."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
@@ -397,7 +397,7 @@ def _timm_body(name: str, strides: Sequence[int], *, pretrained: bool, frozen_ba
     channels = net.feature_info.channels()
     last = net.feature_info.module_name()[-1]
     if last.startswith("blocks.") and hasattr(net, "blocks"):
-        # timm's EfficientNet family keeps, and runs, the stages behind the last one that is asked for.
+        # timm's EfficientNet family keeps, and runs, the stages after the last wanted one.
         net.blocks = net.blocks[: int(last.split(".")[1]) + 1]
     return Body(
         module=TimmBody(freeze_batch_norm(net) if frozen_batch_norm else net),
@@ -410,7 +410,7 @@ def _timm_stages(name: str) -> tuple[list[int], list[str]]:
     """Return the strides of a timm network's stages in pixels, and the modules that end them."""
     import timm
 
-    with torch.device("meta"):  # for its description alone: no memory is filled
+    with torch.device("meta"):  # only for its description: no memory is filled
         net: Any = timm.create_model(name, features_only=True)
     modules = dict(net.named_modules())
     # A network that timm has flattened has `stages_0` for `stages.0`.

@@ -112,7 +112,7 @@ class Detector(nn.Module):
         channels: the channels of each pyramid level, likewise.
         transform: torchvision's: it resizes, normalises and pads.
         trains_masks: whether it has a mask head, which targets' masks train.
-        provides: what a method may match besides the pyramid: "backbone" (the backbone's maps), "anchors" and "logits"
+        provides: what a method may compare in addition to the pyramid: "backbone" (its maps), "anchors" and "logits"
             (class logits of each cell, scored by a sigmoid).
         leaves_parameters_out: whether a training pass may leave trainable parameters out of its graph, depending on the
             images: they then get no gradient, not even a zero.
@@ -166,7 +166,7 @@ class Detector(nn.Module):
         return height, width
 
     def trainee(self, who: str) -> Trainee:
-        """Return what rules for its training ask of it; `who`: "student" or "teacher"."""
+        """Return the facts that the rules for its training need; `who`: "student" or "teacher"."""
         return Trainee(
             who=who,
             family=self.family,
@@ -203,7 +203,7 @@ class Detector(nn.Module):
         """Set training mode, except in what is frozen."""
         super().train(mode)
         if self._statistics_frozen:
-            for module in self.body.modules():  # found anew: synchronised batch norm replaces them
+            for module in self.body.modules():  # found each time: synchronised batch norm replaces them
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self

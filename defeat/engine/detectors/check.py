@@ -1,4 +1,4 @@
-"""The `check_checkpoint` run: does an uploaded file hold a whole detector? If so, it is rewritten in our form."""
+"""The `check_checkpoint` run: checks that an uploaded file holds a whole detector, and rewrites it as `save` does."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
     """Check `inputs["weights"]` against a detector spec and write `checkpoint.safetensors`.
 
     Args:
-        spec: `detector` and `classes`; null where the file itself says them (one of ours does).
+        spec: `detector` and `classes`; null if the file names them itself, as files of `save` do.
         inputs: `weights`, the path of a safetensors or torch file.
         reporter: gets progress and the artifact.
 
@@ -32,7 +32,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
         `detector` (every default filled in), `classes`, and `coverage`: how many of the detector's tensors were loaded.
 
     Raises:
-        RunError: `not_a_checkpoint`, `detector_unknown`, `classes_differ`, `tensors_do_not_fit`, …
+        RunError: `not_a_checkpoint`, `detector_missing`, `classes_missing`, `classes_differ`, `tensors_do_not_fit`, …
     """
     reporter.progress("checking", fraction=0.0)
     path = Path(inputs["weights"])
@@ -41,13 +41,13 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
     for key in ("detector", "classes"):
         if spec.get(key) is None and known[key] is None:
             raise RunError(
-                "user", "detector_unknown", f"the file does not say its {key}: give {key} when creating the checkpoint"
+                "user", f"{key}_missing", f"the file does not name its {key}: give {key} when creating the checkpoint"
             )
     if header and spec.get("classes") and list(spec["classes"]) != header["classes"]:
         raise RunError(
             "user",
             "classes_differ",
-            f"classes are given as {_short(spec['classes'])}, and the file says {_short(header['classes'])}",
+            f"classes are given as {_short(spec['classes'])}, and the file has {_short(header['classes'])}",
         )
     classes = spec.get("classes") or known["classes"]
     if not 1 <= len(classes) <= MAX_CLASSES:
@@ -55,7 +55,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
             "user", "bad_classes", f"a detector has 1 to {MAX_CLASSES} classes, and {len(classes)} are given"
         )
     if len(set(classes)) < len(classes):
-        raise RunError("user", "bad_classes", "a class is named twice: which of its labels is meant cannot be told")
+        raise RunError("user", "bad_classes", "two classes have the same name; give each its own")
     detector = detectors.build(spec.get("detector") or known["detector"], classes)
     reporter.progress("checking", fraction=0.5)
     reporter.check_cancelled()
@@ -69,10 +69,10 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Any], reporter: Reporter) 
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a weights file's tensors, and its header if it is one of ours.
+    """Read a weights file's tensors, and its header if `save` wrote it.
 
-    A safetensors file is told by trying; anything else is read by `torch.load(weights_only=True)`, which builds tensors
-    and plain containers and never runs what a pickle asks for.
+    The file is tried as safetensors first; anything else is read by `torch.load(weights_only=True)`, which builds
+    tensors and plain containers and never runs code of a pickle.
 
     Raises:
         RunError: `not_a_checkpoint` if it is neither, is cut off, or holds no tensors.
@@ -113,7 +113,7 @@ def _short(names: Sequence[str]) -> str:
 def _check_zip(path: Path, reason: str) -> None:
     """Raise `RunError` unless the file is a zip as torch writes it: nothing in it is compressed.
 
-    So tensors take no more memory than the upload took bytes, whatever a hostile zip promises to unpack to.
+    So tensors take no more memory than the upload has bytes, even from a hostile zip.
     """
     try:
         with zipfile.ZipFile(path) as members:
@@ -127,7 +127,7 @@ def _check_zip(path: Path, reason: str) -> None:
 
 
 def _is_plain(value: object) -> bool:
-    """Say whether a value can be a weight: a dense tensor of real numbers that is there."""
+    """Return whether a value can be a weight: a dense tensor of real numbers, in memory."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -149,14 +149,14 @@ def load_strictly(detector: detectors.Detector, tensors: Mapping[str, Tensor]) -
     """Load all of a detector's tensors and return the coverage.
 
     Raises:
-        RunError: `tensors_do_not_fit` if any is missing, foreign, or of another shape; the detail says how many of how
-            many fit.
+        RunError: `tensors_do_not_fit` if any is missing, unexpected, or of another shape; the detail counts those that
+            fit.
     """
     wanted = detector.state_dict()
-    # Frozen batch norm has no counter, and files may have one: it is no weight.
+    # Frozen batch norm has no counter of batches, and files may have one: it is not a weight.
     given = {name: one for name, one in tensors.items() if name in wanted or not name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in given if name not in wanted]
+    unexpected = [name for name in given if name not in wanted]
     misshapen = [
         f"{name} {list(given[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -164,10 +164,10 @@ def load_strictly(detector: detectors.Detector, tensors: Mapping[str, Tensor]) -
     ]
     total = len(wanted)
     loaded = sum(name in given for name in wanted) - len(misshapen)
-    if missing or foreign or misshapen:
+    if missing or unexpected or misshapen:
         parts = [
             f"{len(names)} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("foreign", foreign), ("of another shape", misshapen))
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
             if names
         ]
         raise RunError(

@@ -1,4 +1,4 @@
-"""Modules that a training step calls compiled, by torch.compile, and what becomes of them when that fails."""
+"""Modules that a training step calls compiled by torch.compile, and uncompiled after that has failed."""
 
 import copy
 import re
@@ -29,14 +29,14 @@ _FAILURES = (
 
 
 class Compiled:
-    """Calls a module compiled; once that has failed, as it is. The module itself stays what it was.
+    """Calls a module compiled, and uncompiled after that has failed. The module itself does not change.
 
     The whole module becomes one graph. Height and width of what it is given may differ from call to call, if `dynamic`;
     another batch size, number of channels, dtype or mode compiles it anew. The module's weights are put into
     channels_last order, and so is what it is given.
 
     Attributes:
-        failure: why it is no longer called compiled, in one line; None as long as it is.
+        failure: why it is no longer called compiled, in one line; None while it is.
     """
 
     def __init__(self, module: nn.Module, *, dynamic: bool) -> None:
@@ -64,7 +64,7 @@ class Compiled:
             with (
                 # DistributedDataParallel's buckets would cut the graph, a teacher's as well, at every one.
                 torch._dynamo.config.patch(optimize_ddp=False),
-                # The graph of the backward pass at once: it would fail in the middle of a step else.
+                # Compile the graph of the backward pass now: else it would fail in the middle of a step.
                 torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
                 # Convolutions in channels_last order also where sizes are dynamic, see above.
                 torch._inductor.config.patch(force_layout_optimization=True),
@@ -72,7 +72,7 @@ class Compiled:
                 return self._compiled(maps)
         except _FAILURES as error:
             failure = _line(error)
-        # Not in the handler: an error of the module's own would be told as one that followed from the compilation's.
+        # Outside the handler: else Python would report an error of the module as following from the compilation's.
         result = self._module(maps)
         self.failure = failure
         return result

@@ -1,7 +1,7 @@
 """What the configs of all families share: the pyramid, the size of images, how detections are kept, what fields decide.
 
-A field says in its JSON Schema what it decides of the detector, which is all that the service knows when it checks
-whether weights fit, levels pair and anchors are alike:
+A field states in its JSON Schema what it decides of the detector. From that alone the service checks whether weights
+fit, levels pair and anchors are alike:
 
 - `x-decides`, see `Decides`;
 - `x-extra-levels`: for each of its values, the levels that are added above the backbone's, see `ExtraLevel`;

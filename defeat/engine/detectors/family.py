@@ -22,14 +22,15 @@ class Published:
 class Family:
     """One detector family.
 
-    What its config's fields decide is said beside them, see `detectors.config.decides`; what its detectors can do is
-    said by class attributes of `Detector`.
+    The fields of its config state what they decide, see `detectors.config.decides`. Class attributes of its detector
+    state what it can do.
 
     Attributes:
         summary: one line for the catalog.
-        config: its config, whose `architecture` is the family's name.
+        config: its config, with the keys `architecture`, the family's name; `backbone`; `strides`, those of the levels
+            without extra ones; and `size` if images are resized to a square.
         detector: called as `detector(config, classes, pretrained_backbone=False)`.
-        anchors: how it makes the sizes of its anchors; None if it hands out neither anchors nor logits of cells.
+        anchors: how it computes the sizes of its anchors; None if it provides neither "anchors" nor "logits".
         published: detectors whose trained weights can be downloaded, by name.
     """
 

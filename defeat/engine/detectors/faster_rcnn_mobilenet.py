@@ -36,7 +36,7 @@ class MobileNetPyramid(nn.Module):
     Attributes:
         strides: the stride of each level in pixels: 32 twice, and 64 with the pool level.
         channels: the channels of each level, all equally many.
-        out_channels: how many that is; torchvision's families ask for it.
+        out_channels: that number, under the name that torchvision's families read.
     """
 
     def __init__(

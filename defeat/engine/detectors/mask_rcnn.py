@@ -66,7 +66,7 @@ class MaskRCNNDetector(FasterRCNNDetector):
     def synchronise_batch_norm(self) -> None:
         """See `Detector.synchronise_batch_norm`. The mask head's stays each process's own.
 
-        A process whose images have no positive proposals leaves that head out, and the others would wait for it.
+        A process whose images have no positive proposals skips that head, and the others would wait for it.
         """
         head, self.roi_heads.mask_head = self.roi_heads.mask_head, nn.Identity()
         super().synchronise_batch_norm()

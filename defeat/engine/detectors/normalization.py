@@ -1,4 +1,4 @@
-"""How images are normalised, and from one detector's way to another's."""
+"""The normalisation of images, and the change from one detector's to another's."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,14 +20,14 @@ def renormalize(
 ) -> Tensor:
     """Turn a batch normalised as `given` into one normalised as `wanted`: `images` itself where the two are equal.
 
-    A batch is padded with zeros after it was normalised: so was every batch that either detector was trained on, and so
-    the padding is zero afterwards too, and not what a grey margin would have become.
+    A batch is padded with zeros after normalisation, and so was every batch that either detector was trained on: the
+    padding stays zero, and does not become what a grey margin would.
 
     Args:
         images: (B, 3, H, W).
         image_sizes: height and width of each image in `images`, without the padding.
-        given: how `images` were normalised.
-        wanted: how they shall be.
+        given: the normalisation of `images`.
+        wanted: the normalisation of the result.
     """
     if given == wanted:
         return images
@@ -38,11 +38,11 @@ def renormalize(
     return renormalized
 
 
-@lru_cache(maxsize=16)  # Else each step would copy them to the device anew, and wait for it.
+@lru_cache(maxsize=16)  # Else each step would copy them to the device, and wait for it.
 def _scale_and_shift(
     given: Normalization, wanted: Normalization, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return what values are multiplied with, and what is added then: two of (3, 1, 1)."""
+    """Return the factor of the values and what is then added, each (3, 1, 1)."""
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in given)
     wanted_mean, wanted_std = (torch.tensor(values, dtype=torch.float64) for values in wanted)
     scale, shift = std / wanted_std, (mean - wanted_mean) / wanted_std

@@ -129,7 +129,7 @@ class SigmoidDetector(PyramidDetector, OneStageDetector):
 
 
 def _by_level(anchors: Tensor, levels: list[Tensor]) -> list[Tensor]:
-    """Split what is listed level by level, cell by cell, (sum of H W A, …), into one a level; A is the same on each."""
+    """Split values of all levels, cell by cell, (sum of H W A, …), into one tensor a level; A is the same on each."""
     cells = [level.shape[-2] * level.shape[-1] for level in levels]
     per_cell = anchors.shape[0] // sum(cells)
     return list(anchors.split([per_cell * count for count in cells]))

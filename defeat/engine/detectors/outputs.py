@@ -1,4 +1,4 @@
-"""Outputs of a head's last layer, kept or dropped."""
+"""Selects outputs of a head's last layer."""
 
 import copy
 from typing import TypeVar

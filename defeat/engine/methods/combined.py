@@ -1,4 +1,4 @@
-"""Several methods at once: their losses are added, and they share one pass of the teacher."""
+"""Combinations of methods: their losses are added, and they share one pass of the teacher."""
 
 from collections.abc import Sequence
 from typing import Annotated

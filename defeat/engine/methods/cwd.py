@@ -51,8 +51,8 @@ def cwd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, temperatur
 class CWD(NeckMethod):
     """The loss and its adapters. Raises as `NeckMethod`.
 
-    The padding of a batch takes part as the authors have it: the two distributions must cover the same cells, and the
-    teacher's own pass over the padding says how little there is to see.
+    The padding of a batch takes part, as in the authors' code: the two distributions must cover the same cells, and the
+    teacher's own pass over the padding weighs it.
     """
 
     def __init__(self, config: CWDConfig, student: Detector, teacher: Detector) -> None:

@@ -1,4 +1,4 @@
-"""DeFeat: objects and background of the neck and the backbone, positives and negatives of the head, weighed apart.
+"""DeFeat: objects and background of the neck and the backbone, positives and negatives of the head, weighted apart.
 
 Guo et al., "Distilling Object Detectors via Decoupled Features", CVPR 2021, arXiv 2103.14475.
 """
@@ -58,10 +58,9 @@ class DefeatConfig(Config):
     weights: Annotated[
         Literal["fixed", "auto"],
         Field(
-            description="`fixed`: as given. `auto`: each neck and head part that has a weight pulls at the student's "
-            "pyramid as hard as its own losses together, by gradient norms that are measured now and then; which "
-            "weight it has makes no difference. Better than `fixed` for Faster R-CNN where it was measured, worse for "
-            "RetinaNet."
+            description="`fixed`: as given. `auto`: each neck and head part whose weight is not 0 is scaled so that "
+            "the norm of its gradient at the student's pyramid is that of the student's own losses, measured every "
+            "50 steps; its weight makes no difference. Measured better than `fixed` for Faster R-CNN, worse for RetinaNet."
         ),
     ] = "fixed"
     head_object_temperature: Annotated[Temperature, Field(description="Temperature of positive proposals.")] = 1.0
@@ -69,28 +68,30 @@ class DefeatConfig(Config):
     proposals: Annotated[
         Literal["student", "teacher", "both"],
         Field(
-            description="Whose sampled proposals both heads score: the student's own, the cheapest; the teacher's, as "
-            "in the paper; or both, their losses added. The teacher's are sampled from as many as it keeps in "
-            "detection (its `test_proposals`, 1000 unless changed) and the ground truth."
+            description="Which sampled proposals both heads score: `student`, its own, the fastest; `teacher`, as in "
+            "the paper; `both`, with their losses added. The teacher's are sampled from those that it keeps in "
+            "detection (its `test_proposals`) and the ground truth."
         ),
     ] = "student"
     mask: Annotated[
         MaskMode,
         Field(
-            description="Cells of a box: `paper` truncates as the authors' code does, `cover` takes each touched one."
+            description="Cells of a box: `paper` truncates as the authors' code does, `cover` takes every touched cell."
         ),
     ] = "paper"
     mask_base_size: Annotated[
-        float, Field(description="Box size, px, whose double is the first to leave the finest level.", gt=0, le=4096)
+        float,
+        Field(description="Half the smallest size of boxes that leave the finest level, px.", gt=0, le=4096),
     ] = 56.0
     warmup_steps: Annotated[
-        int, Field(description="Steps over which the weights rise linearly from 0; 0: at once.", ge=0, le=1_000_000)
+        int,
+        Field(description="Optimiser steps over which the weights rise linearly from 0; 0: none.", ge=0, le=1_000_000),
     ] = 0
     decay: Annotated[
         Decay,
         Field(
-            description="The weights over the epochs e = 0 … E - 1: `constant`; `linear` 1 - e/E; `cosine` "
-            "(1 + cos(pi e/E)) / 2; `up_down` min(e + 1, E - e) / ceil(E/2). The warm-up multiplies it."
+            description="Factor of the weights at epoch e of E, from 0: `constant`; `linear` 1 - e/E; `cosine` "
+            "(1 + cos(pi e/E)) / 2; `up_down` min(e + 1, E - e) / ceil(E/2). Times the warm-up."
         ),
     ] = "constant"
 
@@ -101,7 +102,7 @@ class DefeatConfig(Config):
 
 
 def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector) -> None:
-    """Raise `RunError` if the head part is asked for and a detector has no proposals to compare."""
+    """Raise `RunError` if the head part has a weight and a detector has no proposals to compare."""
     detectors = {"student": student, "teacher": teacher}
     without = [who for who, detector in detectors.items() if detector.head_kind != "two_stage"]
     if config.parts("head") and without:
@@ -114,10 +115,10 @@ def _require_heads(config: DefeatConfig, student: Detector, teacher: Detector) -
 
 
 def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) -> list[int]:
-    """Return the strides that both backbones have among `BACKBONE_STRIDES`; none if that part is not asked for.
+    """Return the strides of `BACKBONE_STRIDES` that both backbones have; none if that part has no weight.
 
     Raises:
-        RunError: `backbones_do_not_pair` if it is asked for and there are none.
+        RunError: `backbones_do_not_pair` if it has a weight and there are none.
     """
     if not config.parts("backbone"):
         return []
@@ -127,8 +128,8 @@ def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) 
     raise RunError(
         "user",
         "backbones_do_not_pair",
-        f"the backbone part compares maps at strides {list(BACKBONE_STRIDES)}; the student's backbone hands out "
-        f"{list(ours)}, the teacher's {list(theirs)}: none in common (a family without a feature pyramid hands out "
+        f"the backbone part compares maps at strides {list(BACKBONE_STRIDES)}; the student's backbone provides "
+        f"{list(ours)}, the teacher's {list(theirs)}: none in common (a family without a feature pyramid provides "
         "none); set backbone_object_weight and backbone_background_weight to 0",
     )
 
@@ -136,8 +137,8 @@ def _pair_backbones(config: DefeatConfig, student: Detector, teacher: Detector) 
 class Defeat(NeckMethod):
     """The method's losses and adapters. Levels are paired by stride.
 
-    The padding of a batch is neither object nor background, on the neck and on the backbone: the authors count it as
-    background. An image's own cells then weigh the same whatever other images it comes with.
+    The padding of a batch is neither object nor background, on the neck and on the backbone; the authors count it as
+    background. So the weight of an image's cells does not depend on the other images of its batch.
 
     With `proposals` teacher or both, the teacher's sampler draws from the global generator, after the student's pass
     and so without a trace in the student's own losses of the same step.
@@ -195,7 +196,7 @@ class Defeat(NeckMethod):
         }
 
     def _backbone(self, student: TrainPass, teacher: TeacherPass) -> dict[str, Tensor]:
-        """As the neck's, on C3 to C5; every box marks every level, by one mask at stride 4 that is scaled down."""
+        """The neck's losses on C3 to C5; every box marks every level, by one mask at stride 4 that is scaled down."""
         assert student.backbone is not None
         ours = [
             adapter(student.backbone[stride])

@@ -1,4 +1,4 @@
-"""FGD: the teacher's attention says where and in which channels to imitate it, and how its pixels relate.
+"""FGD: imitates the neck by the teacher's attention over cells and channels, and by relations between cells.
 
 Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, arXiv 2111.11837.
 """
@@ -116,8 +116,8 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class FGD(NeckMethod):
     """The losses, summed over levels; adapters; and for each level a relation block of either side.
 
-    The padding of a batch is no background. The attention and the relation are taken over all cells, as the authors
-    take them: padding changes the attention of an image's cells by one common factor, and not which of them stand out.
+    The padding of a batch is not background. The attention and the relation cover all cells, as in the authors' code:
+    padding changes the attention of an image's cells by one common factor, and not their order.
 
     The block on the teacher's maps is trained too, as the authors' is; no gradient goes through it into the teacher.
     Raises as `NeckMethod`.

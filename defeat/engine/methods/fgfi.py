@@ -1,4 +1,4 @@
-"""FGFI: the neck is imitated where anchors lie near objects, and left alone elsewhere.
+"""FGFI: imitates the neck where anchors lie near objects.
 
 Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, arXiv 1906.03609.
 """
@@ -98,7 +98,7 @@ class FGFI(NeckMethod):
     """The loss and its adapters. The padding of a batch takes no part, unless an anchor there is near an object.
 
     Raises:
-        RunError: `anchors_missing` if the student hands out no anchors; else as `NeckMethod`.
+        RunError: `anchors_missing` if the student provides no anchors; else as `NeckMethod`.
     """
 
     def __init__(self, config: FGFIConfig, student: Detector, teacher: Detector) -> None:
@@ -108,9 +108,8 @@ class FGFI(NeckMethod):
             raise RunError(
                 "user",
                 "anchors_missing",
-                "fgfi masks the neck by the student's anchors; this student's family hands out none (fcos has points; "
-                "the default boxes of ssd and ssdlite are not handed out): take a student that does, such as "
-                "faster_rcnn or retinanet, or another method",
+                f"fgfi masks the neck by the student's anchors, and the family {student.family} does not provide its "
+                "own: take a student that does, such as faster_rcnn or retinanet, or another method",
             )
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002

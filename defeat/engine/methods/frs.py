@@ -1,4 +1,4 @@
-"""FRS: the neck and the dense head's scores are imitated where the teacher sees something, objects of the data or not.
+"""FRS: imitates the neck and the dense head's scores where the teacher sees something, annotated or not.
 
 Du et al., "Distilling Object Detectors with Feature Richness", NeurIPS 2021, arXiv 2111.00674. Normalisation, weights,
 adapters and warm-up as in the authors' code.
@@ -48,7 +48,8 @@ class FRSConfig(Config):
         ),
     ] = None
     warmup_steps: Annotated[
-        int, Field(description="Steps over which the weights rise linearly from 0; 0: at once.", ge=0, le=1_000_000)
+        int,
+        Field(description="Optimiser steps over which the weights rise linearly from 0; 0: none.", ge=0, le=1_000_000),
     ] = 500
 
 
@@ -144,7 +145,7 @@ def _adapter(student_channels: int, teacher_channels: int) -> nn.Module:
 
 
 def _anchors(detector: Detector, level: int) -> str:
-    """Say what the anchors of a level are, alike for like ones; FCOS has points, and sizes of what they learn."""
+    """Describe a level's anchors, equal ones equally; FCOS has points, and sizes of the objects that they learn."""
     (generator,) = (module for module in detector.modules() if isinstance(module, AnchorGenerator))
     sizes = ", ".join(map(str, generator.sizes[level]))
     if "anchors" not in detector.provides:

@@ -1,4 +1,4 @@
-"""MGD: from its own neck with most cells blanked, the student has to generate the teacher's.
+"""MGD: generates the teacher's neck from the student's with most cells masked.
 
 Yang et al., "Masked Generative Distillation", ECCV 2022, arXiv 2205.01529.
 """
@@ -34,7 +34,7 @@ class MGDConfig(Config):
     masked_fraction: Annotated[
         float | None,
         Field(
-            description="Share of cells that are blanked (lambda); null: the authors', 0.45 for a two-stage student, "
+            description="Fraction of cells that are masked (lambda); null: the authors', 0.45 for a two-stage student, "
             "0.65 for a one-stage one.",
             ge=0,
             lt=1,

@@ -1,4 +1,4 @@
-"""PKD: the student's neck correlates with the teacher's, channel by channel, whatever the scale of either.
+"""PKD: maximises the correlation of the student's neck with the teacher's, channel by channel.
 
 Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
 NeurIPS 2022, arXiv 2207.02039.

@@ -1,4 +1,4 @@
-"""How strong distillation is at a moment of training: a warm-up over the first steps times a decay by epoch."""
+"""Factor of the distillation weights during training: a warm-up over the first steps times a decay by epoch."""
 
 import math
 from typing import Literal
@@ -19,7 +19,7 @@ def strength(step_info: StepInfo, *, warmup_steps: int, decay: Decay) -> float:
     - `cosine`: (1 + cos(pi e / E)) / 2;
     - `up_down`: min(e + 1, E - e) / ceil(E / 2), up to 1 in the middle and down again, the same both ways.
 
-    None of them is ever 0: an epoch whose weight is 0 would pay for the teacher and learn nothing from it.
+    None of them is 0 in any epoch: such an epoch would run the teacher and learn nothing from it.
     """
     warmup = min(1.0, (step_info.step + 1) / warmup_steps) if warmup_steps else 1.0
     return warmup * _decay(step_info.epoch, step_info.epochs, decay)

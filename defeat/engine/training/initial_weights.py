@@ -31,7 +31,7 @@ def build_detector(
         subject: whose detector it is.
 
     Raises:
-        RunError: see `detectors.build` and `detectors.load`; `unknown_initial_weights`; `…_classes_differ` if the
+        RunError: see `detectors.build` and `detectors.load`; `unknown_weights`; `…_classes_differ` if the
             checkpoint does not have all the classes; `tensors_do_not_fit`.
     """
     reseed(seed, subject, "init")
@@ -47,7 +47,7 @@ def build_detector(
         if weights is None:
             raise RunError(
                 "user",
-                "unknown_initial_weights",
+                "unknown_weights",
                 f"{subject}.initial_weights is {config.initial_weights!r}; use random, imagenet or a checkpoint's id",
             )
         initial = detectors.load(weights)

@@ -135,7 +135,7 @@ def test_backbones_pair_by_their_strides(catalog):
     student, teacher = detector(catalog, "faster_rcnn", strides=[4, 8]), detector(catalog, "retinanet", strides=[16])
     found = refusals(catalog, method, student, teacher)
     assert set(found) == {"backbones_do_not_pair"}
-    assert "the student's hands out [4, 8], the teacher's [16]" in found["backbones_do_not_pair"]
+    assert "the student's provides [4, 8], the teacher's [16]" in found["backbones_do_not_pair"]
     assert "set it to 0, or set student.detector.strides to [16" in found["backbones_do_not_pair"]
     assert refusals(catalog, method, student | {"strides": [8, 16]}, teacher) == {}
 

@@ -125,7 +125,7 @@ def test_a_file_cut_off_is_named(detector, tmp_path):
 def test_a_nameless_file_needs_a_spec(detector, tmp_path):
     safetensors.torch.save_file(detector.state_dict(), tmp_path / "d.safetensors")
     result, _ = check(tmp_path, tmp_path / "d.safetensors", classes=list(CLASSES))
-    assert result["failure"]["code"] == "detector_unknown"
+    assert result["failure"]["code"] == "detector_missing"
     assert "detector" in result["failure"]["detail"]
     with pytest.raises(RunError, match="does not name its detector"):
         detectors.load(tmp_path / "d.safetensors")
