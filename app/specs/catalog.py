@@ -80,7 +80,7 @@ def load_catalog() -> Catalog:
         document = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise Unavailable(f"the catalog {file} cannot be read ({error}); {write}") from error
-    version = document.get("format_version")
+    version = document.get("format_version", "none") if isinstance(document, dict) else "none"
     if version != FORMAT_VERSION:
         raise Unavailable(f"the catalog {file} has format {version}; this version reads {FORMAT_VERSION}; {write}")
     return Catalog(document)

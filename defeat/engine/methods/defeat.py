@@ -60,7 +60,8 @@ class DefeatConfig(Config):
         Field(
             description="`fixed`: as given. `auto`: each neck and head part whose weight is not 0 is scaled so that "
             "the norm of its gradient at the student's pyramid is that of the student's own losses, measured every "
-            "50 steps; its weight makes no difference. Measured better than `fixed` for Faster R-CNN, worse for RetinaNet."
+            "50 steps; its weight makes no difference. Measured better than `fixed` for Faster R-CNN, worse for "
+            "RetinaNet."
         ),
     ] = "fixed"
     head_object_temperature: Annotated[Temperature, Field(description="Temperature of positive proposals.")] = 1.0

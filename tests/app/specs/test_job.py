@@ -253,6 +253,24 @@ def test_each_mistake_has_its_place_and_code(api: TestClient, spec, path: str, v
     assert sorted(set(found)) == errors
 
 
+@ONE_DATABASE
+@pytest.mark.parametrize(
+    ("path", "value", "code"),
+    [
+        ("seed", -1, "validation_failed"),
+        ("colour", 1, "validation_failed"),
+        ("student.detector.backbone", "resnet10", "validation_failed"),
+        ("distillation.method", "magic", "validation_failed"),
+        ("student.initial_weights", "resnet.pth", "validation_failed"),
+        ("teacher", None, "teacher_required"),
+        ("distillation", [], "bad_combination"),
+    ],
+)
+def test_a_rule_that_is_broken_alone_gives_the_answer_its_code(api: TestClient, spec, path: str, value: Any, code: str):
+    answer = api.post("/v1/jobs/validate", json=_with(spec, path, value))
+    assert (answer.status_code, answer.json()["code"]) == (422, code)
+
+
 def test_nesting_has_a_limit(api: TestClient, spec):
     nested: Any = []
     for _ in range(40):
