@@ -25,8 +25,8 @@ from defeat.engine.events import (
     Result,
     ResultArtifact,
     Status,
+    Subject,
 )
-from defeat.engine.events import Subject as Subject
 
 PROGRESS_EVERY_S = 0.5
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defeat.engine.report import RunError, Subject, write_atomically
+from defeat.engine.events import Subject
+from defeat.engine.report import RunError, write_atomically
 
 FORMAT_VERSION = 3
 # In version 2 the optimiser's state has one group of parameters, see `optim.restore`.

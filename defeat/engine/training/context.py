@@ -13,7 +13,8 @@ from defeat.engine.data.loading.loader import ImageReader
 from defeat.engine.detectors.base import Detector
 from defeat.engine.evaluation.config import EvaluationConfig
 from defeat.engine.evaluation.evaluate import coco_metrics, detect_split
-from defeat.engine.report import Cancelled, Reporter, RunError, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import Cancelled, Reporter, RunError
 from defeat.engine.training.checkpoint import TrainingCheckpoint
 from defeat.engine.training.config import JobConfig, TrainedTeacherConfig
 from defeat.engine.training.logger import MetricsLogger, Progress

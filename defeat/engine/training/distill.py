@@ -12,7 +12,8 @@ from defeat.engine.data import canonical
 from defeat.engine.detectors.base import Detector, full_coverage
 from defeat.engine.evaluation.evaluate import summary
 from defeat.engine.evaluation.gallery import write_gallery
-from defeat.engine.report import Reporter, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import Reporter
 from defeat.engine.training.checkpoint import Best, TrainingCheckpoint
 from defeat.engine.training.config import JobConfig, ScheduleConfig, TrainedTeacherConfig
 from defeat.engine.training.context import RunContext

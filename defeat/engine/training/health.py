@@ -6,7 +6,8 @@ import torch
 
 from defeat.engine.data.loading.loader import TrainingBatches
 from defeat.engine.detectors.base import Detector
-from defeat.engine.report import Reporter, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import Reporter
 from defeat.engine.training.config import ScheduleConfig
 
 QUIET_STEPS = 50  # consecutive steps after which a loss of 0, or a missing gradient, is reported

@@ -7,7 +7,8 @@ from defeat.engine import detectors
 from defeat.engine.config import require
 from defeat.engine.detectors.base import Detector
 from defeat.engine.detectors.unset import Unset
-from defeat.engine.report import RunError, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import RunError
 from defeat.engine.training.config import StudentConfig, TrainedTeacherConfig
 from defeat.engine.training.seeds import reseed
 from defeat.rules.classes import unknown_classes

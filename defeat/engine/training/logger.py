@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from defeat.engine.report import Reporter, Stopwatch, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import Reporter, Stopwatch
 
 
 @dataclass(kw_only=True)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from defeat.engine.data.loading.loader import TrainingBatches
 from defeat.engine.data.loading.resize import InputSize, disable_training_resize
 from defeat.engine.detectors.base import Detector
+from defeat.engine.events import Subject
 from defeat.engine.methods.balance import is_measured
 from defeat.engine.methods.base import Method, StepInfo
 from defeat.engine.numerics import numerics
-from defeat.engine.report import Cancelled, Stopwatch, Subject
+from defeat.engine.report import Cancelled, Stopwatch
 from defeat.engine.training.checkpoint import Best, TrainingCheckpoint
 from defeat.engine.training.config import ScheduleConfig
 from defeat.engine.training.context import EVALUATION_COST, TEACHER_COST, RunContext

@@ -3,7 +3,8 @@
 from defeat.engine.config import require
 from defeat.engine.data.loading.config import AugmentationConfig
 from defeat.engine.detectors.base import Detector
-from defeat.engine.report import RunError, Subject
+from defeat.engine.events import Subject
+from defeat.engine.report import RunError
 from defeat.engine.training.config import ScheduleConfig
 from defeat.rules.training import training_findings
 
