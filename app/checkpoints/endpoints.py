@@ -12,7 +12,7 @@ from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge, RangeNotSat
 from app.http import downloads
 from app.http.auth import CrossSite, CurrentCaller
 from app.http.dependencies import CatalogDep, DatabaseDep, QueueDep, SettingsDep, StorageDep
-from app.http.idempotency import Idempotent, KeyReused
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
 from app.http.pagination import Page, PageQuery, page_of, page_query
 from app.http.problems import problems
 from app.models import Checkpoint
@@ -24,20 +24,24 @@ router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])
 @router.post("", status_code=201, responses=problems(Invalid, KeyReused, QuotaBusy, PayloadTooLarge, CrossSite))
 def create_checkpoint(
     body: CheckpointCreate,
+    response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     catalog: CatalogDep,
     settings: SettingsDep,
-    idempotent: Idempotent,
+    idempotency_key: IdempotencyHeader = None,
 ) -> CheckpointOut:
     """Create a checkpoint. Upload its weights next: PUT /v1/checkpoints/{id}/content."""
     with database.write() as session:
-        return idempotent.once(
+        return once(
             session,
-            "checkpoints",
-            body.model_dump(),
-            CheckpointOut,
-            lambda: CheckpointOut.of(service.create(session, caller, body, catalog, settings)),
+            caller,
+            response,
+            route="checkpoints",
+            key=idempotency_key,
+            body=body.model_dump(),
+            output=CheckpointOut,
+            create=lambda: CheckpointOut.of(service.create(session, caller, body, catalog, settings)),
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
 from app import assets
 from app.datasets import repository, service
@@ -11,7 +11,7 @@ from app.datasets.schemas import DatasetCreate, DatasetOut, ReportOut
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge, StorageFull, UploadIncomplete
 from app.http.auth import CrossSite, CurrentCaller
 from app.http.dependencies import DatabaseDep, QueueDep, SettingsDep, StorageDep
-from app.http.idempotency import Idempotent, KeyReused
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
 from app.http.pagination import Page, PageQuery, page_of, page_query
 from app.http.problems import problems
 from app.http.uploads import BadDigest, EmptyUpload, UploadTooLarge
@@ -46,20 +46,24 @@ RAW_BODY: dict[str, Any] = {
 )
 def create_dataset(
     body: DatasetCreate,
+    response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     settings: SettingsDep,
     queue: QueueDep,
-    idempotent: Idempotent,
+    idempotency_key: IdempotencyHeader = None,
 ) -> DatasetOut:
     """Create a dataset: from a reference, or from an upload that follows (PUT /v1/datasets/{id}/content)."""
     with database.write() as session:
-        return idempotent.once(
+        return once(
             session,
-            "datasets",
-            body.model_dump(),
-            DatasetOut,
-            lambda: DatasetOut.of(service.create(session, caller, body, settings, queue)),
+            caller,
+            response,
+            route="datasets",
+            key=idempotency_key,
+            body=body.model_dump(),
+            output=DatasetOut,
+            create=lambda: DatasetOut.of(service.create(session, caller, body, settings, queue)),
         )
 
 

@@ -8,11 +8,10 @@ that failed leaves no key.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Response
+from fastapi import Header, Response
 from pydantic import BaseModel
 from sqlalchemy import delete, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -20,12 +19,24 @@ from sqlalchemy.orm import Session
 
 from app.db import utcnow
 from app.errors import Invalid, ServiceError
-from app.http.auth import Caller, CurrentCaller
+from app.http.auth import Caller
 from app.models import IdempotencyKey
 
 KEPT = timedelta(hours=24)
 
 Output = TypeVar("Output", bound=BaseModel)
+
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=200,
+        min_length=1,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Any unique text, such as a UUID. The same key with the same body replays the first answer "
+        "for 24 h.",
+    ),
+]
 
 
 class KeyReused(ServiceError):
@@ -34,57 +45,36 @@ class KeyReused(ServiceError):
     status, code, title = 422, "idempotency_key_reused", Invalid.title
 
 
-@dataclass(frozen=True)
-class Idempotency:
-    """One request's idempotency key, if it has one."""
-
-    caller: Caller
-    response: Response
-    key: str | None
-
-    def once(
-        self, session: Session, route: str, body: object, output: type[Output], create: Callable[[], Output]
-    ) -> Output:
-        """Return `create()`, or what it returned when this caller sent this key to this route before.
-
-        `body` is what must be the same, as JSON values. Raises `KeyReused` if the key was sent before with another
-        body. A replay carries the header `Idempotent-Replayed: true`.
-        """
-        if self.key is None:
-            return create()
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        identity = {"tenant_id": self.caller.tenant_id, "route": route, "key": self.key}
-        if not _first(session, identity | {"body_sha256": digest, "created_at": utcnow()}):
-            row = session.get_one(IdempotencyKey, identity)
-            if row.body_sha256 != digest:
-                raise KeyReused(f"Idempotency-Key {self.key!r} was sent before with another body; use a new key")
-            self.response.headers["Idempotent-Replayed"] = "true"
-            return output.model_validate(row.response)
-        created = create()
-        answer = created.model_dump(mode="json", by_alias=True)
-        session.execute(update(IdempotencyKey).filter_by(**identity).values(response=answer))
-        return created
-
-
-async def _idempotency(
-    caller: CurrentCaller,
+def once(
+    session: Session,
+    caller: Caller,
     response: Response,
-    key: Annotated[
-        str | None,
-        Header(
-            alias="Idempotency-Key",
-            max_length=200,
-            min_length=1,
-            pattern=r"^[\x21-\x7e]+$",
-            description="Any unique text, such as a UUID. The same key with the same body replays the first answer "
-            "for 24 h.",
-        ),
-    ] = None,
-) -> Idempotency:
-    return Idempotency(caller, response, key)
+    *,
+    route: str,
+    key: str | None,
+    body: object,
+    output: type[Output],
+    create: Callable[[], Output],
+) -> Output:
+    """Return `create()`, or what it returned when this caller sent this key to this route before.
 
-
-Idempotent = Annotated[Idempotency, Depends(_idempotency)]
+    `body` is what must be the same, as JSON values. Raises `KeyReused` if the key was sent before with another body. A
+    replay carries the header `Idempotent-Replayed: true`.
+    """
+    if key is None:
+        return create()
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    identity = {"tenant_id": caller.tenant_id, "route": route, "key": key}
+    if not _first(session, identity | {"body_sha256": digest, "created_at": utcnow()}):
+        row = session.get_one(IdempotencyKey, identity)
+        if row.body_sha256 != digest:
+            raise KeyReused(f"Idempotency-Key {key!r} was sent before with another body; use a new key")
+        response.headers["Idempotent-Replayed"] = "true"
+        return output.model_validate(row.response)
+    created = create()
+    answer = created.model_dump(mode="json", by_alias=True)
+    session.execute(update(IdempotencyKey).filter_by(**identity).values(response=answer))
+    return created
 
 
 def _first(session: Session, values: dict[str, Any]) -> bool:

@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Query
+from fastapi import APIRouter, Body, Depends, Query, Response
 from sqlalchemy.orm import Session
 
 from app.checkpoints.service import CheckpointNotReady
 from app.errors import Conflict, Invalid, NotFound, PayloadTooLarge
 from app.http.auth import CrossSite, CurrentCaller
 from app.http.dependencies import CatalogDep, DatabaseDep, QueueDep, SettingsDep, StorageDep
-from app.http.idempotency import Idempotent, KeyReused
+from app.http.idempotency import IdempotencyHeader, KeyReused, once
 from app.http.pagination import Page, PageQuery, page_of, page_query
 from app.http.problems import problems
 from app.jobs import lifecycle, repository, service
@@ -56,21 +56,25 @@ def _one(session: Session, settings: Settings, row: Job) -> JobOut:
 )
 def create_job(
     body: SpecBody,
+    response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     catalog: CatalogDep,
     queue: QueueDep,
     settings: SettingsDep,
-    idempotent: Idempotent,
+    idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
     """Create a job and queue it."""
     with database.write() as session:
-        return idempotent.once(
+        return once(
             session,
-            "jobs",
-            body,
-            JobOut,
-            lambda: _one(session, settings, service.create(session, caller, body, catalog, queue, settings)),
+            caller,
+            response,
+            route="jobs",
+            key=idempotency_key,
+            body=body,
+            output=JobOut,
+            create=lambda: _one(session, settings, service.create(session, caller, body, catalog, queue, settings)),
         )
 
 
@@ -152,23 +156,27 @@ def resume_job(
 )
 def retry_job(
     job_id: str,
+    response: Response,
     caller: CurrentCaller,
     database: DatabaseDep,
     queue: QueueDep,
     storage: StorageDep,
     settings: SettingsDep,
-    idempotent: Idempotent,
     body: RetryBody | None = None,
+    idempotency_key: IdempotencyHeader = None,
 ) -> JobOut:
     """Queue another attempt of a job that failed or was cancelled."""
     start = body.start if body is not None else None
     with database.write() as session:
-        return idempotent.once(
+        return once(
             session,
-            "jobs/retry",
-            {"job": job_id, "from": start},
-            JobOut,
-            lambda: _one(
+            caller,
+            response,
+            route="jobs/retry",
+            key=idempotency_key,
+            body={"job": job_id, "from": start},
+            output=JobOut,
+            create=lambda: _one(
                 session,
                 settings,
                 lifecycle.retry(session, caller, job_id, start, queue=queue, storage=storage, settings=settings),
