@@ -350,7 +350,7 @@ def main() -> None:
     with database.read() as session:
         tenant_id = session.scalars(select(Tenant.id).order_by(Tenant.created_at)).first()
     if tenant_id is None:
-        raise SystemExit("the database has no tenant: make a key first, `python -m app.keys --tenant TEAM --name NAME`")
+        raise SystemExit("the database has no tenant: make a key first, `defeat admin keys --tenant TEAM --name NAME`")
     print(seed(database, Storage(settings.storage_url), tenant_id))
 
 
