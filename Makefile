@@ -43,8 +43,9 @@ demo: setup ## the whole service in two minutes: teacher, student, detections (d
 up: setup ## serve on http://127.0.0.1:8765 until Ctrl-C (data in DEFEAT_HOME, else .defeat)
 	$(BIN)/defeat up
 
+# Two processes: half of the tests wait for databases, browsers and child processes. A file's tests stay together.
 test: $(if $(T),setup,setup setup-browser lint types) ## what needs no GPU and no minutes; T=PATH: those tests alone
-	$(PYTEST) $(T)
+	$(PYTEST) $(or $(T),--numprocesses 2 --dist loadfile)
 
 test-fast: setup ## unit tests only: no stack, no browser
 	$(PYTEST) tests/app tests/defeat/client tests/defeat/cli tests/defeat/engine/data tests/defeat/engine/methods tests/defeat/engine/detectors --ignore tests/app/stack --ignore tests/app/dashboard
