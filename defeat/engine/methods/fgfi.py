@@ -108,8 +108,8 @@ class FGFI(NeckMethod):
             raise RunError(
                 "user",
                 "anchors_missing",
-                f"fgfi masks the neck by the student's anchors, and the family {student.family} does not provide its "
-                "own: take a student that does, such as faster_rcnn or retinanet, or another method",
+                f"fgfi masks the neck by the student's anchors, and the family {student.family} provides "
+                "none: take a student that does, such as faster_rcnn or retinanet, or another method",
             )
 
     def losses(self, student: TrainPass, teacher: TeacherPass, step_info: StepInfo) -> dict[str, Tensor]:  # noqa: ARG002

@@ -103,5 +103,5 @@ def test_a_long_contradiction_is_told_in_short(tmp_path):
     with pytest.raises(RunError) as refused:
         run(spec, {"weights": str(tmp_path / "x.safetensors")}, Reporter(tmp_path))
     assert refused.value.code == "classes_differ"
-    assert "given as 'square', 'disc' (2), and the file says 'class 0', " in refused.value.detail
+    assert "given as 'square', 'disc' (2), and the file has 'class 0', " in refused.value.detail
     assert len(refused.value.detail) < 1000

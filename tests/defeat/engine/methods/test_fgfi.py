@@ -116,7 +116,7 @@ def test_a_student_without_anchors_is_refused_and_a_teacher_without_is_none_of_i
     with pytest.raises(RunError) as caught:
         methods.build({"method": "fgfi"}, student, teacher)
     assert (caught.value.failure_class, caught.value.code) == ("user", "anchors_missing")
-    assert "the default boxes of ssd and ssdlite are not handed out" in caught.value.detail
+    assert "the family fcos provides none" in caught.value.detail
     with_anchors = pair()[0]
     method = methods.build({"method": "fgfi"}, with_anchors, student.eval())
     assert method(one_pass(with_anchors), student, START)["neck"].item() > 0
