@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 from starlette.testclient import TestClient
 
+from app import logs
 from app.db import Database
 from app.http.auth import SESSION_COOKIE, make_session
 from app.keys.service import create_key
@@ -84,9 +85,10 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def shared_app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+def shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     # FastAPI builds each route at its first request, which costs more than most tests do.
-    return create_app(Settings(home=tmp_path_factory.mktemp("unused"), log_level="CRITICAL"))
+    yield create_app(Settings(home=tmp_path_factory.mktemp("unused"), log_level="CRITICAL"))
+    logs.configure("INFO")  # the level is the process's
 
 
 @pytest.fixture
