@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.gpu_loader_runs import data_wait, loading
 from benchmarks.gpu_runs import digits_run, kernel, killed_run, ranks_run
-from benchmarks.gpu_setups import Deadline, Found, Part, Setting, Skipped, told
+from benchmarks.gpu_setups import Deadline, Found, Part, Setting, Skipped, error_line
 from benchmarks.gpu_step_runs import compiled, speeds, step_parts, sync_parts
 
 RESERVE_S = 5.0  # for the summary and for ending what runs
@@ -89,7 +89,7 @@ def carry_out(part: Part, setting: Setting) -> dict[str, Any]:
     except Skipped as reason:
         line |= {"skipped": str(reason)}
     except (Exception, OutOfTime) as error:
-        line |= {"ok": False, "error": told(error)}
+        line |= {"ok": False, "error": error_line(error)}
     else:
         line |= _judged(found) if setting.judged else {"measured": found.measured, "goal": None}
     line["seconds"] = round(time.monotonic() - begun, 1)

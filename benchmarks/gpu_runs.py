@@ -191,15 +191,15 @@ def killed_run(setting: Setting) -> Found:
     found = _student(resumed, seconds=setting.deadline.left, begun=begun)
     weights = [setting.home / name / "artifacts" / "student-last.safetensors" for name in ("whole", "resumed")]
     known = weights[0].exists()
-    told = [event["message"] for event in resumed.events("message") if event["code"] == "resumed"]
+    resumed_at = [event["message"] for event in resumed.events("message") if event["code"] == "resumed"]
     return Found(
         measured={
             **found,
-            "resumed": told,
+            "resumed": resumed_at,
             "equal_bytes": weights[0].read_bytes() == weights[1].read_bytes() if known else None,
         },
         goal="resumed once; AP at most the spread of the CPU's seeds from their mean",
-        met=len(told) == 1 and in_spread(found["ap"]),
+        met=len(resumed_at) == 1 and in_spread(found["ap"]),
     )
 
 

@@ -187,7 +187,7 @@ class Part:
         return self.name.split(":")[0]
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return the class and the first line of an error."""
     first = str(error).strip().split("\n", 1)[0][:300]
     return f"{type(error).__name__}: {first}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_setups import Found, Part, Setting, told
+from benchmarks.gpu_setups import Found, Part, Setting, error_line
 from benchmarks.loss_kernel import peak_bytes
 from benchmarks.step_time import (
     CASES,
@@ -151,7 +151,7 @@ def syncs(setting: Setting, family: str, precision: Precision) -> Found:
             try:
                 ordinary, measured, finite = _counted(make_step(student, teacher, distillation, size), batch)
             except Exception as error:
-                beyond[name], met = {"error": told(error)}, False
+                beyond[name], met = {"error": error_line(error)}, False
                 continue
             more = [_beyond(ordinary, alone), _beyond(measured, alone_measured)]
             has_head = distillation["method"] == "defeat" and family == "faster_rcnn"
@@ -261,7 +261,7 @@ def speeds(setting: Setting) -> Found:
         try:
             rows |= _variant(setting, name, changes)
         except Exception as error:
-            rows[name] = {"error": told(error)}
+            rows[name] = {"error": error_line(error)}
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()

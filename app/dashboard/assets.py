@@ -1,4 +1,4 @@
-"""The dashboard's files, at URLs with a hash of all of them, so that browsers may cache them for ever."""
+"""The dashboard's files, at URLs with a hash of all of them, so that browsers may cache them forever."""
 
 import gzip
 import hashlib

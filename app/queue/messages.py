@@ -68,7 +68,7 @@ class Queue:
             broker_transport_options={
                 "socket_connect_timeout": CONNECT_TIMEOUT_S,
                 "socket_timeout": ANSWER_TIMEOUT_S,
-                # Without a limit kombu would try to connect for ever, inside the request.
+                # Without a limit kombu would try to connect forever, inside the request.
                 "max_retries": 1,
                 "interval_start": 0.1,
                 "interval_step": 0,

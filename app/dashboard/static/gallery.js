@@ -70,7 +70,7 @@ function showSubject(box) {
 function openViewer(jobId, image, classes) {
   const drawn = drawImage(jobId, image, classes, false);
   hideBelowThreshold(drawn);
-  byId("viewer-picture").replaceChildren(drawn);
+  byId("viewer-image").replaceChildren(drawn);
   // Wide enough to see, and never taller than the window.
   drawn.style.setProperty("--ratio", image.width / image.height);
   setText(byId("viewer-name"), image.name);

@@ -97,5 +97,5 @@ def _line(error: Exception) -> str:
     """Return kind and first line of an error, of what a backend raised rather than that it did; of paths the name."""
     cause = getattr(error, "inner_exception", None) or error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    told = re.sub(r"(?<![\w.])/\S*/", "", lines[0] if lines else "")
-    return f"{type(cause).__name__}: {told}"[:REASON_LENGTH]
+    reason = re.sub(r"(?<![\w.])/\S*/", "", lines[0] if lines else "")
+    return f"{type(cause).__name__}: {reason}"[:REASON_LENGTH]
