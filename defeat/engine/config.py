@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from defeat.engine.report import RunError
 from defeat.rules import Finding
@@ -37,11 +38,22 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(spec))
         except ValidationError as error:
-            mistakes = "; ".join(
-                f"{'.'.join([where, *map(str, mistake['loc'])])}: {mistake['msg']} (got {mistake['input']!r})"
-                for mistake in error.errors()
-            )
+            mistakes = "; ".join(_mistake(spec, where, mistake) for mistake in error.errors())
             raise RunError("user", "bad_spec", mistakes[:2000]) from error
+
+
+def _mistake(spec: Mapping[str, Any], where: str, mistake: ErrorDetails) -> str:
+    """Return one line about a wrong value: its place, what is wrong, and the value unless that is an object."""
+    place: list[object] = [where]
+    value: Any = spec
+    *parents, last = mistake["loc"] or ("",)
+    for key in parents:
+        # The tag of a union's member is in pydantic's path as well, and not in the spec.
+        if not isinstance(value, Mapping) or key in value:
+            place.append(key)
+            value = value[key]
+    got = "" if isinstance(mistake["input"], Mapping) else f" (got {mistake['input']!r})"
+    return f"{'.'.join(str(part) for part in (*place, last) if part != '')}: {mistake['msg']}{got}"
 
 
 def require(findings: Iterable[Finding]) -> None:

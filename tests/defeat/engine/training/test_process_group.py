@@ -285,7 +285,7 @@ def test_the_second_ends_when_the_first_is_killed(dataset, tmp_path):
 
 def test_gpus_must_share_the_batch():
     given = {key: value for key, value in job().items() if key != "name"}
-    with pytest.raises(RunError, match="batch_size 4 must be a multiple of gpus x accumulation = 3"):
+    with pytest.raises(RunError, match=r"schedule\.batch_size: it must be a multiple of .*, which is 3"):
         JobConfig.parse({**given, "resources": {"gpus": 3}}, where="spec")
 
 
