@@ -4,10 +4,15 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
+
+import structlog
 
 from app.errors import Unavailable
 from app.settings import get_settings
+
+log = structlog.get_logger(__name__)
 
 FORMAT_VERSION = 2
 
@@ -75,12 +80,19 @@ def load_catalog() -> Catalog:
     """
     named = get_settings().catalog
     file = named or resources.files("app.specs") / "catalog.json"
-    write = f"`python -m defeat.engine.catalog {named or 'app/specs/catalog.json'}` writes it"
     try:
         document = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise Unavailable(f"the catalog {file} cannot be read ({error}); {write}") from error
+        raise _unavailable(file, f"cannot be read: {error}") from error
     version = document.get("format_version", "none") if isinstance(document, dict) else "none"
     if version != FORMAT_VERSION:
-        raise Unavailable(f"the catalog {file} has format {version}; this version reads {FORMAT_VERSION}; {write}")
+        raise _unavailable(file, f"has format {version}; this version reads {FORMAT_VERSION}")
     return Catalog(document)
+
+
+def _unavailable(file: Traversable, reason: str) -> Unavailable:
+    """Log what the operator needs; the caller learns no path of the server."""
+    log.error(
+        "catalog_unavailable", file=str(file), reason=reason, written_by=f"python -m defeat.engine.catalog {file}"
+    )
+    return Unavailable("the service cannot read its catalog of detectors and methods; its log has the reason")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app import logs
 from app.errors import Unavailable
 from app.settings import get_settings
 from app.specs.catalog import Catalog, load_catalog
@@ -49,11 +50,16 @@ def test_the_packaged_one_unless_another_is_named(load: Load, tmp_path: Path):
         ("[]", "has format none"),
     ],
 )
-def test_one_that_cannot_be_read_says_what_writes_it(load: Load, tmp_path: Path, document: Any, says: str):
+def test_one_that_cannot_be_read_is_logged_with_what_writes_it(
+    load: Load, tmp_path: Path, document: Any, says: str, capsys: pytest.CaptureFixture[str]
+):
+    logs.configure("INFO")
     path = tmp_path / "mine.json"
     if document is not None:
         path.write_text(document)
     with pytest.raises(Unavailable) as caught:
         load(path)
-    assert says in str(caught.value)
-    assert f"python -m defeat.engine.catalog {path}" in str(caught.value)
+    logged = capsys.readouterr().err
+    assert says in logged
+    assert f"python -m defeat.engine.catalog {path}" in logged
+    assert str(tmp_path) not in str(caught.value)
