@@ -8,10 +8,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapVali
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from app.errors import Invalid
-from defeat.rules import show as show
+from defeat.rules import MAX_FINDINGS, show
 
 MAX_DEPTH = 32
-MAX_ERRORS = 100
+MAX_ERRORS = MAX_FINDINGS
 """How many errors one answer lists: a body of a megabyte can have hundreds of thousands."""
 
 Problem = dict[str, str]

@@ -13,7 +13,7 @@ from app.checkpoints.service import CheckpointNotReady, not_ready
 from app.datasets import repository as datasets
 from app.errors import Conflict, NotFound
 from app.models import Checkpoint, Dataset
-from app.request_models import Problem, invalid, pointer, problem, problems_of, show
+from app.request_models import Problem, invalid, pointer, problem, problems_of
 from app.settings import Settings
 from app.specs.catalog import Catalog
 from app.specs.initial_weights import tensor_problems
@@ -23,7 +23,7 @@ from app.specs.pairing import pair_problems
 from app.specs.training import training_problems
 from app.specs.validation import FORM_CODES, Section, check_detector, check_section, problem_of, unknown_choice
 from app.states import AWAITING_UPLOAD, READY
-from defeat.rules import Finding, Path
+from defeat.rules import Finding, Path, show
 from defeat.rules.classes import CLASS_MAP, class_map_findings, unknown_classes
 from defeat.rules.distillation import no_teacher
 from defeat.rules.training import batch_shares

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from app.request_models import Problem, pointer, problem, show
+from app.request_models import Problem, pointer, problem
 from app.specs.catalog import Catalog
 from app.specs.levels import extra_levels_of
 from app.specs.validation import check_detector
-from defeat.rules import Path
+from defeat.rules import Path, show
 
 
 def tensor_problems(

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from app.request_models import Body, Name, show
+from app.request_models import Body, Name
+from defeat.rules import show
 
 Parameters = Annotated[dict[str, Any], Field(default_factory=dict)]
 

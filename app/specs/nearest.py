@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
-from app.request_models import show
 from app.specs.catalog import Catalog
 from app.specs.levels import strides_of
 from app.specs.validation import check_detector
+from defeat.rules import show
 
 Detector = dict[str, Any]
 Fits = Callable[[Detector, Detector], bool]

@@ -8,9 +8,9 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from app.request_models import MAX_ERRORS, Problem, pointer, problem, show
+from app.request_models import MAX_ERRORS, Problem, pointer, problem
 from app.specs.catalog import Catalog
-from defeat.rules import Finding, Path
+from defeat.rules import Finding, Path, show
 from defeat.rules.distillation import no_weight
 from defeat.rules.keys import broken_rules
 

@@ -152,11 +152,16 @@ def _images(dataset: CanonicalDataset, root: Path, split: Split) -> ImageReader:
     return ImageReader(root, images)
 
 
+def image_cost(*, with_teacher: bool) -> float:
+    """Return the work of training on one image, in training passes of a detector without a teacher."""
+    return 1.0 + TEACHER_COST if with_teacher else 1.0
+
+
 def _total_work(config: JobConfig, *, train: int, evaluation: int) -> float:
     """Return the work of a whole run with so many images in its two splits."""
     every, evaluated = config.evaluation.every_epochs, evaluation * EVALUATION_COST
-    image_cost = 1.0 if config.teacher is None else 1.0 + TEACHER_COST
-    total = config.schedule.epochs * train * image_cost + evaluated * -(-config.schedule.epochs // every)
+    cost = image_cost(with_teacher=config.teacher is not None)
+    total = config.schedule.epochs * train * cost + evaluated * -(-config.schedule.epochs // every)
     if isinstance(config.teacher, TrainedTeacherConfig):
         epochs = config.teacher.schedule.epochs
         total += epochs * train + evaluated * -(-epochs // every)

@@ -13,7 +13,7 @@ from defeat.engine.numerics import numerics
 from defeat.engine.report import Cancelled, Stopwatch
 from defeat.engine.training.checkpoint import Best, TrainingCheckpoint
 from defeat.engine.training.config import ScheduleConfig
-from defeat.engine.training.context import EVALUATION_COST, TEACHER_COST, RunContext
+from defeat.engine.training.context import EVALUATION_COST, RunContext, image_cost
 from defeat.engine.training.early_stopping import EarlyStopping
 from defeat.engine.training.ema import EMA
 from defeat.engine.training.health import (
@@ -61,7 +61,7 @@ class Trainer:
         self.subject: Subject = subject
         self.schedule = schedule
         self._save_checkpoint = save
-        self._image_cost = 1.0 if teacher is None else 1.0 + TEACHER_COST
+        self._image_cost = image_cost(with_teacher=teacher is not None)
         if schedule.frozen_stages:
             detector.freeze_stages(schedule.frozen_stages)
         if schedule.frozen_statistics:

@@ -8,9 +8,10 @@ from starlette.testclient import TestClient
 
 from app.db import Database
 from app.models import Dataset, Job
-from app.request_models import pointer, show
+from app.request_models import pointer
 from app.specs.catalog import Catalog, load_catalog
 from app.specs.validation import check, check_detector, complete, unknown_choice
+from defeat.rules import show
 from tests.app.conftest import ONE_DATABASE, RecordingQueue, Tenant
 from tests.support import rows as seed
 from tests.support.catalog import BACKBONES, CATALOG, TEACHER_DETECTOR
